@@ -1,0 +1,111 @@
+"""What tracing finds: which channels can go, what goes with each, and the operations that ran. No torch here.
+
+A removable channel is a class of parameter indices that must vanish together; a ChannelGroup collects the classes that touch
+the same parameter axes, so that one plan entry per group says how wide it stays. The operations carry sizes as linear
+functions of the group widths: the cost models evaluate any plan from them without touching the network.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+
+class Member(NamedTuple):
+    """One parameter axis a group reaches: `indices[c]` are the positions on that axis that belong to channel c."""
+
+    parameter: str
+    axis: int
+    indices: NDArray[np.int64]  # (channels, positions per channel)
+
+
+@dataclass(frozen=True, eq=False)
+class ChannelGroup:
+    """Channels that are removed one by one, each with everything that belongs to it.
+
+    `name` is the module that produces them; `members[0]` is the producing axis.
+    """
+
+    name: str
+    channels: int
+    members: tuple[Member, ...]
+
+    def widths(self, round_to: int = 1, minimum: int = 1) -> tuple[int, ...]:
+        """The widths a plan may choose, ascending, the dense one last.
+
+        Multiples of `round_to` of the producing axis (a channel of a grouped conv spans several positions of it); a group
+        narrower than that stays whole. Never below `minimum`, never below 1.
+        """
+        span = self.members[0].indices.shape[1]
+        step = round_to // math.gcd(round_to, span)
+        return (*(w for w in range(step, self.channels, step) if w >= minimum), self.channels)
+
+
+@dataclass(frozen=True)
+class Activation:
+    """Size of one tensor of the traced run: elements = fixed + sum over groups of per_channel[g] * kept channels of g."""
+
+    shape: tuple[int, ...]
+    fixed: float
+    per_channel: tuple[tuple[int, float], ...]  # (group number, elements per kept channel)
+
+
+@dataclass(frozen=True)
+class Op:
+    """One operation of the traced run, batch 1, in the order in which they ran.
+
+    kind: conv, linear, norm, activation, add, mul, pool, cat, resize, move (no arithmetic: view, slice, pad…) or other.
+    `weight` names the parameter of conv, linear and norm; `kernel` and `stride` are empty for other kinds. MACs of conv and
+    linear are `positions` * elements of the weight (for a transposed conv, positions of the input). `inputs` and `output`
+    index ChannelGraph.activations. `fused` is the number of the op (index in ChannelGraph.ops) whose kernel computes this one
+    in an inference runtime (a norm or activation right after a conv), or -1.
+    """
+
+    kind: str
+    name: str
+    weight: str | None
+    inputs: tuple[int, ...]
+    output: int
+    kernel: tuple[int, ...] = ()
+    stride: tuple[int, ...] = ()
+    groups: int = 1
+    positions: int = 0
+    fused: int = -1
+
+
+@dataclass(frozen=True, eq=False)
+class ChannelGraph:
+    """The traced network. `frozen` maps a parameter axis ("fc.weight[0]") to the reason why its channels stay.
+
+    `shapes` holds the dense shape of every parameter and buffer; `output_activations` index the network's outputs.
+    """
+
+    groups: tuple[ChannelGroup, ...]
+    frozen: Mapping[str, str]
+    ops: tuple[Op, ...]
+    activations: tuple[Activation, ...]
+    shapes: Mapping[str, tuple[int, ...]]
+    trainable: frozenset[str]  # the names in `shapes` that are parameters, not buffers
+    input_activations: tuple[int, ...]
+    output_activations: tuple[int, ...]
+
+    @cached_property
+    def dense_widths(self) -> NDArray[np.int64]:
+        """Channels of every group, (groups,)."""
+        return np.array([g.channels for g in self.groups], dtype=np.int64)
+
+    @property
+    def macs(self) -> int:
+        """Multiply-accumulates of conv and linear, one sample, dense."""
+        return sum(op.positions * math.prod(self.shapes[op.weight]) for op in self.ops if op.kind in ("conv", "linear") and op.weight)
+
+    @property
+    def params(self) -> int:
+        """Parameters (no buffers), dense."""
+        return sum(math.prod(self.shapes[name]) for name in self.trainable)
