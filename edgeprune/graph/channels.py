@@ -29,12 +29,13 @@ class Member(NamedTuple):
 class ChannelGroup:
     """Channels that are removed one by one, each with everything that belongs to it.
 
-    `name` is the module that produces them; `members[0]` is the producing axis.
+    `name` is the module that produces them; the first `producing` members are the axes of convs and linears that make them.
     """
 
     name: str
     channels: int
     members: tuple[Member, ...]
+    producing: int = 1
 
     def widths(self, round_to: int = 1, minimum: int = 1) -> tuple[int, ...]:
         """The widths a plan may choose, ascending, the dense one last.
@@ -48,9 +49,9 @@ class ChannelGroup:
 
 
 class Tap(NamedTuple):
-    """Where a group's channels can be looked at: the output of op `op`, positions `indices` (channels, k) along `axis`."""
+    """Where a group's channels can be looked at: `indices` (channels, k) along `axis` of what dispatched operation `call` returns."""
 
-    op: int
+    call: int
     axis: int
     indices: NDArray[np.int64]
 
@@ -71,8 +72,9 @@ class Op:
     kind: conv, linear, norm, activation, add, mul, pool, cat, resize, move (no arithmetic: view, slice, pad…) or other.
     `weight` names the parameter of conv, linear and norm; `kernel` and `stride` are empty for other kinds. MACs of conv and
     linear are `positions` * elements of the weight (for a transposed conv, positions of the input). `inputs` and `output`
-    index ChannelGraph.activations. `fused` is the number of the op (index in ChannelGraph.ops) whose kernel computes this one
-    in an inference runtime (a norm or activation right after a conv), or -1.
+    index ChannelGraph.activations; `call` is the operation's number among all that the forward dispatches. `fused` is the number
+    of the op (index in ChannelGraph.ops) whose kernel computes this one in an inference runtime (a norm or activation right
+    after a conv), or -1.
     """
 
     kind: str
@@ -80,6 +82,7 @@ class Op:
     weight: str | None
     inputs: tuple[int, ...]
     output: int
+    call: int
     kernel: tuple[int, ...] = ()
     stride: tuple[int, ...] = ()
     groups: int = 1

@@ -17,7 +17,7 @@ from safetensors.torch import save as to_bytes
 from torch import Tensor, nn
 
 from edgeprune.errors import ModelError
-from edgeprune.graph.slim import _aliases, _tensors, resize
+from edgeprune.graph.slim import aliases_of, named_tensors, resize
 from edgeprune.plan import Plan
 
 FORMAT = "edgeprune-1"
@@ -29,7 +29,7 @@ def save(module: nn.Module, path: str | Path, *, plan: Plan | None = None) -> Pa
     recipe = {"format": FORMAT, "edgeprune": version("edgeprune"), "class": f"{type(module).__module__}.{type(module).__qualname__}"}
     if plan is not None:
         recipe["plan"] = json.dumps(plan.to_json())
-    tensors = {name: t.detach().cpu().contiguous().clone() for name, t in _tensors(module)}
+    tensors = {name: t.detach().cpu().contiguous().clone() for name, t in named_tensors(module)}
     temporary = path.with_name(path.name + ".tmp")
     temporary.write_bytes(to_bytes(tensors, metadata=recipe))
     os.replace(temporary, path)
@@ -43,14 +43,14 @@ def load(path: str | Path, *, model: nn.Module) -> nn.Module:
     """
     tensors = _read(Path(path))
     small = copy.deepcopy(model)
-    own = _aliases(small)
+    own = aliases_of(small)
     missing, unknown = sorted(set(own) - set(tensors)), sorted(set(tensors) - set(own))
     if missing or unknown:
         raise ModelError(
             f"{path} does not belong to {type(model).__name__}: {len(missing)} tensors are missing ({', '.join(missing[:3])}), "
             f"{len(unknown)} are unknown ({', '.join(unknown[:3])}). Build the network with the constructor it was trained with."
         )
-    ranks = {name: t.ndim for name, t in _tensors(small)}
+    ranks = {name: t.ndim for name, t in named_tensors(small)}
     if wrong := [name for name, t in tensors.items() if t.ndim != ranks[name]]:
         raise ModelError(f"{path} does not belong to {type(model).__name__}: {wrong[0]} has {tensors[wrong[0]].ndim} dimensions.")
     resize(small, tensors)

@@ -394,9 +394,10 @@ def pad(call: Call) -> Any:
 
 RESIZING = (
     "max_pool2d_with_indices max_pool3d_with_indices max_pool1d max_pool2d avg_pool1d avg_pool2d avg_pool3d _adaptive_avg_pool2d "
-    "_adaptive_avg_pool3d adaptive_avg_pool1d adaptive_max_pool2d adaptive_max_pool3d upsample_nearest1d upsample_nearest2d upsample_nearest3d "
-    "_upsample_nearest_exact2d upsample_bilinear2d upsample_bicubic2d upsample_linear1d upsample_trilinear3d _upsample_bilinear2d_aa "
-    "reflection_pad1d reflection_pad2d replication_pad1d replication_pad2d mkldnn_max_pool2d _softmax _log_softmax cumsum"
+    "_adaptive_avg_pool3d adaptive_avg_pool1d adaptive_max_pool2d adaptive_max_pool3d upsample_nearest1d upsample_nearest2d "
+    "upsample_nearest3d _upsample_nearest_exact2d upsample_bilinear2d upsample_bicubic2d upsample_linear1d upsample_trilinear3d "
+    "_upsample_bilinear2d_aa reflection_pad1d reflection_pad2d replication_pad1d replication_pad2d mkldnn_max_pool2d _softmax "
+    "_log_softmax cumsum"
 ).split()
 
 

@@ -31,7 +31,7 @@ def slim(model: nn.Module, graph: ChannelGraph, plan: Plan) -> nn.Module:
     """
     gone = _removed(graph, plan)
     small = _copied(model)
-    tensors = dict(_tensors(small))
+    tensors = dict(named_tensors(small))
     resized = {}
     for name in {name for name, _ in gone}:
         tensor = tensors[name].detach()
@@ -46,7 +46,7 @@ def slim(model: nn.Module, graph: ChannelGraph, plan: Plan) -> nn.Module:
 def mask(model: nn.Module, graph: ChannelGraph, plan: Plan) -> nn.Module:
     """The dense twin: a copy in which all weights of the channels that the plan leaves out are zero; `model` is untouched."""
     zeroed = _copied(model)
-    tensors = dict(_tensors(zeroed))
+    tensors = dict(named_tensors(zeroed))
     with torch.no_grad():
         for (name, axis), positions in _removed(graph, plan).items():
             tensors[name].index_fill_(axis, torch.from_numpy(np.flatnonzero(positions)).to(tensors[name].device), 0)
@@ -93,12 +93,12 @@ def _compare(small: nn.Module, twin: nn.Module, inputs: tuple[Any, ...], toleran
         return random * value.std(correction=0).clamp(min=0.1) + value.mean()
 
     samples = (inputs, tree_map(other, inputs))
-    error, moved = 0.0, 0.0
+    gap, moved = 0.0, 0.0
     with torch.no_grad(), evaluating(small), evaluating(twin):
         expected = [list(tensors_in(twin(*x))) for x in samples]
         try:
             got = [list(tensors_in(small(*x))) for x in samples]
-        except Exception as error:  # noqa: BLE001  the user's forward may raise anything
+        except Exception as error:  # so may its forward
             raise SlimError(
                 f"the slim network does not run ({type(error).__name__}: {str(error).splitlines()[0][:200]}): its code holds a number of "
                 "channels as a fixed number. Write that number as a tensor's size (x.shape[1]) and try again."
@@ -110,8 +110,8 @@ def _compare(small: nn.Module, twin: nn.Module, inputs: tuple[Any, ...], toleran
         for a, b in zip(reference, result, strict=True):
             if a.shape != b.shape:
                 raise SlimError(f"the slim network returns {tuple(b.shape)} where the dense one returns {tuple(a.shape)}.")
-            error = max(error, float((a - b).abs().max()) if a.numel() else 0.0)
-    relative = error / moved if moved > 0 else (0.0 if error == 0 else float("inf"))
+            gap = max(gap, float((a - b).abs().max()) if a.numel() else 0.0)
+    relative = gap / moved if moved > 0 else (0.0 if gap == 0 else float("inf"))
     dtype = str(expected[0][0].dtype).removeprefix("torch.")
     if not relative <= tolerance:
         raise SlimError(
@@ -123,7 +123,7 @@ def _compare(small: nn.Module, twin: nn.Module, inputs: tuple[Any, ...], toleran
 
 def resize(module: nn.Module, tensors: Mapping[str, Tensor]) -> None:
     """Put tensors of other sizes into a module, in place, and bring the sizes its layers remember up to date."""
-    aliases = _aliases(module)
+    aliases = aliases_of(module)
     for name, tensor in tensors.items():
         for alias in aliases[name]:
             path, _, leaf = alias.rpartition(".")
@@ -161,14 +161,15 @@ def _remember_sizes(layer: nn.Module) -> None:
         layer.num_parameters = weight.shape[0]
 
 
-def _tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
+def named_tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Parameters, then buffers, each once."""
     yield from module.named_parameters()
     yield from module.named_buffers()
 
 
-def _aliases(module: nn.Module) -> dict[str, list[str]]:
+def aliases_of(module: nn.Module) -> dict[str, list[str]]:
     """Every name of every tensor, under the name tracing uses (the first one): shared weights have several."""
-    first = {id(t): n for n, t in _tensors(module)}
+    first = {id(t): n for n, t in named_tensors(module)}
     names: dict[str, list[str]] = {}
     for name, tensor in [*module.named_parameters(remove_duplicate=False), *module.named_buffers(remove_duplicate=False)]:
         names.setdefault(first[id(tensor)], []).append(name)
@@ -203,5 +204,5 @@ def _removed(graph: ChannelGraph, plan: Plan) -> dict[tuple[str, int], NDArray[n
 def _copied(model: nn.Module) -> nn.Module:
     try:
         return copy.deepcopy(model)
-    except Exception as error:  # noqa: BLE001  a user's module may raise anything while it is copied
+    except Exception as error:  # a user's module may raise anything while it is copied
         raise SlimError(f"the network cannot be copied ({type(error).__name__}: {error}); it must survive copy.deepcopy.") from error

@@ -7,7 +7,7 @@ can be traced. The same run records the operations with their sizes for the cost
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, MutableMapping
+from collections.abc import Iterator, MutableMapping
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, is_dataclass
 from typing import Any
@@ -130,7 +130,7 @@ class _Tracer(TorchDispatchMode):
     """Runs every operation as it is, then asks its rule what happened to the labels."""
 
     def __init__(self, model: nn.Module) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.book = Labels()
         self.tensors: dict[str, Tensor] = {}
         for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
@@ -144,6 +144,7 @@ class _Tracer(TorchDispatchMode):
         self.sizes: list[tuple[tuple[int, ...], Tensor, int]] = []
         self.varying: list[tuple[int, Tensor] | None] = []
         self.ops: list[Op] = []
+        self.calls = 0
         self.inputs: list[int] = []
         self.outputs: list[int] = []
 
@@ -190,6 +191,7 @@ class _Tracer(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:
         """Run the operation, carry the labels across, record it."""
         kwargs = kwargs or {}
+        self.calls += 1
         labels = tree_map(lambda a: self._look(a).labels if isinstance(a, Tensor) else a, args)
         out = func(*args, **kwargs)
         name = func.__name__.split(".")[0]
@@ -214,7 +216,7 @@ class _Tracer(TorchDispatchMode):
             return
         kind = KINDS.get(call.name, "other")
         weight, details = self._weight_details(call, kind) if kind in ("conv", "linear", "norm") else (None, {})
-        self.ops.append(Op(kind, call.name, weight, inputs, numbers[0], fused=self._fuses_into(kind, inputs), **details))
+        self.ops.append(Op(kind, call.name, weight, inputs, numbers[0], self.calls - 1, fused=self._fuses_into(kind, inputs), **details))
 
     def _weight_details(self, call: Call, kind: str) -> tuple[str | None, dict[str, Any]]:
         tensor = call.args[{"conv": 1, "linear": len(call.args) - 1, "norm": 1}[kind]]
@@ -326,10 +328,11 @@ def _groups(rows: _Rows, keys: list[tuple[str, int]], producers: NDArray[np.int6
         ordered = sorted(columns, key=lambda a: (rank[a], a))
         by_channel = np.argsort(columns[ordered[0]][:, 0], kind="stable")
         members = tuple(Member(*keys[a], columns[a][by_channel]) for a in ordered)
+        producing = sum(rank[a] < len(keys) for a in ordered)
         name = members[0].parameter.rpartition(".")[0] or members[0].parameter
         taken[name] = taken.get(name, 0) + 1
         name = name if taken[name] == 1 else f"{name}#{taken[name]}"
-        groups.append((ChannelGroup(name, n, members), rows.channel[starts[mine]][by_channel]))
+        groups.append((ChannelGroup(name, n, members, producing), rows.channel[starts[mine]][by_channel]))
     return sorted(groups, key=lambda g: rank[keys.index((g[0].members[0].parameter, g[0].members[0].axis))])
 
 
@@ -348,7 +351,7 @@ def _taps(
     groups: list[tuple[ChannelGroup, NDArray[np.int64]]],
 ) -> dict[str, tuple[Tap, ...]]:
     """Where a group's channels can be looked at: every tensor that a conv, linear or pooling reads and that holds all of them."""
-    made_by = {op.output: i for i, op in enumerate(tracer.ops)}
+    made_by = {op.output: op.call for op in tracer.ops}
     found: dict[str, dict[int, Tap]] = {g.name: {} for g, _ in groups}
     for op in tracer.ops:
         if op.kind not in ("conv", "linear", "pool") or not op.inputs:

@@ -1,0 +1,1 @@
+"""Getting the accuracy back: BN recalibration, fine-tuning, distillation."""

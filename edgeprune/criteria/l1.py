@@ -1,0 +1,26 @@
+"""L1 norm of the weights that produce a channel.
+
+Formula: s_c = mean over the convs and linears that produce channel c of sum |W[c]|. Cost: one pass over the weights, no data.
+Source: Li, Kadav, Durdanovic, Samet, Graf, "Pruning Filters for Efficient ConvNets", ICLR 2017. We differ in: channels that a
+residual connection ties are scored together, by the mean over all layers that write to them.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from edgeprune.criteria.probe import Probe
+from edgeprune.graph import ChannelGraph
+from edgeprune.plan import Scores
+
+NEEDS = ("weights",)
+PAPER = "Li et al., Pruning Filters for Efficient ConvNets, ICLR 2017"
+
+
+def score(graph: ChannelGraph, probe: Probe) -> Scores:
+    """Mean absolute weight mass of each channel's filters, float64, higher = keep. Shapes: (channels,) per group."""
+    values = {}
+    for group in graph.groups:
+        norms = [part.double().abs().sum(dim=1) for part in probe.slices(group)]
+        values[group.name] = torch.stack(norms).mean(dim=0).cpu().numpy()
+    return Scores("l1", values)

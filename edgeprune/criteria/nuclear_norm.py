@@ -1,0 +1,68 @@
+"""Nuclear norm (energy) of each channel's feature maps, no labels needed.
+
+Formula: s_c = mean over images of the sum of the singular values of the (h, w) map of channel c, taken where the next conv, linear
+or pooling reads it; a channel read in several places has the mean of their energies, each divided by its layer's mean.
+Cost: O(images * channels * h * w * min(h, w)) after one forward pass.
+Source: Yeom, Shim, Hwang, "Toward Compact Deep Neural Networks via Energy-Aware Pruning", arXiv 2103.10858 (2021).
+We differ in: the paper's text says nuclear norm of feature maps; that the matrix is each image's own (h, w) map, averaged over
+images, is our reconstruction, after its predecessor HRank. Vectors (h = w = 1) reduce to mean |a|.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from edgeprune.criteria.probe import Probe
+from edgeprune.errors import DataError
+from edgeprune.graph import ChannelGraph, ChannelGroup
+from edgeprune.plan import Scores
+
+NEEDS = ("maps",)
+PAPER = "Yeom et al., Toward Compact Deep Neural Networks via Energy-Aware Pruning, arXiv 2103.10858 (reconstructed from its abstract)"
+CHUNK_BYTES = 64 << 20
+
+
+def score(graph: ChannelGraph, probe: Probe) -> Scores:
+    """Energy of each channel, dimensionless, float64, higher = keep. Shapes: maps (n, c, h, w) -> (c,).
+
+    Raises DataError for maps with NaN or Inf.
+    """
+    sums: dict[str, dict[int, NDArray[np.float64]]] = {g.name: {} for g in graph.groups}
+
+    def observe(group: ChannelGroup, tap: int, maps: Tensor) -> None:
+        if not bool(torch.isfinite(maps).all()):
+            raise DataError(f"the feature maps of {group.name} hold NaN or Inf: check the preprocessing (mean, std) and the weights.")
+        energy = nuclear_norms(maps).sum(dim=0).cpu().numpy()
+        sums[group.name][tap] = sums[group.name].get(tap, 0.0) + energy
+
+    images = probe.observe_maps(observe)
+    values = {}
+    for group in graph.groups:
+        taps = [total / images for total in sums[group.name].values()]
+        if len(taps) > 1:
+            taps = [t / t.mean() if t.mean() > 0 else t for t in taps]
+        values[group.name] = np.mean(taps, axis=0) if taps else np.ones(group.channels)
+    return Scores("nuclear_norm", values, {"images": images})
+
+
+def nuclear_norms(maps: Tensor) -> Tensor:
+    """Sum of singular values of every map, float64: (n, c, h, w) -> (n, c).
+
+    By the eigenvalues of the Gram matrix of the shorter side, in float64 because squaring loses half of the digits; in chunks
+    that bound memory.
+    """
+    n, c, h, w = maps.shape
+    flat = maps.reshape(n * c, h, w)
+    if h > w:
+        flat = flat.transpose(1, 2)
+    if flat.shape[1] == 1:
+        return torch.linalg.vector_norm(flat.double(), dim=2).reshape(n, c)
+    step = max(1, CHUNK_BYTES // (8 * h * w))
+    parts = []
+    for chunk in flat.split(step):
+        x = chunk.double()
+        parts.append(torch.linalg.eigvalsh(x @ x.transpose(1, 2)).clamp(min=0).sqrt().sum(dim=1))
+    return torch.cat(parts).reshape(n, c)
