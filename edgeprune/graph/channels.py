@@ -47,6 +47,14 @@ class ChannelGroup:
         return (*(w for w in range(step, self.channels, step) if w >= minimum), self.channels)
 
 
+class Tap(NamedTuple):
+    """Where a group's channels can be looked at: the output of op `op`, positions `indices` (channels, k) along `axis`."""
+
+    op: int
+    axis: int
+    indices: NDArray[np.int64]
+
+
 @dataclass(frozen=True)
 class Activation:
     """Size of one tensor of the traced run: elements = fixed + sum over groups of per_channel[g] * kept channels of g."""
@@ -83,7 +91,8 @@ class Op:
 class ChannelGraph:
     """The traced network. `frozen` maps a parameter axis ("fc.weight[0]") to the reason why its channels stay.
 
-    `shapes` holds the dense shape of every parameter and buffer; `output_activations` index the network's outputs.
+    `shapes` holds the dense shape of every parameter and buffer; `output_activations` index the network's outputs;
+    `taps[group.name]` says where its feature maps appear in a run.
     """
 
     groups: tuple[ChannelGroup, ...]
@@ -92,6 +101,7 @@ class ChannelGraph:
     activations: tuple[Activation, ...]
     shapes: Mapping[str, tuple[int, ...]]
     trainable: frozenset[str]  # the names in `shapes` that are parameters, not buffers
+    taps: Mapping[str, tuple[Tap, ...]]
     input_activations: tuple[int, ...]
     output_activations: tuple[int, ...]
 

@@ -1,0 +1,439 @@
+"""What each operation does to channel labels: one function per kind of operation, found by the operation's name.
+
+A rule gets the call with labels in place of tensors and returns the labels of what comes out. Data movement runs the same
+operation on the labels; arithmetic ties the labels that meet; conv and linear tie what they read and emit their own output axis.
+An operation without a rule freezes what goes in: its channels stay, with the reason.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from edgeprune.graph.labels import NEUTRAL, Labels, compact, varies
+
+FIXED_SIZE = "the network's code cuts or pads its channels at fixed positions"
+
+
+@dataclass(frozen=True)
+class Weight:
+    """A parameter with several long axes: `axes[d]` labels its dimension d as it stands (after transposes)."""
+
+    axes: tuple[Tensor, ...]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The dense shape."""
+        return tuple(len(a) for a in self.axes)
+
+
+Labelled = Tensor | Weight
+
+
+@dataclass(frozen=True)
+class Call:
+    """One operation: `labels` mirrors `args` with labels instead of tensors; `out` is what it returned."""
+
+    name: str
+    func: Callable[..., Any]
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    labels: tuple[Any, ...]
+    out: Any
+    book: Labels
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of the (first) output."""
+        first = self.out[0] if isinstance(self.out, (tuple, list)) else self.out
+        return tuple(first.shape)
+
+    def argument(self, position: int, name: str, default: Any = None) -> Any:
+        """An argument given by position or by name."""
+        if name in self.kwargs:
+            return self.kwargs[name]
+        return self.args[position] if len(self.args) > position else default
+
+
+Rule = Callable[[Call], Any]
+RULES: dict[str, Rule] = {}
+
+
+def rule(*names: str) -> Callable[[Rule], Rule]:
+    """Register a rule under operation names (in-place variants share them)."""
+
+    def add(function: Rule) -> Rule:
+        RULES.update(dict.fromkeys(names, function))
+        return function
+
+    return add
+
+
+def axis_labels(labels: Labelled, dim: int) -> Tensor:
+    """The labels along one axis of a parameter, (n,)."""
+    if isinstance(labels, Weight):
+        return labels.axes[dim]
+    for d in range(labels.ndim - 1, -1, -1):
+        if d != dim:
+            labels = labels.select(d, 0)
+    return labels
+
+
+def along(labels: Tensor, dim: int, book: Labels) -> Tensor:
+    """The labels along `dim`, (n,), after everything at the same position of `dim` is tied together."""
+    moved = labels.movedim(dim, -1)
+    first = moved[(0,) * (moved.ndim - 1)]
+    if any(varies(moved, d) for d in range(moved.ndim - 1)):
+        book.tie(moved, first.expand(moved.shape))
+    return first
+
+
+def meet(channels: Tensor, parameter: Tensor, book: Labels) -> None:
+    """A parameter's axis reads or scales these channels. Where the channels have no labels the parameter's must stay."""
+    book.tie(channels, parameter)
+    unlabelled = (channels == NEUTRAL) & (parameter != NEUTRAL)
+    if bool(unlabelled.any()):
+        book.freeze(torch.broadcast_to(parameter, unlabelled.shape)[unlabelled], "reads a tensor of fixed size")
+
+
+def give_up(call: Call, reason: str) -> Any:
+    """Freeze every channel that goes in; what comes out has a fixed size."""
+    for item in _flat(call.labels):
+        for labels in item.axes if isinstance(item, Weight) else (item,):
+            call.book.freeze(labels, reason)
+    if isinstance(call.out, Tensor):
+        return call.book.frozen(tuple(call.out.shape), reason)
+    return tuple(call.book.frozen(tuple(o.shape), reason) if isinstance(o, Tensor) else None for o in call.out or ())
+
+
+def _flat(items: Any) -> list[Labelled]:
+    if isinstance(items, (Tensor, Weight)):
+        return [items]
+    if isinstance(items, (tuple, list)):
+        return [leaf for item in items for leaf in _flat(item)]
+    return []
+
+
+def _resized(labels: Tensor, shape: tuple[int, ...]) -> Tensor | None:
+    """The labels for an output that differs only along dimensions without labels of their own, else None."""
+    if labels.ndim != len(shape):
+        return None
+    for d, size in enumerate(shape):
+        if labels.shape[d] != size:
+            if varies(labels, d):
+                return None
+            labels = labels.narrow(d, 0, 1).expand(*(size if i == d else n for i, n in enumerate(labels.shape)))
+    return labels
+
+
+@rule("convolution", "_convolution", "mkldnn_convolution", "cudnn_convolution")
+def convolution(call: Call) -> Any:
+    """Ties what it reads to the weight's input axis (depthwise and grouped: to the right rows) and emits the output axis."""
+    x, weight, bias = call.labels[:3]
+    transposed, groups = call.args[6], call.args[8]
+    channels = along(x, x.ndim - len(call.args[1].shape) + 1, call.book)
+    axis_out, axis_in = (1, 0) if transposed else (0, 1)
+    out, read = axis_labels(weight, axis_out), axis_labels(weight, axis_in)
+    if groups == 1:
+        meet(channels, read, call.book)
+    elif groups == len(channels) and (not transposed or len(out) == 1):
+        producing = read if transposed else out
+        meet(channels[:, None], producing.view(groups, -1), call.book)
+        out = producing
+    elif transposed:
+        return give_up(call, "grouped transposed convolution")
+    else:
+        meet(channels.view(groups, -1), read, call.book)
+        rows = out.view(groups, -1)
+        call.book.tie(rows, rows[:1])
+    if isinstance(bias, Tensor):
+        call.book.tie(out, bias.reshape(-1))
+    dim = len(call.shape) - len(call.args[1].shape) + 1
+    return out.view(-1, *[1] * (len(call.shape) - dim - 1)).expand(call.shape)
+
+
+@rule("addmm", "mm")
+def linear(call: Call) -> Any:
+    """Ties the last axis it reads to the weight and emits the weight's other axis."""
+    bias, x, weight = call.labels if call.name == "addmm" else (None, *call.labels)
+    if isinstance(x, Weight) or not (isinstance(weight, Weight) or 1 in call.args[-1].shape):
+        return give_up(call, "matrix product of two activations")
+    read, out = axis_labels(weight, 0), axis_labels(weight, 1)
+    meet(along(x, 1, call.book), read, call.book)
+    if isinstance(bias, Tensor):
+        call.book.tie(out, bias.reshape(-1))
+    return out.expand(call.shape)
+
+
+@rule("native_batch_norm", "_native_batch_norm_legit", "_native_batch_norm_legit_no_training", "cudnn_batch_norm", "batch_norm")
+def batch_norm(call: Call) -> Any:
+    """Ties scale, shift and statistics to the channels."""
+    x = call.labels[0]
+    channels = along(x, 1, call.book) if any(varies(x, d) for d in range(x.ndim) if d != 1) else x.movedim(1, -1)[(0,) * (x.ndim - 1)]
+    for parameter in call.labels[1:5]:
+        if isinstance(parameter, Tensor):
+            meet(channels, parameter.reshape(-1), call.book)
+    return x, *(call.book.frozen(tuple(o.shape), "statistics") for o in call.out[1:])
+
+
+@rule("native_layer_norm", "native_group_norm", "_fused_rms_norm", "rms_norm")
+def mixing_norm(call: Call) -> Any:
+    """Statistics over channels change when one goes."""
+    return give_up(call, "layer, group or RMS norm computes its statistics over the channels")
+
+
+POINTWISE = (
+    "relu relu6 hardtanh hardswish hardsigmoid sigmoid silu gelu elu celu selu leaky_relu _prelu_kernel rrelu mish softplus tanh "
+    "log_sigmoid_forward threshold softshrink hardshrink abs neg exp log log1p expm1 sqrt rsqrt square reciprocal sin cos erf pow "
+    "sign floor ceil round clamp clamp_min clamp_max add sub rsub mul div addcmul addcdiv lerp maximum minimum fmod remainder where "
+    "masked_fill copy eq ne lt gt le ge logical_and logical_not logical_or isnan nan_to_num native_dropout bernoulli atan2 "
+    "__and__ bitwise_and fill zero"
+).split()
+
+
+@rule(*POINTWISE)
+def pointwise(call: Call) -> Any:
+    """Ties the labels that meet. An operand broadcast over the channels ties nothing, unless it has channels of its own."""
+    shape = call.shape
+    operands = [_as_tensor(item, call.labels, call.book) for item in _flat(call.labels)]
+    operands = [o for o in operands if o.ndim]
+    full = []
+    for i, labels in enumerate(operands):
+        pad = len(shape) - labels.ndim
+        others = [o for j, o in enumerate(operands) if j != i]
+        missed = [
+            d
+            for d in range(len(shape))
+            if (d < pad or labels.shape[d - pad] < shape[d]) and any(_varies_at(o, d - len(shape)) for o in others)
+        ]
+        if not missed:
+            full.append(labels.expand(shape))
+        elif any(varies(labels, d) for d in range(labels.ndim)):
+            return give_up(call, "product of two different channel axes")
+        else:
+            call.book.freeze(labels, "broadcast over channels")
+    if not full:
+        return torch.zeros((), dtype=torch.long).expand(shape)
+    result = full[0]
+    for other in full[1:]:
+        call.book.tie(result, other)
+        if bool((core_view(result) == NEUTRAL).any()):
+            result = torch.where(result == NEUTRAL, other, result)
+    return (result, result) if isinstance(call.out, tuple) else result
+
+
+def core_view(labels: Tensor) -> Tensor:
+    """One position of every stride-0 dimension: enough to look at the labels that occur."""
+    for d in range(labels.ndim):
+        if not varies(labels, d) and labels.shape[d] > 1:
+            labels = labels.narrow(d, 0, 1)
+    return labels
+
+
+def _varies_at(labels: Tensor, dim: int) -> bool:
+    return -dim <= labels.ndim and varies(labels, dim % labels.ndim)
+
+
+def _as_tensor(item: Labelled, operands: Any, book: Labels) -> Tensor:
+    """A parameter with several long axes meets channels along the one axis where the other operand has labels."""
+    if isinstance(item, Tensor):
+        return item
+    others = [o for o in _flat(operands) if isinstance(o, Tensor)]
+    ndim = len(item.axes)
+    dims = [d for d in range(ndim) if any(_varies_at(o, d - ndim) for o in others)]
+    for d, labels in enumerate(item.axes):
+        if dims != [d]:
+            book.freeze(labels, "parameter used in arithmetic")
+    if len(dims) != 1:
+        return book.frozen(item.shape, "parameter used in arithmetic")
+    return item.axes[dims[0]].view(*(-1 if d == dims[0] else 1 for d in range(ndim))).expand(item.shape)
+
+
+@rule("clone", "detach", "alias", "_to_copy", "lift_fresh", "zeros_like", "ones_like", "empty_like", "full_like", "rand_like", "randn_like")
+def same(call: Call) -> Any:
+    """The same labels."""
+    return call.labels[0]
+
+
+@rule("new_zeros", "new_empty", "new_full", "new_ones", "new_empty_strided")
+def constant(call: Call) -> Any:
+    """Sizes given as numbers; the tensor it was called on is not read."""
+    return call.book.frozen(call.shape, "constant made in the forward pass")
+
+
+@rule("permute", "transpose", "t", "unsqueeze", "squeeze", "expand", "flip", "repeat", "pixel_shuffle", "pixel_unshuffle")
+def move(call: Call) -> Any:
+    """Positions move as the data does."""
+    labels = call.labels[0]
+    if isinstance(labels, Weight):
+        if call.name not in ("t", "transpose", "permute"):
+            return give_up(call, "parameter reshaped")
+        order = call.func(torch.empty(*range(2, 2 + len(labels.axes)), device="meta"), *call.args[1:]).shape
+        return Weight(tuple(labels.axes[n - 2] for n in order))
+    return call.func(labels, *call.args[1:], **call.kwargs)
+
+
+@rule("view", "_unsafe_view", "reshape", "_reshape_alias", "flatten", "unflatten")
+def reshape(call: Call) -> Any:
+    """Merging axes keeps labels; where one labelled axis is split in two, the parts must stay equal, so they are tied."""
+    labels = call.labels[0]
+    if isinstance(labels, Weight):
+        return give_up(call, "parameter reshaped")
+    shape = call.shape
+    if not any(varies(labels, d) for d in range(labels.ndim)):
+        return (labels[(0,) * labels.ndim] if labels.numel() else torch.zeros((), dtype=torch.long)).expand(shape)
+    out = compact(labels.reshape(shape))
+    for inside, outside in _factors(tuple(labels.shape), shape):
+        if not any(varies(labels, d) for d in inside):
+            continue
+        if len(outside) == 2 and len(inside) == 1:
+            call.book.tie(out, out.narrow(outside[0], 0, 1))
+        elif len(outside) > 1:
+            return give_up(call, "an axis with channels is split in a way that fixes its size")
+    return out
+
+
+def _factors(before: tuple[int, ...], after: tuple[int, ...]) -> list[tuple[list[int], list[int]]]:
+    """Pairs of dimension lists with equal products, dimensions of size 1 left out."""
+    pairs = []
+    i = j = 0
+    while i < len(before) and j < len(after):
+        inside, outside, a, b = [i], [j], before[i], after[j]
+        i, j = i + 1, j + 1
+        while a != b:
+            if a < b and i < len(before):
+                inside, a, i = [*inside, i], a * before[i], i + 1
+            elif b < a and j < len(after):
+                outside, b, j = [*outside, j], b * after[j], j + 1
+            else:
+                break
+        pairs.append(([d for d in inside if before[d] > 1], [d for d in outside if after[d] > 1]))
+    return pairs
+
+
+@rule("cat", "concat")
+def cat(call: Call) -> Any:
+    """Along the channels: one after the other. Along another axis: the channels meet."""
+    shape = call.shape
+    dim = call.argument(1, "dim", 0) % len(shape)
+    parts = [p for p, t in zip(call.labels[0], call.args[0], strict=True) if t.numel() or t.ndim > 1]
+    if any(isinstance(p, Weight) for p in parts):
+        return give_up(call, "parameters concatenated")
+    if any(varies(p, d) for p in parts for d in range(p.ndim) if d != dim) and not any(varies(p, dim) for p in parts):
+        for part in parts[1:]:
+            call.book.tie(parts[0].narrow(dim, 0, 1), part.narrow(dim, 0, 1))
+        return parts[0].narrow(dim, 0, 1).expand(shape)
+    for d in range(len(shape)):
+        if d != dim and all(not varies(p, d) for p in parts):
+            parts = [p.narrow(d, 0, 1) for p in parts]
+    return torch.cat(parts, dim).expand(shape)
+
+
+@rule("stack")
+def stack(call: Call) -> Any:
+    """All parts must have the same channels."""
+    parts = call.labels[0]
+    if any(isinstance(p, Weight) for p in parts):
+        return give_up(call, "parameters stacked")
+    for part in parts[1:]:
+        call.book.tie(parts[0], part)
+    return parts[0].unsqueeze(call.argument(1, "dim", 0)).expand(call.shape)
+
+
+@rule("split", "split_with_sizes", "unbind", "chunk")
+def split(call: Call) -> Any:
+    """Equal parts of the channels stay equal (tied position by position); unequal parts are fixed numbers in the code."""
+    labels = call.labels[0]
+    if isinstance(labels, Weight):
+        return give_up(call, "parameter split")
+    dim = call.argument(1 if call.name == "unbind" else 2, "dim", 0) % labels.ndim
+    if varies(labels, dim) and (call.name == "unbind" or len({tuple(o.shape) for o in call.out}) > 1):
+        return give_up(call, FIXED_SIZE)
+    parts = call.func(labels, *call.args[1:], **call.kwargs)
+    if varies(labels, dim):
+        for part in parts[1:]:
+            call.book.tie(parts[0], part)
+    return parts
+
+
+@rule("slice", "select", "roll", "narrow", "index_select", "unfold")
+def cut(call: Call) -> Any:
+    """Along axes without channels anything goes; a cut through the channels is a fixed number in the code."""
+    labels = call.labels[0]
+    if isinstance(labels, Weight):
+        return give_up(call, "parameter sliced")
+    dims = call.argument(2, "dims", ()) if call.name == "roll" else [call.argument(1, "dim", 0)]
+    if tuple(labels.shape) == call.shape and call.name in ("slice", "narrow"):
+        return labels
+    if any(varies(labels, d % labels.ndim) for d in dims) or not dims:
+        return give_up(call, FIXED_SIZE)
+    return call.func(labels, *call.args[1:], **call.kwargs)
+
+
+@rule("constant_pad_nd")
+def pad(call: Call) -> Any:
+    """Spatial padding keeps the labels; padding on the channel axis moves them, and the padded positions stay."""
+    labels, amounts = call.labels[0], call.args[1]
+    for i in range(0, len(amounts), 2):
+        dim, before, after = labels.ndim - 1 - i // 2, amounts[i], amounts[i + 1]
+        sizes = [n + before + after if d == dim else n for d, n in enumerate(labels.shape)]
+        if not varies(labels, dim):
+            labels = labels.narrow(dim, 0, 1).expand(sizes)
+        elif min(before, after) < 0:
+            return give_up(call, FIXED_SIZE)
+        elif before or after:
+            thin = core_view(labels)
+            fixed = [call.book.frozen((*thin.shape[:dim], n, *thin.shape[dim + 1 :]), FIXED_SIZE) for n in (before, after)]
+            labels = torch.cat([fixed[0], thin, fixed[1]], dim).expand(sizes)
+    return labels
+
+
+RESIZING = (
+    "max_pool2d_with_indices max_pool3d_with_indices max_pool1d max_pool2d avg_pool1d avg_pool2d avg_pool3d _adaptive_avg_pool2d "
+    "_adaptive_avg_pool3d adaptive_avg_pool1d adaptive_max_pool2d adaptive_max_pool3d upsample_nearest1d upsample_nearest2d upsample_nearest3d "
+    "_upsample_nearest_exact2d upsample_bilinear2d upsample_bicubic2d upsample_linear1d upsample_trilinear3d _upsample_bilinear2d_aa "
+    "reflection_pad1d reflection_pad2d replication_pad1d replication_pad2d mkldnn_max_pool2d _softmax _log_softmax cumsum"
+).split()
+
+
+@rule(*RESIZING)
+def resize(call: Call) -> Any:
+    """Pooling and interpolation work channel by channel."""
+    labels = call.labels[0]
+    if isinstance(labels, Weight):
+        return give_up(call, f"parameter in {call.name}")
+    if call.name in ("_softmax", "_log_softmax", "cumsum") and varies(labels, call.args[1] % labels.ndim):
+        return give_up(call, f"{call.name.strip('_')} over the channels")
+    resized = _resized(labels, call.shape)
+    if resized is None:
+        return give_up(call, f"{call.name} changes the number of channels")
+    return (resized, resized) if isinstance(call.out, tuple) else resized
+
+
+@rule("mean", "sum", "amax", "amin", "var", "std", "linalg_vector_norm", "logsumexp", "max", "min", "prod", "var_mean", "norm")
+def reduce(call: Call) -> Any:
+    """Reducing over space keeps the channels; reducing over channels mixes them."""
+    labels = call.labels[0]
+    dims = call.argument(2 if call.name in ("linalg_vector_norm", "norm") else 1, "dim")
+    if isinstance(labels, Weight) or dims is None or isinstance(dims, Tensor):
+        return give_up(call, f"{call.name} over everything")
+    dims = sorted({d % labels.ndim for d in ([dims] if isinstance(dims, int) else dims)}, reverse=True)
+    if not dims or any(varies(labels, d) for d in dims):
+        return give_up(call, f"{call.name} over the channels")
+    keeps = len(call.shape) == labels.ndim
+    for d in dims:
+        labels = labels.narrow(d, 0, 1) if keeps else labels.select(d, 0)
+    return (labels, labels) if isinstance(call.out, tuple) else labels
+
+
+@rule("channel_shuffle", "native_channel_shuffle")
+def shuffle(call: Call) -> Any:
+    """The groups that are interleaved stay equal."""
+    labels, groups = call.labels[0], call.args[1]
+    channels = along(labels, 1, call.book).view(groups, -1)
+    call.book.tie(channels, channels[:1])
+    return channels.t().reshape(-1).view(-1, *[1] * (len(call.shape) - 2)).expand(call.shape)

@@ -1,0 +1,207 @@
+"""A plan becomes a really smaller network, and the proof that it computes what the plan says.
+
+`slim` returns the user's own module with smaller tensors (same class, same code); `mask` returns the dense network with
+everything the removed channels own set to zero. Both must compute the same function: `prove` compares them in float64.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map
+
+from edgeprune.errors import SlimError
+from edgeprune.graph.channels import ChannelGraph
+from edgeprune.graph.trace import evaluating, single_sample, tensors_in
+from edgeprune.plan import Plan
+
+
+def slim(model: nn.Module, graph: ChannelGraph, plan: Plan) -> nn.Module:
+    """A new network without the channels the plan leaves out; `model` is untouched.
+
+    Same class and forward signature, same output shapes, trainable further. Raises SlimError when the plan does not belong to
+    this graph or the network cannot be copied.
+    """
+    gone = _removed(graph, plan)
+    small = _copied(model)
+    tensors = dict(_tensors(small))
+    resized = {}
+    for name in {name for name, _ in gone}:
+        tensor = tensors[name].detach()
+        for axis in range(tensor.ndim):
+            if (name, axis) in gone:
+                tensor = tensor.index_select(axis, torch.from_numpy(np.flatnonzero(~gone[name, axis])))
+        resized[name] = tensor.clone()
+    resize(small, resized)
+    return small
+
+
+def mask(model: nn.Module, graph: ChannelGraph, plan: Plan) -> nn.Module:
+    """The dense twin: a copy in which all weights of the channels that the plan leaves out are zero; `model` is untouched."""
+    zeroed = _copied(model)
+    tensors = dict(_tensors(zeroed))
+    with torch.no_grad():
+        for (name, axis), positions in _removed(graph, plan).items():
+            tensors[name].index_fill_(axis, torch.from_numpy(np.flatnonzero(positions)).to(tensors[name].device), 0)
+    return zeroed
+
+
+@dataclass(frozen=True)
+class Proof:
+    """How far slim and mask are apart, as a share of how far the output moves between two inputs."""
+
+    max_relative_error: float
+    samples: int
+    dtype: str
+
+
+def prove(model: nn.Module, graph: ChannelGraph, plan: Plan, small: nn.Module, example_inputs: Any) -> Proof:
+    """Compare `small` with the masked twin of `model` on the example inputs and on noise of the same scale.
+
+    Runs in float64 (tolerance 1e-9; float32 with 1e-4 where the network cannot). Raises SlimError above the tolerance, or when
+    the slim network does not run.
+    """
+    inputs = single_sample(example_inputs)
+    twin = mask(model, graph, plan)
+    try:
+        twin64, inputs64 = twin.double(), tree_map(_double, inputs)
+        with torch.no_grad(), evaluating(twin64):
+            twin64(*inputs64)
+    except RuntimeError:  # the network casts to a fixed type somewhere
+        return _compare(small, mask(model, graph, plan), inputs, 1e-4)
+    return _compare(copy.deepcopy(small).double(), twin64, inputs64, 1e-9)
+
+
+def _double(value: Any) -> Any:
+    return value.double() if isinstance(value, Tensor) and value.is_floating_point() else value
+
+
+def _compare(small: nn.Module, twin: nn.Module, inputs: tuple[Any, ...], tolerance: float) -> Proof:
+    noise = torch.Generator().manual_seed(0)
+
+    def other(value: Any) -> Any:
+        if not (isinstance(value, Tensor) and value.is_floating_point()):
+            return value
+        random = torch.randn(value.shape, generator=noise, dtype=value.dtype)
+        return random * value.std(correction=0).clamp(min=0.1) + value.mean()
+
+    samples = (inputs, tree_map(other, inputs))
+    error, moved = 0.0, 0.0
+    with torch.no_grad(), evaluating(small), evaluating(twin):
+        expected = [list(tensors_in(twin(*x))) for x in samples]
+        try:
+            got = [list(tensors_in(small(*x))) for x in samples]
+        except Exception as error:  # noqa: BLE001  the user's forward may raise anything
+            raise SlimError(
+                f"the slim network does not run ({type(error).__name__}: {str(error).splitlines()[0][:200]}): its code holds a number of "
+                "channels as a fixed number. Write that number as a tensor's size (x.shape[1]) and try again."
+            ) from error
+    for a, b in zip(expected[0], expected[1], strict=True):
+        if a.shape == b.shape and a.numel():
+            moved = max(moved, float((a - b).abs().max()))
+    for reference, result in zip(expected, got, strict=True):
+        for a, b in zip(reference, result, strict=True):
+            if a.shape != b.shape:
+                raise SlimError(f"the slim network returns {tuple(b.shape)} where the dense one returns {tuple(a.shape)}.")
+            error = max(error, float((a - b).abs().max()) if a.numel() else 0.0)
+    relative = error / moved if moved > 0 else (0.0 if error == 0 else float("inf"))
+    dtype = str(expected[0][0].dtype).removeprefix("torch.")
+    if not relative <= tolerance:
+        raise SlimError(
+            f"the slim network and its masked twin differ by {relative:.2e} of the output's range ({dtype}, tolerance {tolerance:.0e}): "
+            "the network uses channels in a way tracing did not see. Nothing was written; please report the network's layer types."
+        )
+    return Proof(relative, len(expected), dtype)
+
+
+def resize(module: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+    """Put tensors of other sizes into a module, in place, and bring the sizes its layers remember up to date."""
+    aliases = _aliases(module)
+    for name, tensor in tensors.items():
+        for alias in aliases[name]:
+            path, _, leaf = alias.rpartition(".")
+            owner = module.get_submodule(path)
+            old = getattr(owner, leaf)
+            if isinstance(old, nn.Parameter):
+                if alias == name:
+                    shared = nn.Parameter(tensor, requires_grad=old.requires_grad)
+                owner._parameters[leaf] = shared
+            else:
+                owner._buffers[leaf] = tensor
+    for layer in module.modules():
+        _remember_sizes(layer)
+
+
+def _remember_sizes(layer: nn.Module) -> None:
+    weight = getattr(layer, "weight", None)
+    if not isinstance(weight, Tensor):
+        return
+    if isinstance(layer, nn.modules.conv._ConvNd):
+        if 1 < layer.groups == layer.in_channels:
+            multiplier = layer.out_channels // layer.groups
+            layer.groups = weight.shape[0] // (1 if layer.transposed else multiplier)
+            layer.in_channels = layer.groups
+            layer.out_channels = layer.groups * multiplier
+        elif layer.transposed:
+            layer.in_channels, layer.out_channels = weight.shape[0], weight.shape[1] * layer.groups
+        else:
+            layer.out_channels, layer.in_channels = weight.shape[0], weight.shape[1] * layer.groups
+    elif isinstance(layer, nn.Linear):
+        layer.out_features, layer.in_features = weight.shape
+    elif isinstance(layer, nn.modules.batchnorm._NormBase):
+        layer.num_features = weight.shape[0]
+    elif isinstance(layer, nn.PReLU):
+        layer.num_parameters = weight.shape[0]
+
+
+def _tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    yield from module.named_parameters()
+    yield from module.named_buffers()
+
+
+def _aliases(module: nn.Module) -> dict[str, list[str]]:
+    """Every name of every tensor, under the name tracing uses (the first one): shared weights have several."""
+    first = {id(t): n for n, t in _tensors(module)}
+    names: dict[str, list[str]] = {}
+    for name, tensor in [*module.named_parameters(remove_duplicate=False), *module.named_buffers(remove_duplicate=False)]:
+        names.setdefault(first[id(tensor)], []).append(name)
+    return names
+
+
+def _removed(graph: ChannelGraph, plan: Plan) -> dict[tuple[str, int], NDArray[np.bool_]]:
+    """For every parameter axis that loses something: which positions go, (length of the axis,)."""
+    known = {g.name for g in graph.groups}
+    if unknown := sorted(set(plan.keep) - known):
+        raise SlimError(
+            f"the plan names groups that this network does not have: {', '.join(unknown[:5])}. Trace and plan the same network."
+        )
+    gone: dict[tuple[str, int], NDArray[np.bool_]] = {}
+    for group in graph.groups:
+        keep = np.asarray(plan.keep.get(group.name, range(group.channels)), dtype=np.int64)
+        if len(keep) == group.channels:
+            continue
+        if not len(keep) or keep.min() < 0 or keep.max() >= group.channels:
+            raise SlimError(
+                f"the plan keeps channels {keep[:5].tolist()} of {group.name}, which has {group.channels}; at least one must stay."
+            )
+        drop = np.ones(group.channels, dtype=bool)
+        drop[keep] = False
+        for member in group.members:
+            key = (member.parameter, member.axis)
+            positions = gone.setdefault(key, np.zeros(graph.shapes[member.parameter][member.axis], dtype=bool))
+            positions[member.indices[drop].reshape(-1)] = True
+    return gone
+
+
+def _copied(model: nn.Module) -> nn.Module:
+    try:
+        return copy.deepcopy(model)
+    except Exception as error:  # noqa: BLE001  a user's module may raise anything while it is copied
+        raise SlimError(f"the network cannot be copied ({type(error).__name__}: {error}); it must survive copy.deepcopy.") from error
