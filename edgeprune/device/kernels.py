@@ -1,0 +1,305 @@
+"""What an inference runtime executes for a traced network, and how large each kernel is under any plan. No torch here.
+
+A runtime does not run the traced operations one by one: batch norms are folded into convolutions, activations run inside the
+kernel before them, views cost nothing and unused results are never computed. `kernels` decides all that once per graph;
+`Kernels.at` then evaluates whole batches of plans with a few matrix products, because sizes are linear in the group widths (MACs
+and weights are products of such sizes) and allocators ask in loops.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from edgeprune.errors import UsageError
+from edgeprune.graph.channels import ChannelGraph, Op
+
+Floats = NDArray[np.float64]
+
+FLOAT_BYTES = 4
+# An ONNX file beyond its weights: header, opset and graph tables, and the node, names and attributes of each kernel.
+FILE_BYTES, KERNEL_FILE_BYTES = 512, 256
+
+_ELEMENTWISE = frozenset({"activation", "add", "mul"})
+_NORM_TENSORS = ("weight", "bias", "running_mean", "running_var")
+
+
+@dataclass(frozen=True, eq=False)
+class KernelsAt:
+    """The kernels under a batch of plans; every array is float64 (plans, kernels). Elements are counts, batch 1."""
+
+    names: tuple[str, ...]
+    kinds: tuple[str, ...]
+    macs: Floats
+    input_elements: Floats
+    output_elements: Floats
+    weight_elements: Floats
+
+
+@dataclass(frozen=True, eq=False)
+class _Sizes:
+    """Sizes that are linear in the widths: fixed + widths @ slope, for many quantities at once."""
+
+    fixed: Floats  # (quantities,)
+    slope: Floats  # (groups, quantities)
+
+    def at(self, widths: Floats) -> Floats:
+        return self.fixed + widths @ self.slope
+
+
+@dataclass(frozen=True, eq=False)
+class Kernels:
+    """The kernels a runtime executes for `graph`, in order.
+
+    kinds: conv1x1, conv3x3 (stride 1), conv_other, depthwise, grouped, linear, elementwise, pool, cat, resize, norm or other.
+    `widths` in every method is (plans, groups) or (groups,): the channels each group keeps, in the order of graph.groups; results
+    have one entry per plan.
+    """
+
+    graph: ChannelGraph
+    names: tuple[str, ...]
+    kinds: tuple[str, ...]
+    operations: tuple[tuple[int, ...], ...]  # per kernel: the numbers of the ops it computes, the main one first
+    reads: tuple[tuple[int, ...], ...]  # per kernel: activations that come from outside
+    writes: tuple[int, ...]  # per kernel: the activation it leaves
+
+    def at(self, widths: NDArray[Any]) -> KernelsAt:
+        """MACs and elements of every kernel under every plan."""
+        w = self._checked(widths)
+        elements = self._activations.at(w)
+        sizes = _product(self._weights, w)
+        bias = self._biases.at(w)
+        return KernelsAt(
+            names=self.names,
+            kinds=self.kinds,
+            macs=sizes * self._positions,
+            input_elements=elements @ self._reading,
+            output_elements=elements[:, list(self.writes)],
+            weight_elements=sizes * self._has_weight + bias,
+        )
+
+    def macs(self, widths: NDArray[Any]) -> Floats:
+        """Multiply-accumulates of conv and linear, (plans,)."""
+        total: Floats = _product(self._weights, self._checked(widths)) @ self._positions
+        return total
+
+    def params(self, widths: NDArray[Any]) -> Floats:
+        """Trainable parameters as the user's framework counts them (before folding), (plans,)."""
+        total: Floats = _product(self._parameters, self._checked(widths)).sum(axis=1)
+        return total
+
+    def size_bytes(self, widths: NDArray[Any]) -> Floats:
+        """The float32 artifact: weights after folding, each shared weight once, and a little for the container, (plans,)."""
+        return self._weight_bytes(self._checked(widths)) + FILE_BYTES + KERNEL_FILE_BYTES * len(self.names)
+
+    def peak_memory_bytes(self, widths: NDArray[Any]) -> Floats:
+        """Weights and the largest set of activations alive at once, float32, (plans,).
+
+        Elementwise kernels overwrite an input that nobody reads later, as runtimes do. Scratch buffers of the runtime (im2col,
+        packed weights) and the runtime itself are not in it.
+        """
+        w = self._checked(widths)
+        arena = (self._activations.at(w) @ self._alive).max(axis=1, initial=0.0)
+        peak: Floats = self._weight_bytes(w) + FLOAT_BYTES * arena
+        return peak
+
+    def _checked(self, widths: NDArray[Any]) -> Floats:
+        w = np.atleast_2d(np.asarray(widths, dtype=np.float64))
+        if w.ndim != 2 or w.shape[1] != len(self.graph.groups):
+            raise UsageError(f"widths must have the shape (plans, {len(self.graph.groups)} groups), got {np.shape(widths)}.")
+        return w
+
+    def _weight_bytes(self, w: Floats) -> Floats:
+        sizes = _product(self._weights, w) * self._has_weight + self._biases.at(w)
+        total: Floats = FLOAT_BYTES * (sizes @ self._first_use)
+        return total
+
+    @cached_property
+    def _main(self) -> tuple[Op, ...]:
+        return tuple(self.graph.ops[numbers[0]] for numbers in self.operations)
+
+    @cached_property
+    def _positions(self) -> Floats:
+        return np.array([op.positions if op.kind in ("conv", "linear") else 0.0 for op in self._main], dtype=np.float64)
+
+    @cached_property
+    def _has_weight(self) -> Floats:
+        return np.array([op.kind in ("conv", "linear") and op.weight is not None for op in self._main], dtype=np.float64)
+
+    @cached_property
+    def _first_use(self) -> Floats:
+        weights = [op.weight for op in self._main]
+        return np.array([name is None or weights.index(name) == n for n, name in enumerate(weights)], dtype=np.float64)
+
+    @cached_property
+    def _weights(self) -> tuple[_Sizes, ...]:
+        return _axes(self.graph, [op.weight if op.kind in ("conv", "linear") else None for op in self._main])
+
+    @cached_property
+    def _parameters(self) -> tuple[_Sizes, ...]:
+        return _axes(self.graph, sorted(self.graph.trainable))
+
+    @cached_property
+    def _biases(self) -> _Sizes:
+        """The vectors beside the weights: a conv's bias (its own or the folded norm's), all four of a norm that stands alone."""
+        lengths = [self._vectors(numbers) for numbers in self.operations]
+        per_kernel = [_axes(self.graph, names)[0] if names else None for names in lengths]
+        fixed = np.array([s.fixed.sum() if s else 0.0 for s in per_kernel])
+        none = np.zeros(len(self.graph.groups))
+        slope = np.stack([s.slope.sum(axis=1) if s else none for s in per_kernel], axis=1) if per_kernel else np.zeros((len(none), 0))
+        return _Sizes(fixed, slope)
+
+    def _vectors(self, numbers: tuple[int, ...]) -> list[str]:
+        op = self.graph.ops[numbers[0]]
+        if op.weight is None:
+            return []
+        prefix = op.weight.removesuffix("weight")
+        if op.kind == "norm":
+            return [name for suffix in _NORM_TENSORS if (name := prefix + suffix) in self.graph.shapes]
+        norms = [fused.weight for n in numbers[1:] if (fused := self.graph.ops[n]).kind == "norm" and fused.weight]
+        own = [prefix + "bias"] if prefix + "bias" in self.graph.shapes else []
+        return (own or norms)[:1]
+
+    @cached_property
+    def _activations(self) -> _Sizes:
+        activations = self.graph.activations
+        slope = np.zeros((len(self.graph.groups), len(activations)))
+        for number, activation in enumerate(activations):
+            for group, elements in activation.per_channel:
+                slope[group, number] += elements
+        return _Sizes(np.array([a.fixed for a in activations], dtype=np.float64), slope)
+
+    @cached_property
+    def _reading(self) -> Floats:
+        reading = np.zeros((len(self.graph.activations), len(self.names)))
+        for kernel, numbers in enumerate(self.reads):
+            np.add.at(reading[:, kernel], list(numbers), 1.0)
+        return reading
+
+    @cached_property
+    def _alive(self) -> Floats:
+        """(activations, kernels): 1 where the buffer that an activation owns is in use while the kernel runs."""
+        last = len(self.names)
+        owner = _buffers(self)
+        born, dies = dict.fromkeys(self.graph.input_activations, 0), dict.fromkeys(self.graph.output_activations, last)
+        for kernel, (reads, write) in enumerate(zip(self.reads, self.writes, strict=True)):
+            born.setdefault(write, kernel)
+            for number in (*reads, write):
+                dies[number] = max(dies.get(number, 0), kernel)
+        alive = np.zeros((len(self.graph.activations), last))
+        for number, start in born.items():
+            alive[owner.get(number, number), start : dies.get(number, start) + 1] = 1.0
+        return alive
+
+
+def kernels(graph: ChannelGraph) -> Kernels:
+    """The kernels a runtime executes for the graph: norms folded, activations fused, views and unused results gone."""
+    source = _view_sources(graph)
+    members: dict[int, list[int]] = {}
+    for number, op in enumerate(graph.ops):
+        if op.output not in source or op.fused >= 0:
+            members.setdefault(_root(graph.ops, number), []).append(number)
+    needed = {source.get(a, a) for a in graph.output_activations}
+    order: list[int] = []
+    reads: dict[int, tuple[int, ...]] = {}
+    for main in sorted(members, key=lambda number: members[number][-1], reverse=True):
+        inside = {graph.ops[n].output for n in members[main]}
+        if inside & needed:
+            inputs = [source.get(a, a) for n in members[main] for a in graph.ops[n].inputs]
+            reads[main] = tuple(a for a in inputs if a not in inside)
+            needed.update(reads[main])
+            order.insert(0, main)
+    return Kernels(
+        graph=graph,
+        names=tuple(graph.ops[n].name for n in order),
+        kinds=tuple(_kind(graph, graph.ops[n]) for n in order),
+        operations=tuple((n, *(other for other in members[n] if other != n)) for n in order),
+        reads=tuple(reads[n] for n in order),
+        writes=tuple(graph.ops[members[n][-1]].output for n in order),
+    )
+
+
+def _kind(graph: ChannelGraph, op: Op) -> str:
+    if op.kind == "conv" and op.weight is not None:
+        if op.groups > 1:
+            return "depthwise" if graph.shapes[op.weight][1] == 1 else "grouped"
+        if all(k == 1 for k in op.kernel):
+            return "conv1x1"
+        return "conv3x3" if op.kernel == (3, 3) and all(s == 1 for s in op.stride) else "conv_other"
+    if op.kind in _ELEMENTWISE:
+        return "elementwise"
+    return op.kind if op.kind in ("linear", "pool", "cat", "resize", "norm") else "other"
+
+
+def _view_sources(graph: ChannelGraph) -> dict[int, int]:
+    """Activation -> the activation whose memory it shows. A move that keeps every element is a view; slices and pads copy."""
+    source: dict[int, int] = {}
+    for op in graph.ops:
+        if op.kind == "move" and len(op.inputs) == 1 and op.fused < 0 and _dense(graph, op.inputs[0]) == _dense(graph, op.output):
+            source[op.output] = source.get(op.inputs[0], op.inputs[0])
+    return source
+
+
+def _dense(graph: ChannelGraph, number: int) -> int:
+    return int(np.prod(graph.activations[number].shape))
+
+
+def _root(ops: Sequence[Op], number: int) -> int:
+    while ops[number].fused >= 0:
+        number = ops[number].fused
+    return number
+
+
+def _buffers(made: Kernels) -> dict[int, int]:
+    """Activation -> the one whose buffer it overwrites, for elementwise kernels whose input dies there."""
+    last_read = {a: kernel for kernel, reads in enumerate(made.reads) for a in reads}
+    pinned = {*made.graph.output_activations, *made.graph.input_activations}
+    owner: dict[int, int] = {}
+    for kernel, (kind, reads, write) in enumerate(zip(made.kinds, made.reads, made.writes, strict=True)):
+        if kind in ("elementwise", "norm"):
+            free = (a for a in reads if a not in pinned and last_read[a] == kernel and _same_size(made.graph, a, write))
+            if (reused := next(free, None)) is not None:
+                owner[write] = owner.get(reused, reused)
+    return owner
+
+
+def _same_size(graph: ChannelGraph, one: int, other: int) -> bool:
+    a, b = graph.activations[one], graph.activations[other]
+    return a.fixed == b.fixed and sorted(a.per_channel) == sorted(b.per_channel)
+
+
+def _axes(graph: ChannelGraph, names: Iterable[str | None]) -> tuple[_Sizes, ...]:
+    """Axis lengths of the named parameters (None: a scalar), one _Sizes per axis number."""
+    wanted = list(names)
+    shapes = [graph.shapes[name] if name else () for name in wanted]
+    columns: dict[str, list[int]] = {}
+    for column, name in enumerate(wanted):
+        columns.setdefault(name or "", []).append(column)
+    rank = max((len(shape) for shape in shapes), default=0)
+    fixed = [np.array([s[axis] if axis < len(s) else 1.0 for s in shapes], dtype=np.float64) for axis in range(rank)]
+    slope = [np.zeros((len(graph.groups), len(wanted))) for _ in range(rank)]
+    for group, parameter, axis, channels, span in _spans(graph):
+        for column in columns.get(parameter, ()):
+            slope[axis][group, column] += span
+            fixed[axis][column] -= channels * span
+    return tuple(_Sizes(f, s) for f, s in zip(fixed, slope, strict=True))
+
+
+def _spans(graph: ChannelGraph) -> Iterator[tuple[int, str, int, int, int]]:
+    for number, group in enumerate(graph.groups):
+        for member in group.members:
+            yield number, member.parameter, member.axis, *member.indices.shape
+
+
+def _product(axes: tuple[_Sizes, ...], widths: Floats) -> Floats:
+    """Elements of each parameter: the product of its axes, (plans, parameters)."""
+    result = np.ones((len(widths), len(axes[0].fixed) if axes else 0))
+    for axis in axes:
+        # Kernel axes never change: skip the matrix product for them.
+        result *= axis.at(widths) if axis.slope.any() else axis.fixed
+    return result
