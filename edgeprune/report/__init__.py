@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 NOT_GIVEN = "not given"
 LABELS = {"macs": "MACs", "params": "parameters", "size": "artifact size"}
+MINUS = "\N{MINUS SIGN}"
 BYTES = ("B", "kB", "MB", "GB", "TB")
 COUNTS = ("", "k", "M", "G", "T")
 SCALED_UNITS = ("ms", "s", "mJ", "mW", "Hz", "°C")  # units people read without a k or M in front
@@ -70,7 +71,7 @@ def headline(result: Mapping[str, Any]) -> str:
     asked = " and ".join(f"{label(b['name'])} of at most {quantity(b['asked'], b['unit'])}" for b in budgets)
     reached = " and ".join(_reached(b, result) for b in budgets)
     first = f"Asked for {asked}; reached {reached}." if budgets else "No budget was asked for."
-    accuracy = next((f for f in result.get("figures") or [] if f["name"] == "accuracy"), {})
+    accuracy: Mapping[str, Any] = next((f for f in result.get("figures") or [] if f["name"] == "accuracy"), {})
     before, after = ((accuracy.get(side) or {}).get("value") for side in ("before", "after"))
     if before is None and after is None:
         return f"{first} Accuracy is not given."
@@ -97,9 +98,9 @@ def change(before: object, after: object, unit: str | None = "") -> str:
     if not (isinstance(before, int | float) and isinstance(after, int | float)) or (not before and unit != "%"):
         return ""
     if unit == "%":
-        return f"{after - before:+.2f} points".replace("-", "−")
+        return f"{after - before:+.2f} points".replace("-", MINUS)
     percent = 100 * (after - before) / before
-    return f"{percent:+.{0 if abs(percent) >= 10 else 1}f}%".replace("-", "−")
+    return f"{percent:+.{0 if abs(percent) >= 10 else 1}f}%".replace("-", MINUS)
 
 
 def label(name: str) -> str:
@@ -138,11 +139,13 @@ def _environment() -> jinja2.Environment:
         keep_trailing_newline=True,
     )
     words = {"quantity": quantity, "change": change, "label": label, "basis": basis, "duration": duration}
-    environment.filters |= words | {"code": _markdown_code, "text": _markdown_text, "small": _small, "headword": _headword}
+    environment.filters |= words | {"code": _markdown_code, "text": _markdown_text, "small": _small, "headword": _headword, "glue": _glue}
     return environment
 
 
 def _reached(budget: Mapping[str, Any], result: Mapping[str, Any]) -> str:
+    if budget["reached"] is None:
+        return "a figure that is not given"
     missed = ", which misses the budget" if budget.get("met") is False else ""
     return f"{quantity(budget['reached'], budget['unit'])} ({basis(budget, result)}){missed}"
 
@@ -163,6 +166,11 @@ def _small(value: object) -> str:
 
 def _headword(text: str) -> str:
     return text[:1].upper() + text[1:]
+
+
+def _glue(text: str) -> str:
+    """The same text in which a line never breaks between a number and its unit."""
+    return re.sub(r"(?<=\d) (?=[A-Za-z°])", "\N{NO-BREAK SPACE}", text)
 
 
 def _finite(value: Any) -> Any:

@@ -13,7 +13,7 @@
       if (lines[last] && lines[last].length + word.length >= width) lines.push(word);
       else lines[last] = lines[last] ? `${lines[last]} ${word}` : word;
     }
-    return lines.map((line) => wrap(line, 40)).join("<br>");
+    return lines.map((line) => wrap(line, width + 3)).join("<br>");
   };
   const shorten = (text, width) => {
     const letters = Array.from(String(text));
@@ -45,56 +45,68 @@
     Plotly.react(box, traces, whole, { displayModeBar: false, responsive: true, doubleClick: "reset" });
   };
 
-  const steps = (color, narrow) => ({
-    traces: [{
-      x: facts.steps.map((_, i) => i), y: facts.steps.map((s) => percent(s.accuracy)), mode: "lines+markers+text", cliponaxis: false,
-      line: { color: color("accent"), width: 2 }, marker: { size: 9, color: color("accent") },
-      text: facts.steps.map((s) => (known(s.accuracy) ? `${percent(s.accuracy).toFixed(2)}%` : "")), textposition: "top center",
-      textfont: { color: color("text"), size: 13 }, hoverinfo: "text",
-      hovertext: facts.steps.map((s) => `${wrap(s.step, 40)}<br>${known(s.accuracy) ? percent(s.accuracy).toFixed(2) : "?"}%` + (known(s.images) ? ` of ${s.images.toLocaleString("en")} images` : "")),
-    }],
-    layout: {
-      margin: { l: 8, r: 28, t: 28, b: 8 },
-      xaxis: { tickvals: facts.steps.map((_, i) => i), ticktext: facts.steps.map((s) => words(s.step, narrow ? 11 : 20)), range: [-0.35, facts.steps.length - 0.65], showgrid: false, tickangle: 0 },
-      yaxis: { ticksuffix: "%", nticks: 5, ...spread(facts.steps.map((s) => percent(s.accuracy))) },
-    },
-  });
+  const steps = (color, narrow) => {
+    const all = facts.steps, x = all.map((_, i) => i), y = all.map((s) => percent(s.accuracy));
+    const figure = (i) => (known(y[i]) ? `${y[i].toFixed(2)}%` : "not given");
+    const images = (s) => (known(s.images) ? ` of ${s.images.toLocaleString("en")} images` : "");
+    // Where the line leaves the point free: below a valley, left of a climb, right of a descent.
+    const side = (i) => {
+      const falls = y[i] < y[i - 1], climbs = y[i + 1] > y[i];
+      if (falls) return y[i + 1] < y[i] ? "top right" : "bottom center";
+      return climbs && i > 0 ? "top left" : "top center";
+    };
+    return {
+      traces: [{
+        x, y, mode: "lines+markers+text", cliponaxis: false, line: { color: color("accent"), width: 2 }, marker: { size: 9, color: color("accent") },
+        text: x.map((i) => (known(y[i]) ? figure(i) : "")), textposition: x.map(side),
+        textfont: { color: color("text"), size: 13 }, hoverinfo: "text", hovertext: all.map((s, i) => `${wrap(s.step, 40)}<br>${figure(i)}${images(s)}`),
+      }],
+      layout: {
+        margin: narrow ? { l: 4, r: 4, t: 16, b: 8 } : { l: 8, r: 28, t: 16, b: 8 },
+        xaxis: { tickvals: x, ticktext: all.map((s) => words(s.step, narrow ? 11 : 22)), range: [-0.5, all.length - 0.5], showgrid: false, tickangle: 0, tickfont: { color: color("muted"), size: narrow ? 10 : 12 } },
+        yaxis: { ticksuffix: "%", nticks: 5, showticklabels: !narrow, ...spread(y) },
+      },
+    };
+  };
 
-  // Room above for the labels, and never a scale so fine that noise looks like a cliff.
+  // Room for the labels, and never a scale so fine that noise looks like a cliff.
   const spread = (values) => {
     const numbers = values.filter(known);
     if (!numbers.length) return {};
-    const low = Math.min(...numbers), high = Math.max(...numbers), room = Math.max(0.12 * (high - low), 1);
-    return { range: [Math.max(low - room, -2), high + 1.4 * room] };
+    const low = Math.min(...numbers), high = Math.max(...numbers), room = Math.max(0.18 * (high - low), 1);
+    return { range: [low - room, high + room] };
   };
 
   const groups = (color, narrow) => {
     const all = facts.groups, named = all.length <= NAMED_ROWS, place = all.map((_, i) => i);
+    const mouse = matchMedia("(pointer: fine)").matches; // dragging zooms with a mouse; on a touch screen it goes on scrolling the page
     const dense = all.map((g) => g.channels), kept = all.map((g) => g.kept);
-    const along = (values) => (named ? { x: values, y: place, orientation: "h" } : { x: place, y: values });
     const label = (g) => `${wrap(g.name, 36)}<br>${g.kept} of ${g.channels} channels` + (g.channels ? ` (${Math.round((100 * g.kept) / g.channels)}%)` : "");
     const names = { tickvals: place, ticktext: all.map((g) => shorten(g.name, narrow ? 16 : 34)), range: [all.length - 0.4, -0.6], showgrid: false };
     const numbers = { range: [0, Math.max(...dense) * (named ? (narrow ? 1.34 : 1.12) : 1.04)], rangemode: "tozero", nticks: narrow ? 4 : 8 };
     return {
-      traces: [
-        { type: "bar", ...along(dense), hoverinfo: "skip",
-          marker: named ? { color: "rgba(0,0,0,0)", line: { color: color("ghost"), width: 1.5 } } : { color: color("ghost"), opacity: 0.55 },
-          ...(named && { text: all.map((g) => (g.kept === g.channels ? `all ${g.channels}` : `${g.kept} of ${g.channels}`)), textposition: "outside", textfont: { color: color("muted"), size: 11 }, cliponaxis: false }) },
-        { type: "bar", ...along(kept), marker: { color: color("accent") }, hoverinfo: "text", hovertext: all.map(label), textposition: "none" },
-      ],
+      traces: named
+        ? [
+            { type: "bar", x: dense, y: place, orientation: "h", hoverinfo: "skip", marker: { color: "rgba(0,0,0,0)", line: { color: color("ghost"), width: 1.5 } },
+              text: all.map((g) => (g.kept === g.channels ? ` all ${g.channels}` : ` ${g.kept} of ${g.channels}`)), textposition: "outside", textfont: { color: color("muted"), size: 11 }, cliponaxis: false },
+            { type: "bar", x: kept, y: place, orientation: "h", hoverinfo: "text", hovertext: all.map(label), textposition: "none", marker: { color: color("accent") } },
+          ]
+        : [
+            // Hundreds of bars a pixel wide shimmer; one stepped outline does not.
+            { x: place, y: dense, mode: "lines", line: { shape: "hvh", color: color("ghost"), width: 1 }, fill: "tozeroy", fillcolor: color("sunken"), hoverinfo: "skip" },
+            { x: place, y: kept, mode: "lines", line: { shape: "hvh", color: color("accent"), width: 1 }, fill: "tozeroy", fillcolor: color("accent"), hoverinfo: "text", hovertext: all.map(label) },
+          ],
       layout: named
         ? { barmode: "overlay", bargap: 0.35, height: 24 * all.length + 56, hovermode: "y", xaxis: numbers, yaxis: names }
-        : { barmode: "overlay", bargap: 0, height: 340, hovermode: "x",
-            // Dragging zooms with a mouse; on a touch screen it has to go on scrolling the page.
-            dragmode: matchMedia("(pointer: fine)").matches ? "zoom" : false,
-            xaxis: { title: { text: "groups in network order", standoff: 8 }, showgrid: false, showticklabels: false, range: [-0.5, all.length - 0.5], fixedrange: !matchMedia("(pointer: fine)").matches },
+        : { height: 340, hovermode: "x", dragmode: mouse ? "zoom" : false,
+            xaxis: { title: { text: `groups in network order${mouse ? " (drag to zoom, double-click to go back)" : ""}`, standoff: 8 }, showgrid: false, showticklabels: false, range: [-0.5, all.length - 0.5], fixedrange: !mouse },
             yaxis: { ...numbers, title: { text: "channels" } } },
     };
   };
 
   const line = (x, y, color, name, extra) => ({ x, y, name, mode: "lines+markers", line: { color, width: 2 }, marker: { size: x.length > 40 ? 3 : 6, color }, ...extra });
   const epochs = () => facts.curve.map((e) => e.epoch);
-  const epochAxis = { title: { text: "epoch", standoff: 8 }, showgrid: false, ...(facts.curve.length < 12 && { dtick: 1 }) };
+  const epochAxis = { title: { text: "epoch", standoff: 8 }, showgrid: false, dtick: Math.ceil(facts.curve.length / 8) };
   const loss = (color) => ({
     traces: [
       line(epochs(), facts.curve.map((e) => e.train_loss), color("accent"), "training"),
