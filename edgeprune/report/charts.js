@@ -38,7 +38,7 @@
       font: { family: getComputedStyle(document.body).fontFamily, size: 12, color: color("muted") },
       paper_bgcolor: "rgba(0,0,0,0)", plot_bgcolor: "rgba(0,0,0,0)", showlegend: false, dragmode: false, height: 280,
       margin: { l: 8, r: 12, t: 12, b: 8 },
-      hoverlabel: { bgcolor: color("surface"), bordercolor: color("line"), font: { color: color("text"), size: 13 }, align: "left" },
+      hoverlabel: { bgcolor: color("surface"), bordercolor: color("line"), font: { family: getComputedStyle(document.body).fontFamily, color: color("text"), size: 13 }, align: "left" },
       ...layout,
       xaxis: { ...axis, ...layout.xaxis }, yaxis: { ...axis, ...layout.yaxis },
     };

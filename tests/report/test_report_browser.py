@@ -71,7 +71,13 @@ class Browser:
         self.call("Emulation.setEmulatedMedia", features=[{"name": "prefers-color-scheme", "value": theme}])
         self.call("Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1, mobile=width < 600)
         self.call("Page.navigate", url=page.as_uri())
-        while not self.value("document.readyState === 'complete' && !!window.Plotly"):
+        self.wait_for("document.readyState === 'complete' && !!window.Plotly")
+
+    def wait_for(self, expression: str, seconds: float = 20) -> None:
+        """Returns once the expression is true; fails when it never becomes so."""
+        end = time.monotonic() + seconds
+        while not self.value(expression):
+            assert time.monotonic() < end, f"never true in the browser: {expression}"
             time.sleep(0.05)
 
     def value(self, expression: str) -> Any:
@@ -124,7 +130,10 @@ def test_chart_labels_show_names_as_they_are(tmp_path: Path, browser: Browser) -
     browser.show(html, 1280, 900, "light")
     shown = browser.value("[...document.querySelectorAll('#chart-groups .ytick text')].map((t) => t.textContent)")
     assert [text.strip() for text in shown] == names
-    assert browser.value("document.querySelectorAll('#chart-groups .ytick a, #chart-groups .ytick [style*=bold]').length") == 0
+    for number, name in enumerate(names):
+        browser.value(f"Plotly.Fx.hover('chart-groups', [{{curveNumber: 1, pointNumber: {number}}}])")
+        browser.wait_for(f"document.querySelector('#chart-groups .hovertext tspan')?.textContent === {json.dumps(name)}")
+    assert browser.value("document.querySelectorAll('.chart a, .chart [style*=bold]').length") == 0
 
 
 @pytest.mark.slow
@@ -133,6 +142,6 @@ def test_charts_follow_a_change_of_theme(tmp_path: Path, browser: Browser) -> No
     browser.show(html, 1280, 900, "light")
     bar = "getComputedStyle(document.querySelectorAll('#chart-groups .trace.bars')[1].querySelector('path')).fill"
     light = browser.value(bar)
+    assert light.startswith("rgb")
     browser.call("Emulation.setEmulatedMedia", features=[{"name": "prefers-color-scheme", "value": "dark"}])
-    browser.value("new Promise((done) => requestAnimationFrame(() => setTimeout(done, 50)))")
-    assert light and browser.value(bar) not in (None, light)
+    browser.wait_for(f"{bar} !== {json.dumps(light)}")
