@@ -61,7 +61,7 @@ def write(result: dict[str, Any], folder: Path) -> tuple[Path, Path]:
         for draft in drafts:
             if draft.parent.is_dir():
                 draft.unlink(missing_ok=True)
-        raise UsageError(f"the report cannot be written to {folder}: {error.strerror or error}. Choose a folder you may write to.") from error
+        raise UsageError(f"the report cannot be written to {folder}: {error.strerror or error}. Choose one you may write to.") from error
     return targets[0], targets[1]
 
 
