@@ -1,0 +1,149 @@
+"use strict";
+(() => {
+  const facts = JSON.parse(document.getElementById("facts").textContent);
+  const NAMED_ROWS = 48; // above this, names no longer fit beside the bars and live in the hover label
+
+  // Plotly reads <b>, <a href> and entities in every label: names from the model are shown as they are.
+  const plain = (text) => String(text).replace(/&/g, "&amp;").replace(/</g, "&lt;").replace(/>/g, "&gt;");
+  const wrap = (text, width) => (String(text).match(new RegExp(`[^]{1,${width}}`, "gu")) || []).map(plain).join("<br>");
+  const words = (text, width) => {
+    const lines = [""];
+    for (const word of String(text).split(/\s+/)) {
+      const last = lines.length - 1;
+      if (lines[last] && lines[last].length + word.length >= width) lines.push(word);
+      else lines[last] = lines[last] ? `${lines[last]} ${word}` : word;
+    }
+    return lines.map((line) => wrap(line, width + 3)).join("<br>");
+  };
+  const shorten = (text, width) => {
+    const letters = Array.from(String(text));
+    const half = Math.floor((width - 1) / 2);
+    return plain(letters.length <= width ? text : [...letters.slice(0, half), "…", ...letters.slice(-half)].join(""));
+  };
+  const known = (value) => typeof value === "number";
+  const percent = (share) => (known(share) ? 100 * share : null);
+
+  const paint = () => {
+    const style = getComputedStyle(document.documentElement);
+    return (name) => style.getPropertyValue(`--${name}`).trim();
+  };
+
+  const draw = (id, make) => {
+    const box = document.getElementById(id);
+    if (!box) return;
+    const color = paint();
+    const { traces, layout } = make(color, box.clientWidth < 520);
+    const axis = { automargin: true, gridcolor: color("line"), linecolor: color("line"), zeroline: false, fixedrange: true, tickfont: { color: color("muted") } };
+    const whole = {
+      font: { family: getComputedStyle(document.body).fontFamily, size: 12, color: color("muted") },
+      paper_bgcolor: "rgba(0,0,0,0)", plot_bgcolor: "rgba(0,0,0,0)", showlegend: false, dragmode: false, height: 280,
+      margin: { l: 8, r: 12, t: 12, b: 8 },
+      hoverlabel: { bgcolor: color("surface"), bordercolor: color("line"), font: { family: getComputedStyle(document.body).fontFamily, color: color("text"), size: 13 }, align: "left" },
+      ...layout,
+      xaxis: { ...axis, ...layout.xaxis }, yaxis: { ...axis, ...layout.yaxis },
+    };
+    Plotly.react(box, traces, whole, { displayModeBar: false, responsive: true, doubleClick: "reset" });
+  };
+
+  const steps = (color, narrow) => {
+    const all = facts.steps, x = all.map((_, i) => i), y = all.map((s) => percent(s.accuracy));
+    const figure = (i) => (known(y[i]) ? `${y[i].toFixed(2)}%` : "not given");
+    const images = (s) => (known(s.images) ? ` of ${s.images.toLocaleString("en")} images` : "");
+    // Where the line leaves the point free: below a valley, left of a climb, right of a descent.
+    const side = (i) => {
+      const falls = y[i] < y[i - 1], climbs = y[i + 1] > y[i];
+      if (falls) return y[i + 1] < y[i] ? "top right" : "bottom center";
+      return climbs && i > 0 ? "top left" : "top center";
+    };
+    return {
+      traces: [{
+        x, y, mode: "lines+markers+text", cliponaxis: false, line: { color: color("accent"), width: 2 }, marker: { size: 9, color: color("accent") },
+        text: x.map((i) => (known(y[i]) ? figure(i) : "")), textposition: x.map(side),
+        textfont: { color: color("text"), size: 13 }, hoverinfo: "text", hovertext: all.map((s, i) => `${wrap(s.step, 40)}<br>${figure(i)}${images(s)}`),
+      }],
+      layout: {
+        margin: narrow ? { l: 4, r: 4, t: 16, b: 8 } : { l: 8, r: 28, t: 16, b: 8 },
+        xaxis: { tickvals: x, ticktext: all.map((s) => words(s.step, narrow ? 11 : 22)), range: [-0.5, all.length - 0.5], showgrid: false, tickangle: 0, tickfont: { color: color("muted"), size: narrow ? 10 : 12 } },
+        yaxis: { ticksuffix: "%", nticks: 5, showticklabels: !narrow, ...spread(y) },
+      },
+    };
+  };
+
+  // Room for the labels, and never a scale so fine that noise looks like a cliff.
+  const spread = (values) => {
+    const numbers = values.filter(known);
+    if (!numbers.length) return {};
+    const low = Math.min(...numbers), high = Math.max(...numbers), room = Math.max(0.18 * (high - low), 1);
+    return { range: [low - room, high + room] };
+  };
+
+  const groups = (color, narrow) => {
+    const all = facts.groups, named = all.length <= NAMED_ROWS, place = all.map((_, i) => i);
+    const mouse = matchMedia("(pointer: fine)").matches; // dragging zooms with a mouse; on a touch screen it goes on scrolling the page
+    const dense = all.map((g) => g.channels), kept = all.map((g) => g.kept);
+    const label = (g) => `${wrap(g.name, 36)}<br>${g.kept} of ${g.channels} channels` + (g.channels ? ` (${Math.round((100 * g.kept) / g.channels)}%)` : "");
+    const names = { tickvals: place, ticktext: all.map((g) => shorten(g.name, narrow ? 16 : 34)), range: [all.length - 0.4, -0.6], showgrid: false };
+    const numbers = { range: [0, Math.max(...dense) * (named ? (narrow ? 1.34 : 1.12) : 1.04)], rangemode: "tozero", nticks: narrow ? 4 : 8 };
+    return {
+      traces: named
+        ? [
+            { type: "bar", x: dense, y: place, orientation: "h", hoverinfo: "skip", marker: { color: "rgba(0,0,0,0)", line: { color: color("ghost"), width: 1.5 } },
+              text: all.map((g) => (g.kept === g.channels ? ` all ${g.channels}` : ` ${g.kept} of ${g.channels}`)), textposition: "outside", textfont: { color: color("muted"), size: 11 }, cliponaxis: false },
+            { type: "bar", x: kept, y: place, orientation: "h", hoverinfo: "text", hovertext: all.map(label), textposition: "none", marker: { color: color("accent") } },
+          ]
+        : [
+            // Hundreds of bars a pixel wide shimmer; one stepped outline does not.
+            { x: place, y: dense, mode: "lines", line: { shape: "hvh", color: color("ghost"), width: 1 }, fill: "tozeroy", fillcolor: color("sunken"), hoverinfo: "skip" },
+            { x: place, y: kept, mode: "lines", line: { shape: "hvh", color: color("accent"), width: 1 }, fill: "tozeroy", fillcolor: color("accent"), hoverinfo: "text", hovertext: all.map(label) },
+          ],
+      layout: named
+        ? { barmode: "overlay", bargap: 0.35, height: 24 * all.length + 56, hovermode: "y", xaxis: numbers, yaxis: names }
+        : { height: 340, hovermode: "x", dragmode: mouse ? "zoom" : false,
+            xaxis: { title: { text: `groups in network order${mouse ? " (drag to zoom, double-click to go back)" : ""}`, standoff: 8 }, showgrid: false, showticklabels: false, range: [-0.5, all.length - 0.5], fixedrange: !mouse },
+            yaxis: { ...numbers, title: { text: "channels" } } },
+    };
+  };
+
+  const line = (x, y, color, name, extra) => ({ x, y, name, mode: "lines+markers", line: { color, width: 2 }, marker: { size: x.length > 40 ? 3 : 6, color }, ...extra });
+  const epochs = () => facts.curve.map((e) => e.epoch);
+  const epochAxis = { title: { text: "epoch", standoff: 8 }, showgrid: false, dtick: Math.ceil(facts.curve.length / 8) };
+  const loss = (color) => ({
+    traces: [
+      line(epochs(), facts.curve.map((e) => e.train_loss), color("accent"), "training"),
+      line(epochs(), facts.curve.map((e) => e.val_loss), color("second"), "validation"),
+    ],
+    layout: { hovermode: "x unified", xaxis: epochAxis, yaxis: { hoverformat: ".4f", nticks: 6 } },
+  });
+  const val = (color) => ({
+    traces: [line(epochs(), facts.curve.map((e) => percent(e.val_accuracy)), color("accent"), "accuracy", { hovertemplate: "epoch %{x}: %{y:.2f}%<extra></extra>" })],
+    layout: { xaxis: epochAxis, yaxis: { ticksuffix: "%", nticks: 6 } },
+  });
+
+  const rounds = (color) => {
+    const all = facts.rounds, x = all.map((r) => r.round);
+    const arm = (side) => all.map((r) => (known(r.measured_ms) && known(r[side]) ? Math.abs(r[side] - r.measured_ms) : 0));
+    const dash = { type: "line", xref: "paper", x0: 0, x1: 1, y0: facts.asked_ms, y1: facts.asked_ms, line: { color: color("muted"), width: 1.5, dash: "dot" } };
+    return {
+      traces: [
+        line(x, all.map((r) => r.predicted_ms), color("second"), "predicted", { line: { color: color("second"), width: 2, dash: "dash" }, hovertemplate: "%{y:.1f} ms" }),
+        line(x, all.map((r) => r.measured_ms), color("accent"), "measured", { hovertemplate: "%{y:.1f} ms", error_y: { type: "data", symmetric: false, array: arm("high_ms"), arrayminus: arm("low_ms"), color: color("accent"), thickness: 1.5, width: 5 } }),
+      ],
+      layout: {
+        hovermode: "x unified", shapes: known(facts.asked_ms) ? [dash] : [],
+        xaxis: { title: { text: "round", standoff: 8 }, dtick: 1, showgrid: false, range: [Math.min(...x) - 0.4, Math.max(...x) + 0.4] },
+        yaxis: { ticksuffix: " ms", nticks: 6 },
+      },
+    };
+  };
+
+  const all = () => {
+    draw("chart-steps", steps);
+    draw("chart-groups", groups);
+    draw("chart-loss", loss);
+    draw("chart-val", val);
+    draw("chart-rounds", rounds);
+  };
+  all();
+  matchMedia("(prefers-color-scheme: dark)").addEventListener("change", all);
+  matchMedia("(max-width: 600px)").addEventListener("change", all);
+})();
