@@ -1,0 +1,104 @@
+"""Widths that keep the most importance under one or several costs, by integer programming.
+
+Every group takes one of its allowed widths; its value is the logarithm of the share of importance it keeps, weighted by the
+group's channels, so that no group is starved. A cost that depends on two widths at once (a conv reads one group and writes
+another) is linearised around the current choice, exactly for every change of a single group, and solved again until the choice
+repeats; then the true costs are repaired, filled and improved by exchanging steps between pairs of groups.
+Cost: a few integer programs of (groups * widths) variables with HiGHS. Source: the latency knapsack of Shen et al. (HALP),
+NeurIPS 2022; we differ in: values are logarithmic, both widths of a conv count, any budgeted figure is a constraint.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from scipy.optimize import Bounds, LinearConstraint, milp
+from scipy.sparse import block_diag, csr_array
+
+from edgeprune.allocate.search import Floats, Search, Widths
+from edgeprune.criteria.probe import Probe
+from edgeprune.device.cost import CostModel
+from edgeprune.graph import ChannelGraph
+from edgeprune.plan import Budget, Plan, Scores
+
+NEEDS = ()
+PAPER = "after Shen et al., Structural Pruning via Latency-Saliency Knapsack, NeurIPS 2022"
+ROUNDS = 12
+SOLVER_SECONDS = 2.0
+
+
+def allocate(
+    graph: ChannelGraph,
+    scores: Scores,
+    budget: Budget,
+    cost: CostModel | None,
+    probe: Probe | None,
+    *,
+    round_to: int = 8,
+    min_keep: float = 0.1,
+    normalise: str = "sum",
+    concave: bool = True,
+) -> Plan:
+    """The most valuable widths found that fit. Raises BudgetError with the floor."""
+    search = Search(graph, scores, budget, cost, round_to=round_to, min_keep=min_keep, normalise=normalise, concave=concave)
+    search.check()
+    values = search.values
+    start = search.fill(search.shrink(search.top, lambda saved: saved))
+    best = start
+    levels, seen = start, {tuple(start.tolist())}
+    for _ in range(ROUNDS):
+        levels = _solve(search, values, levels)
+        fitting = search.fill(search.shrink(levels, lambda saved: saved))
+        best = max(best, fitting, key=lambda choice: _total(values, choice))
+        if tuple(levels.tolist()) in seen:
+            break
+        seen.add(tuple(levels.tolist()))
+    return search.plan(search.from_levels(_exchange(search, values, best)))
+
+
+def _total(values: tuple[Floats, ...], levels: Widths) -> float:
+    return float(sum(v[level] for v, level in zip(values, levels, strict=True)))
+
+
+def _solve(search: Search, values: tuple[Floats, ...], levels: Widths) -> Widths:
+    """The best levels under costs linearised around `levels`."""
+    sizes = [len(v) for v in values]
+    choices = np.repeat(levels[None], sum(sizes), axis=0)
+    group = np.repeat(np.arange(len(sizes)), sizes)
+    choices[np.arange(len(group)), group] = np.concatenate([np.arange(n) for n in sizes])
+    use = search.use(search.from_levels(np.concatenate([levels[None], choices])))
+    change = (use[1:] - use[0]).T
+    one_each = csr_array(block_diag([np.ones((1, n)) for n in sizes]))
+    result = milp(
+        -np.concatenate(values),
+        integrality=np.ones(len(group)),
+        bounds=Bounds(0, 1),
+        constraints=[LinearConstraint(one_each, 1, 1), LinearConstraint(change, -np.inf, 1 - use[0])],
+        options={"time_limit": SOLVER_SECONDS, "mip_rel_gap": 1e-4},
+    )
+    if result.x is None:
+        return levels
+    starts = np.cumsum([0, *sizes[:-1]])
+    return np.array([int(np.argmax(result.x[s : s + n])) for s, n in zip(starts, sizes, strict=True)])
+
+
+def _exchange(search: Search, values: tuple[Floats, ...], levels: Widths) -> Widths:
+    """Narrow one group by a step and widen another while that raises the value and fits; then fill."""
+    while True:
+        down = np.flatnonzero(levels > 0)
+        up = np.flatnonzero(levels < search.top)
+        lost = np.array([values[g][levels[g]] - values[g][levels[g] - 1] for g in down])
+        won = np.array([values[g][levels[g] + 1] - values[g][levels[g]] for g in up])
+        gain = won[None, :] - lost[:, None] if len(down) and len(up) else np.zeros((0, 0))
+        pairs = np.argwhere(gain > 1e-9)
+        pairs = pairs[np.argsort(-gain[tuple(pairs.T)], kind="stable")]
+        for start in range(0, len(pairs), 256):
+            chunk = pairs[start : start + 256]
+            moved = np.repeat(levels[None], len(chunk), axis=0)
+            moved[np.arange(len(chunk)), down[chunk[:, 0]]] -= 1
+            moved[np.arange(len(chunk)), up[chunk[:, 1]]] += 1
+            fits = np.flatnonzero(search.fits(search.from_levels(moved)))
+            if len(fits):
+                levels = search.fill(moved[fits[0]])
+                break
+        else:
+            return levels

@@ -1,0 +1,197 @@
+"""What all allocators share: allowed widths, retained importance, what a choice of widths costs, and filling the budget.
+
+A choice is a vector of widths, one per group; its use is every figure as a share of its limit, so a choice fits when no use is
+above 1. Figures of many choices are computed at once, in closed form, without touching the network.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+from numpy.typing import NDArray
+
+from edgeprune.device.cost import CostModel
+from edgeprune.device.kernels import kernels
+from edgeprune.errors import BudgetError, UsageError
+from edgeprune.graph import ChannelGraph
+from edgeprune.plan import Budget, Plan, Scores
+
+Widths = NDArray[np.int64]
+Floats = NDArray[np.float64]
+UNITS = {"latency_ms": ("ms", 1.0), "energy_mj": ("mJ", 1.0), "macs": ("M MACs", 1e-6), "params": ("M parameters", 1e-6)}
+NORMALISERS: dict[str, Callable[[Floats], Floats]] = {
+    "none": lambda s: s,
+    "sum": lambda s: s / max(s.sum(), 1e-300),
+    "mean": lambda s: s / max(s.mean(), 1e-300),
+    "max": lambda s: s / max(s.max(), 1e-300),
+    "rank": lambda s: (np.argsort(np.argsort(s, kind="stable"), kind="stable") + 1) / len(s),
+}
+
+
+@dataclass(frozen=True, eq=False)
+class Search:
+    """One allocation problem.
+
+    round_to: widths are multiples of it. min_keep: smallest share of a group, at least one channel stays. concave: the value of a
+    group is channels * log(share of its importance kept) instead of the importance itself, so that no group is starved.
+    """
+
+    graph: ChannelGraph
+    scores: Scores
+    budget: Budget
+    cost: CostModel | None
+    round_to: int = 8
+    min_keep: float = 0.1
+    normalise: str = "sum"
+    concave: bool = False
+
+    def __post_init__(self) -> None:
+        if self.round_to < 1 or not 0 <= self.min_keep <= 1:
+            raise UsageError(f"round_to must be at least 1 and min_keep in [0, 1], got {self.round_to} and {self.min_keep}.")
+        if self.normalise not in NORMALISERS:
+            raise UsageError(f"normalise must be one of {', '.join(NORMALISERS)}, got {self.normalise!r}.")
+        wants = sorted({"latency_ms", "energy_mj"} & set(self.budget.limits()))
+        if wants and self.cost is None:
+            raise UsageError(f"a budget in {' and '.join(wants)} needs a device that it can be predicted for (cost=, --device).")
+
+    @cached_property
+    def allowed(self) -> tuple[Widths, ...]:
+        """The widths each group may take, ascending."""
+        return tuple(np.array(g.widths(self.round_to, int(np.ceil(self.min_keep * g.channels)))) for g in self.graph.groups)
+
+    @cached_property
+    def importance(self) -> tuple[Floats, ...]:
+        """The normalised scores of each group, best first, times the number of layers that write the group.
+
+        Channels that a residual stream ties are the channels of many layers at once: each layer counts (the chain sum of LeGR).
+        """
+        normal = NORMALISERS[self.normalise]
+        return tuple(g.producing * np.sort(normal(np.clip(self.scores.values[g.name], 0, None)))[::-1] for g in self.graph.groups)
+
+    @cached_property
+    def values(self) -> tuple[Floats, ...]:
+        """Per group, what each allowed width is worth."""
+        kept = [np.cumsum(s)[a - 1] for s, a in zip(self.importance, self.allowed, strict=True)]
+        if not self.concave:
+            return tuple(kept)
+        shares = [np.maximum(k / max(k[-1], 1e-300), 1e-6) for k in kept]
+        return tuple(g.producing * np.log(share) for g, share in zip(self.graph.groups, shares, strict=True))
+
+    @cached_property
+    def limits(self) -> dict[str, float]:
+        """Absolute limits by figure."""
+        return self.budget.absolute({"macs": float(self.graph.macs), "params": float(self.graph.params)})
+
+    def figures(self, widths: Widths) -> dict[str, Floats]:
+        """Every budgeted figure of every choice: widths (choices, groups) -> (choices,) each.
+
+        Latency is the upper end of the interval on a board that is not attached, the corrected prediction on one that is.
+        """
+        made = self._kernels
+        found: dict[str, Floats] = {}
+        for name in self.limits:
+            if name in ("macs", "params", "size_bytes", "peak_memory_bytes"):
+                found[name] = getattr(made, name)(widths)
+            elif self.cost is not None:
+                at = made.at(widths)
+                if name == "energy_mj":
+                    found[name] = self.cost.energy_mj(at)
+                else:
+                    found[name] = self.cost.total_ms(at) if self.cost.device.attached else self.cost.interval_ms(at)[1]
+        return found
+
+    def use(self, widths: Widths) -> Floats:
+        """Figures as shares of their limits, (choices, limits); a choice fits when none is above 1."""
+        figures = self.figures(np.atleast_2d(widths))
+        return np.stack([figures[name] / limit for name, limit in self.limits.items()], axis=1)
+
+    def fits(self, widths: Widths) -> NDArray[np.bool_]:
+        """Whether each choice meets every limit, (choices,)."""
+        return np.asarray((self.use(widths) <= 1).all(axis=1))
+
+    @property
+    def smallest(self) -> Widths:
+        """The smallest allowed widths. Raises BudgetError when even they do not fit."""
+        return self.from_levels(np.zeros(len(self.allowed), dtype=np.int64))
+
+    def from_levels(self, levels: Widths) -> Widths:
+        """Widths from positions in `allowed`: (…, groups) -> (…, groups)."""
+        return np.stack([a[levels[..., g]] for g, a in enumerate(self.allowed)], axis=-1)
+
+    @property
+    def top(self) -> Widths:
+        """The level of the dense width of each group."""
+        return np.array([len(a) - 1 for a in self.allowed])
+
+    def check(self) -> None:
+        """Raise BudgetError, with the floor and what would help, when even the smallest allowed widths do not fit."""
+        if not self.graph.groups:
+            raise BudgetError("no channel of this network can be removed: everything in it is frozen (see edgeprune inspect).")
+        smallest = self.smallest
+        figures = self.figures(smallest[None])
+        missed = [name for name, limit in self.limits.items() if figures[name][0] > limit]
+        if not missed:
+            return
+        name = missed[0]
+        unit, scale = UNITS.get(name, ("bytes", 1.0))
+        floor, asked = figures[name][0] * scale, self.limits[name] * scale
+        help_text = f"Ask for at least {floor * 1.02:.4g} {unit}"
+        if self.round_to > 1 or self.min_keep > 0:
+            free = Search(self.graph, self.scores, self.budget, self.cost, round_to=1, min_keep=0.0)
+            lower = free.figures(free.smallest[None])[name][0] * scale
+            help_text += f", or allow narrower layers (round_to 1 and min_keep 0 would go down to {lower:.4g} {unit})"
+        where = f" on {self.cost.device.profile}" if self.cost and name in ("latency_ms", "energy_mj") else ""
+        raise BudgetError(
+            f"no plan reaches {asked:.4g} {unit}{where}: the floor is {floor:.4g} {unit} with every layer at its narrowest. "
+            f"{help_text}, or use a smaller input.",
+            self.plan(smallest),
+        )
+
+    def fill(self, levels: Widths) -> Widths:
+        """Widen group by group, most importance per share of the budget first, while the choice still fits."""
+        levels = levels.copy()
+        while True:
+            steps = np.flatnonzero(levels < self.top)
+            if not len(steps):
+                return levels
+            wider = np.repeat(levels[None], len(steps), axis=0)
+            wider[np.arange(len(steps)), steps] += 1
+            use = self.use(self.from_levels(np.concatenate([levels[None], wider])))
+            fits = (use[1:] <= 1).all(axis=1)
+            if not fits.any():
+                return levels
+            gain = np.array([self.values[g][levels[g] + 1] - self.values[g][levels[g]] for g in steps])
+            price = np.maximum((use[1:] - use[0]).max(axis=1), 1e-12)
+            best = int(np.argmax(np.where(fits, gain / price, -1.0)))
+            levels = wider[best]
+
+    def shrink(self, levels: Widths, price_of: Callable[[Floats], Floats] | None = None) -> Widths:
+        """Narrow step by step, least importance lost per price first, until the choice fits.
+
+        `price_of` turns the budget shares that each step saves, (steps,), into its price; without it all steps cost the same.
+        """
+        levels = levels.copy()
+        use = self.use(self.from_levels(levels[None]))[0]
+        while (use > 1).any():
+            steps = np.flatnonzero(levels > 0)
+            narrower = np.repeat(levels[None], len(steps), axis=0)
+            narrower[np.arange(len(steps)), steps] -= 1
+            after = self.use(self.from_levels(narrower))
+            saved = np.maximum((use - after)[:, use > 1].sum(axis=1), 1e-12)
+            lost = np.array([self.values[g][levels[g]] - self.values[g][levels[g] - 1] for g in steps])
+            span = np.array([self.allowed[g][levels[g]] - self.allowed[g][levels[g] - 1] for g in steps])
+            worth = lost / span if price_of is None else lost / price_of(saved)
+            best = int(np.argmin(worth))
+            levels, use = narrower[best], after[best]
+        return levels
+
+    def plan(self, widths: Widths) -> Plan:
+        """The best-scored channels of each group at these widths."""
+        return Plan.from_widths(self.graph, {g.name: int(w) for g, w in zip(self.graph.groups, widths, strict=True)}, self.scores)
+
+    @cached_property
+    def _kernels(self):  # type: ignore[no-untyped-def]
+        return kernels(self.graph)

@@ -1,0 +1,38 @@
+"""The same share of every group, as large as the budget allows; what is left is filled by importance per cost.
+
+Cost: one evaluation of a few hundred candidate shares. Source: the customary baseline.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from edgeprune.allocate.search import Search
+from edgeprune.criteria.probe import Probe
+from edgeprune.device.cost import CostModel
+from edgeprune.graph import ChannelGraph
+from edgeprune.plan import Budget, Plan, Scores
+
+NEEDS = ()
+PAPER = "customary baseline"
+
+
+def allocate(
+    graph: ChannelGraph,
+    scores: Scores,
+    budget: Budget,
+    cost: CostModel | None,
+    probe: Probe | None,
+    *,
+    round_to: int = 8,
+    min_keep: float = 0.1,
+    normalise: str = "sum",
+) -> Plan:
+    """The largest share that fits, then filled. Raises BudgetError with the floor."""
+    search = Search(graph, scores, budget, cost, round_to=round_to, min_keep=min_keep, normalise=normalise)
+    search.check()
+    shares = np.linspace(0, 1, 401)
+    levels = np.stack([np.searchsorted(a, shares * g.channels, side="right") - 1 for g, a in zip(graph.groups, search.allowed, strict=True)], 1)
+    levels = np.clip(levels, 0, None)
+    fitting = np.flatnonzero(search.fits(search.from_levels(levels)))
+    return search.plan(search.from_levels(search.fill(levels[fitting[-1]])))
