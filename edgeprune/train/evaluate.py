@@ -1,0 +1,75 @@
+"""Accuracy and loss of a network on a split, and the statistics its batch norms should have. Networks are left as they were."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from edgeprune.data import Split
+from edgeprune.errors import DataError
+from edgeprune.graph.trace import evaluating, tensors_in
+from edgeprune.train import Progress, silent
+
+EVALUATION_BATCH = 250
+
+
+@dataclass(frozen=True)
+class Accuracy:
+    """Share of images classified right (top 1, 0 to 1), and mean cross-entropy in nats, over `images` images."""
+
+    accuracy: float
+    loss: float
+    images: int
+
+
+def evaluate(model: nn.Module, split: Split, *, batch_size: int = EVALUATION_BATCH, progress: Progress = silent) -> Accuracy:
+    """Top-1 accuracy and cross-entropy on every image of the split. Raises DataError without labels or for outputs that are no logits."""
+    right, loss, images = 0, 0.0, 0
+    with torch.no_grad(), evaluating(model):
+        for x, y in split.batches(batch_size):
+            logits = logits_of(model(x))
+            right += int((logits.argmax(dim=1) == y).sum())
+            loss += float(F.cross_entropy(logits, y, reduction="sum"))
+            images += len(y)
+            progress("evaluating", images, len(split))
+    return Accuracy(right / images, loss / images, images)
+
+
+def logits_of(outputs: Any) -> Tensor:
+    """The classifier's (n, classes) output: the first tensor of what the network returns. Raises DataError for other shapes."""
+    first = next(tensors_in(outputs), None)
+    if first is None or first.ndim != 2:
+        shape = None if first is None else tuple(first.shape)
+        raise DataError(f"accuracy needs a classifier with outputs (images, classes); this network returns {shape}. Leave --data out.")
+    return first
+
+
+def recalibrate(model: nn.Module, split: Split, *, images: int = 1024, batch_size: int = 128) -> nn.Module:
+    """A copy whose batch norms have the statistics of the first `images` images (equal weight for every batch).
+
+    Pruning changes what flows through the network; statistics of the dense network no longer fit. Networks without batch norms
+    come back as plain copies. Images are taken in an order shuffled with a fixed seed; a last batch of one image is left out.
+    """
+    fresh = copy.deepcopy(model)
+    norms = [m for m in fresh.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.track_running_stats]
+    if not norms:
+        return fresh
+    momenta = [m.momentum for m in norms]
+    for norm in norms:
+        norm.reset_running_stats()
+        norm.momentum = None
+    fresh.eval()
+    for norm in norms:
+        norm.train()
+    with torch.no_grad():
+        for x, _ in split.batches(batch_size, shuffle_seed=0, limit=images):
+            if len(x) > 1:
+                fresh(x)
+    for norm, momentum in zip(norms, momenta, strict=True):
+        norm.momentum = momentum
+    return fresh.eval()
