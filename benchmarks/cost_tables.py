@@ -145,7 +145,7 @@ def _map(kind: str, inputs: int, width: int, side: int) -> Layer:
 
 
 def timm_rows() -> list[Row]:
-    """timm CNNs on the Jetson Nano's four A57 cores (family: the timm family). Deeplite, Apache-2.0. Takes a minute, needs timm."""
+    """CNNs of timm on the Jetson Nano's four A57 cores (family: the timm family). Deeplite, Apache-2.0. Takes a minute, needs timm."""
     wanted = [r for r in _read("clsbench_timm_cnn.csv") if "CPU" in r["backend"] and r["family"] not in _NOT_CNN]
     rows = []
     for r in wanted:
@@ -161,7 +161,8 @@ def timm_layers(name: str, side: int) -> tuple[Layer, ...] | None:
     """Kernels of a timm network, counted on meta tensors (no arithmetic, no weights); None where it cannot run on those."""
     # A CPU-only torchvision has no compiled operators; timm imports it but needs none of them here.
     with suppress(RuntimeError):
-        torch.library.define("torchvision::nms", "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+        for operator in ("nms", "qnms"):
+            torch.library.define(f"torchvision::{operator}", "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
     from timm import create_model
 
     try:
@@ -174,11 +175,11 @@ def timm_layers(name: str, side: int) -> tuple[Layer, ...] | None:
     return tuple(counter.layers)
 
 
-class _Counter(TorchDispatchMode):
+class _Counter(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Records one Layer per kernel a runtime would launch."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.layers: list[Layer] = []
         self._conv_outputs: set[int] = set()
         self._alive: list[Any] = []  # keeps the tensors, so that their ids stay theirs

@@ -26,6 +26,8 @@ FLOAT_BYTES = 4
 FILE_BYTES, KERNEL_FILE_BYTES = 512, 256
 
 _ELEMENTWISE = frozenset({"activation", "add", "mul"})
+# Activations that ONNX Runtime and LiteRT run as kernels of their own, even right after a convolution.
+_UNFUSED = frozenset({"silu", "hardswish", "gelu", "elu", "celu", "selu", "mish", "softplus"})
 _NORM_TENSORS = ("weight", "bias", "running_mean", "running_var")
 
 
@@ -202,7 +204,7 @@ def kernels(graph: ChannelGraph) -> Kernels:
     source = _view_sources(graph)
     members: dict[int, list[int]] = {}
     for number, op in enumerate(graph.ops):
-        if op.output not in source or op.fused >= 0:
+        if op.output not in source:
             members.setdefault(_root(graph.ops, number), []).append(number)
     needed = {source.get(a, a) for a in graph.output_activations}
     order: list[int] = []
@@ -216,12 +218,17 @@ def kernels(graph: ChannelGraph) -> Kernels:
             order.insert(0, main)
     return Kernels(
         graph=graph,
-        names=tuple(graph.ops[n].name for n in order),
+        names=tuple(_name(graph.ops[n]) for n in order),
         kinds=tuple(_kind(graph, graph.ops[n]) for n in order),
         operations=tuple((n, *(other for other in members[n] if other != n)) for n in order),
         reads=tuple(reads[n] for n in order),
         writes=tuple(graph.ops[members[n][-1]].output for n in order),
     )
+
+
+def _name(op: Op) -> str:
+    """The module that holds the weight, as users know it; the operation where there is none."""
+    return op.weight.removesuffix(".weight") if op.weight else op.name
 
 
 def _kind(graph: ChannelGraph, op: Op) -> str:
@@ -250,7 +257,8 @@ def _dense(graph: ChannelGraph, number: int) -> int:
 
 
 def _root(ops: Sequence[Op], number: int) -> int:
-    while ops[number].fused >= 0:
+    """The op whose kernel computes this one. What follows an activation that stands alone fuses into nothing either."""
+    while ops[number].fused >= 0 and ops[number].name not in _UNFUSED:
         number = ops[number].fused
     return number
 

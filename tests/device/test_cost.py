@@ -1,0 +1,93 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from edgeprune.device.card import device, devices
+from edgeprune.device.cost import BORROWED_WIDENING, CostModel, predict_graph
+from edgeprune.device.kernels import FLOAT_BYTES, KernelsAt, kernels
+from edgeprune.errors import UsageError
+from tests.device.test_kernels import tiny
+
+PROFILES = [name for name in devices() if "-" in name]
+GRAPH, MADE = tiny(), kernels(tiny())
+
+
+def one_kernel(kind: str, macs: float, elements: float = 0.0) -> KernelsAt:
+    return KernelsAt(("k",), (kind,), *(np.array([[v]]) for v in (macs, elements, 0.0, 0.0)))
+
+
+def test_a_kernel_by_hand() -> None:
+    pi = device("rpi4")
+    rate = pi.constants.kernels["conv3x3"]
+    got = CostModel(pi).latency_ms(one_kernel("conv3x3", 1e9, 1e6))
+    expected = (1e9 * rate.mac_ns + FLOAT_BYTES * 1e6 * rate.byte_ns + 1e3 * rate.call_us) / 1e6
+    assert got.shape == (1, 1)
+    assert got[0, 0] == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("profile", PROFILES)
+@given(widths=st.tuples(st.integers(1, 8), st.integers(1, 4)), more=st.tuples(st.integers(0, 7), st.integers(0, 3)))
+def test_cost_rises_with_every_width(profile: str, widths: tuple[int, int], more: tuple[int, int]) -> None:
+    wider = np.minimum(np.array(widths) + more, GRAPH.dense_widths)
+    plans = np.array([widths, wider])
+    at = MADE.at(plans)
+    model = CostModel(device(profile))
+    low, high = model.interval_ms(at)
+    total = model.total_ms(at)
+    assert (low <= total).all() and (total <= high).all()
+    for figure in (total, high, model.latency_ms(at), MADE.peak_memory_bytes(plans), MADE.size_bytes(plans)):
+        assert np.all(figure[0] <= figure[1] * (1 + 1e-12))
+
+
+def test_a_batch_gives_what_single_plans_give() -> None:
+    plans = np.array([[8, 4], [3, 2], [1, 1]])
+    model = CostModel(device("rpi4"))
+    together = model.total_ms(MADE.at(plans))
+    assert together.tolist() == pytest.approx([float(model.total_ms(MADE.at(p))[0]) for p in plans])
+
+
+def test_in_range_the_interval_is_the_fit_s_own() -> None:
+    model, fit = CostModel(device("rpi4")), device("rpi4").constants.fit
+    at = one_kernel("conv3x3", 2e9)
+    low, high = model.interval_ms(at)
+    assert high[0] / model.total_ms(at)[0] == pytest.approx(fit.high_factor)
+    assert low[0] / model.total_ms(at)[0] == pytest.approx(fit.low_factor)
+    assert model.notes(at) == ()
+
+
+def test_unseen_kinds_and_sizes_widen_and_say_why() -> None:
+    model, fit = CostModel(device("rpi4")), device("rpi4").constants.fit
+    depthwise = one_kernel("depthwise", 1e8)
+    ratio = model.interval_ms(depthwise)[1][0] / model.total_ms(depthwise)[0]
+    assert ratio == pytest.approx(fit.high_factor * (1 + BORROWED_WIDENING), rel=0.01)
+    assert "depthwise" in model.notes(depthwise)[0]
+    small = one_kernel("conv3x3", 1e6)
+    assert model.interval_ms(small)[1][0] > model.total_ms(small)[0] * fit.high_factor * 1.2
+    assert "outside" in model.notes(small)[0]
+
+
+def test_a_correction_scales_everything_but_not_the_range() -> None:
+    at = MADE.at(GRAPH.dense_widths)
+    plain, doubled = CostModel(device("rpi4")), CostModel(device("rpi4"), 2.0)
+    assert doubled.total_ms(at)[0] == pytest.approx(2 * plain.total_ms(at)[0])
+    assert doubled.interval_ms(at)[1][0] == pytest.approx(2 * plain.interval_ms(at)[1][0])
+    with pytest.raises(UsageError, match="positive"):
+        CostModel(device("rpi4"), 0.0)
+
+
+def test_predict_graph_tells_everything() -> None:
+    cost = predict_graph(GRAPH, None, device("rpi4"))
+    assert (cost.macs, cost.params) == (GRAPH.macs, GRAPH.params)
+    assert [layer.name for layer in cost.per_layer] == ["a", "b", "silu", "fc"]
+    kernels_ms = sum(layer.latency_ms for layer in cost.per_layer)
+    assert kernels_ms + CostModel(device("rpi4")).network_ms == pytest.approx(cost.latency_ms.value)
+    assert cost.basis.startswith("predicted, not measured: profile rpi4-ort")
+    assert cost.energy_mj is not None and cost.energy_mj.low < cost.energy_mj.value < cost.energy_mj.high
+    assert any("not validated" in note for note in cost.notes)
+    assert predict_graph(GRAPH, None, device("host")).energy_mj is None
+    assert predict_graph(GRAPH, np.array([4, 2]), device("rpi4")).latency_ms.value < cost.latency_ms.value
+    with pytest.raises(UsageError, match="one plan"):
+        predict_graph(GRAPH, np.array([[4, 2], [1, 1]]), device("rpi4"))
