@@ -1,0 +1,177 @@
+"""Fold every batch normalization that directly follows a conv or linear layer into that layer's weights.
+
+An inference batch norm is a scale and a shift per channel, so conv + norm is one conv with other weights: the artifact gets
+smaller and faster and computes the same. Which pairs exist is read off one real run, not off names: a norm is folded only
+when nothing else in that run read the conv's output, the conv's parameters or the norm's. What is not provably such a pair
+stays as it is.
+"""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+_CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+
+
+def fold_batchnorm(model: nn.Module, example_inputs: Tensor | Sequence[Any]) -> nn.Module:
+    """A copy of `model` in eval mode with its foldable batch norms merged into the layers before them (nn.Identity in their place).
+
+    Computes the same function up to rounding (the merged weights are computed in float64). `model` is not changed; it is run
+    once on `example_inputs` (a tensor or a sequence of positional arguments), and errors of that run come through.
+    """
+    folded = frozen_copy(model)
+    names = {module: name for name, module in folded.named_modules()}
+    for layer, norm in _pairs(folded, as_args(example_inputs)):
+        _merge(layer, norm)
+        parent, _, name = names[norm].rpartition(".")
+        setattr(folded.get_submodule(parent), name, nn.Identity())
+    return folded
+
+
+def frozen_copy(model: nn.Module) -> nn.Module:
+    """A deep copy in eval mode. Sets the flag itself because the modules torch.export gives refuse `eval()`."""
+    with quiet_torch():
+        twin = copy.deepcopy(model)
+    for module in twin.modules():
+        module.training = False
+    return twin
+
+
+def as_args(example_inputs: Tensor | Sequence[Any]) -> tuple[Any, ...]:
+    """The positional arguments of a forward: a lone tensor becomes a tuple of one."""
+    return (example_inputs,) if isinstance(example_inputs, Tensor) else tuple(example_inputs)
+
+
+@contextmanager
+def quiet_torch() -> Iterator[None]:
+    """Ignore the one deprecation torch 2.13 raises against itself when it copies or exports a captured program."""
+    with warnings.catch_warnings():
+        # torch.utils._pytree.LeafSpec warns whenever one is unpickled or tested, which torch.export and copy.deepcopy do.
+        warnings.filterwarnings("ignore", message=r"`isinstance\(treespec, LeafSpec\)` is deprecated", category=FutureWarning)
+        yield
+
+
+class _Readers(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Counts how many operations read each watched storage, functional calls included."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.counts: dict[int, int] = {}
+        self._alive: list[Tensor] = []  # a freed storage's address would be handed out again
+
+    def watch(self, tensor: Tensor) -> None:
+        self._alive.append(tensor)
+        self.counts[_storage(tensor)] = 0
+
+    def read(self, values: object) -> None:
+        for storage in {_storage(v) for v in tree_leaves(values) if isinstance(v, Tensor)} & self.counts.keys():
+            self.counts[storage] += 1
+
+    def once(self, tensors: Sequence[Tensor]) -> bool:
+        return all(self.counts[_storage(t)] == 1 for t in tensors)
+
+    def __torch_dispatch__(
+        self, func: Callable[..., Any], types: Sequence[type], args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        self.read((args, kwargs))
+        return func(*args, **(kwargs or {}))
+
+
+def _pairs(model: nn.Module, args: tuple[Any, ...]) -> list[tuple[nn.Module, _BatchNorm]]:
+    """The (layer, norm) pairs of one run in which only the norm reads the layer's output and both ran exactly once."""
+    layers = [m for m in model.modules() if _is_plain_layer(m)]
+    norms = [m for m in model.modules() if _is_plain_norm(m)]
+    readers = _Readers()
+    made: dict[int, tuple[nn.Module, Tensor]] = {}
+    met: list[tuple[nn.Module, _BatchNorm, Tensor]] = []
+
+    def after_layer(layer: nn.Module, _: object, output: Tensor) -> None:
+        readers.watch(output)
+        made[_storage(output)] = (layer, output)
+
+    def before_norm(norm: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        layer, output = made.get(_storage(inputs[0]), (None, None))
+        if layer is not None and output is inputs[0] and isinstance(norm, _BatchNorm):
+            met.append((layer, norm, output))
+
+    with _hooked(layers, norms, after_layer, before_norm), torch.no_grad():
+        for module in (*layers, *norms):
+            for tensor in _tensors(module):
+                readers.watch(tensor)
+        with readers:
+            outputs = model(*args)
+        readers.read(outputs)
+    return [
+        (layer, norm) for layer, norm, output in met if _fits(layer, output) and readers.once((output, *_tensors(layer), *_tensors(norm)))
+    ]
+
+
+@contextmanager
+def _hooked(
+    layers: Sequence[nn.Module], norms: Sequence[nn.Module], after_layer: Callable[..., None], before_norm: Callable[..., None]
+) -> Iterator[None]:
+    handles = [m.register_forward_hook(after_layer) for m in layers] + [m.register_forward_pre_hook(before_norm) for m in norms]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _is_plain_layer(module: nn.Module) -> bool:
+    """Whether the layer is what its type says: no own forward (weight standardization), no hook or parametrization on its weights."""
+    if _is_altered(module):
+        return False
+    if isinstance(module, _CONVS):
+        kind = next(k for k in _CONVS if isinstance(module, k))
+        return type(module).forward is kind.forward and type(module)._conv_forward is kind._conv_forward
+    return isinstance(module, nn.Linear) and type(module).forward is nn.Linear.forward
+
+
+def _is_plain_norm(module: nn.Module) -> bool:
+    plain = isinstance(module, _BatchNorm) and type(module).forward is _BatchNorm.forward and not _is_altered(module)
+    return plain and module.running_mean is not None and module.running_var is not None
+
+
+def _is_altered(module: nn.Module) -> bool:
+    return bool(module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module) or hasattr(module, "parametrizations"))
+
+
+def _fits(layer: nn.Module, output: Tensor) -> bool:
+    """Whether the norm's channel axis (1) is the layer's output axis: a linear layer over more than 2 axes puts its own last."""
+    return not isinstance(layer, nn.Linear) or output.ndim == 2
+
+
+def _tensors(module: nn.Module) -> tuple[Tensor, ...]:
+    """The tensors that must belong to this pair alone; the norm's batch counter takes no part in inference."""
+    names = ("weight", "bias", "running_mean", "running_var")
+    return tuple(t for name in names if isinstance(t := getattr(module, name, None), Tensor))
+
+
+def _storage(tensor: Tensor) -> int:
+    return int(tensor.untyped_storage()._cdata)
+
+
+@torch.no_grad()
+def _merge(layer: nn.Module, norm: _BatchNorm) -> None:
+    """Set weight' = weight * s and bias' = (bias - mean) * s + shift, with s = gain / sqrt(variance + eps) per output channel."""
+    weight, bias, mean, variance = layer.weight, layer.bias, norm.running_mean, norm.running_var
+    assert isinstance(weight, Tensor) and mean is not None and variance is not None  # what _is_plain_* established
+    scale = (variance.double() + norm.eps).rsqrt()
+    if norm.weight is not None:
+        scale = scale * norm.weight.double()
+    offset = -mean.double() if bias is None else bias.double() - mean.double()  # type: ignore[operator]
+    shift = offset * scale + (0.0 if norm.bias is None else norm.bias.double())
+    column = scale.reshape(-1, *[1] * (weight.ndim - 1))
+    layer.weight = nn.Parameter((weight.double() * column).to(weight.dtype), requires_grad=weight.requires_grad)
+    layer.bias = nn.Parameter(shift.to(weight.dtype), requires_grad=weight.requires_grad)
