@@ -166,7 +166,7 @@ def load_data(
     spec: object, *, size: int | tuple[int, int] | None = None, mean: Sequence[float] | None = None,
     std: Sequence[float] | None = None, seed: int = 0,
 ) -> Data:  # fmt: skip
-    """Reads a data source. `spec` may be:
+    """The training and validation images of a data source, which may be one of these.
 
     - a folder with train/ and val/ (also valid/, validation/, test/), each with one folder per class, or one folder of class folders,
       split 80/20 in every class; a folder of images without class folders gives images without labels;

@@ -11,6 +11,7 @@ import importlib.util
 import pickle
 import re
 import sys
+import warnings
 import zipfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -154,16 +155,19 @@ def _read_pickle(path: Path, *, trusted: bool) -> Any:
         with user_code(f"unpickling {path}", ModelError):
             return torch.load(path, map_location="cpu", weights_only=False)
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings():  # torch warns of old pickle protocols before it refuses them
+            warnings.simplefilter("ignore")
+            return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
-        if not (found := re.search(r"GLOBAL ([\w.]+)|Unsupported class ([\w.]+)", str(error))):
+        found = re.search(r"(?:GLOBAL|Unsupported class) ([\w.]+)", str(error))
+        if not found:
             raise _damaged(path, error) from error
         raise ModelError(
-            f"{path} is a pickle that holds more than tensors ({found[1] or found[2]}) and was not loaded, because unpickling executes code. "
-            "Save a state dict instead (torch.save(model.state_dict(), path)) and give --model pkg.mod:factory, or export to .pt2; "
+            f"{path} is a pickle that holds more than tensors ({found[1]}) and was not loaded, because unpickling executes "
+            "code. Save a state dict instead (torch.save(model.state_dict(), path)) and give --model pkg.mod:factory, or export to .pt2; "
             "if you trust where the file comes from, use --trust-pickle."
         ) from error
-    except (RuntimeError, EOFError, OSError, ValueError, KeyError, IndexError, AttributeError, TypeError, AssertionError) as error:
+    except Exception as error:  # on damaged bytes torch's reader raises whatever it stumbles over
         raise _damaged(path, error) from error
 
 
@@ -277,10 +281,10 @@ def _configured_shape(model: nn.Module) -> tuple[int, ...] | None:
     return None
 
 
-def _example_shape(example: Any) -> tuple[int, ...] | None:
+def _example_shape(example: tuple[tuple[Any, ...], dict[str, Any]] | None) -> tuple[int, ...] | None:
     """The shape of the one tensor a program was exported with, at batch 1."""
-    args = example[0] if example else ()
-    return (1, *args[0].shape[1:]) if len(args) == 1 and isinstance(args[0], Tensor) else None
+    first = example[0][0] if example and example[0] else None
+    return (1, *first.shape[1:]) if isinstance(first, Tensor) else None
 
 
 def _example(shape: tuple[int, ...]) -> Tensor:

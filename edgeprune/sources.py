@@ -34,11 +34,22 @@ Chunks = Sequence[NDArray[np.int64]]
 
 
 class Source(Protocol):
-    """Images by number. `shape` is (channels, height, width); `name` says in errors what they are."""
+    """Images by number."""
 
-    name: str
-    shape: tuple[int, ...]
-    preprocessed: bool
+    @property
+    def name(self) -> str:
+        """What errors call the images."""
+        ...
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """(channels, height, width) of every image."""
+        ...
+
+    @property
+    def preprocessed(self) -> bool:
+        """Whether the images are floats, which are used as they are."""
+        ...
 
     def __len__(self) -> int: ...
 
