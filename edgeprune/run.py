@@ -1,0 +1,290 @@
+"""The run folder: what was asked, what every stage found, and everything needed to go on after a crash. No torch here.
+
+Invariants: a file is either whole or absent (written under a temporary name, synced, renamed), so `kill -9` at any moment leaves a
+folder that can be resumed; a stage is read back only if its inputs, everything upstream and its files are unchanged; one process at a
+time writes into a folder. POSIX: the lock is held by the kernel (flock) and so dies with its process.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import hashlib
+import json
+import os
+import platform
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from datetime import UTC, datetime
+from importlib import metadata
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self, TypeVar
+
+from edgeprune.errors import EdgepruneError, UsageError
+
+FORMAT = 1
+PACKAGES = ("edgeprune", "torch", "numpy", "onnxruntime")
+TEMPORARY = ".tmp"
+
+Facts = Mapping[str, Any]
+T = TypeVar("T")
+
+
+class Run:
+    """An open run folder. A context manager: leaving it writes the status (done, interrupted, failed) and frees the folder.
+
+    `manifest` is what run.json holds. Open one with `Run.open`.
+    """
+
+    def __init__(self, folder: Path, manifest: dict[str, Any], lock: int) -> None:
+        self.folder = folder
+        self.manifest = manifest
+        self._lock = lock
+        self._upstream = ""
+
+    @classmethod
+    def open(cls, folder: str | Path, *, asked: Mapping[str, Any], command: list[str], resume: bool = False) -> Run:
+        """Creates the folder, or goes on with the run in it (`resume`); `asked` and `command` go into run.json.
+
+        Raises UsageError if the folder holds a run and `resume` is off, is in use by another process, holds a damaged run.json,
+        or cannot be written.
+        """
+        folder = Path(folder)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            lock = _acquire(folder)
+        except OSError as error:
+            raise _write_error(error, folder) from error
+        try:
+            manifest = _manifest(folder, resume=resume)
+            manifest |= {"status": "running", "command": command, "asked": dict(asked), **_environment()}
+            run = cls(folder, manifest, lock)
+            run._save()
+        except BaseException:
+            os.close(lock)
+            raise
+        run.log(f"{'resumed' if manifest['stages'] else 'started'}: {' '.join(command)}")
+        return run
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        if kind is None:
+            self.close("done")
+            return
+        # A full disk may be why we are leaving: failing to note the status must not hide that.
+        with suppress(EdgepruneError):
+            self.log(f"{kind.__name__}: {error}")
+            self.close("interrupted" if issubclass(kind, KeyboardInterrupt) else "failed")
+        self._release()
+
+    def path(self, name: str) -> Path:
+        """Where a file of this run lies ("model.onnx", "checkpoints/3.safetensors"); its folder exists afterwards."""
+        path = self.folder / name
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise _write_error(error, path.parent) from error
+        return path
+
+    def record(self, name: str, value: Any) -> None:
+        """Puts one entry into run.json at once, for example the hashes of the inputs; `value` must be JSON."""
+        self.manifest[name] = value
+        self._save()
+
+    def log(self, text: str) -> None:
+        """Appends one line with a UTC time stamp to log.txt."""
+        try:
+            with (self.folder / "log.txt").open("a", encoding="utf-8") as file:
+                file.write(f"{_now()} {' '.join(text.split())}\n")
+        except OSError as error:
+            raise _write_error(error, self.folder / "log.txt") from error
+
+    def cached(self, name: str, inputs: Facts, compute: Callable[[], T], *, write: Callable[[T], Facts], read: Callable[[Facts], T]) -> T:
+        """The value of a stage: read back if nothing it depends on changed, else computed and recorded.
+
+        Stages form a chain: what this one depends on is `inputs` (JSON: hashes, options) and every stage asked for before it in
+        this process. `write` puts the value into files of the folder and returns JSON facts; the entry "files" of the facts, a list
+        of names in the folder, is checked by hash before `read` is trusted with the facts again. run.json then holds
+        stages[name] = {key, seconds, facts, sha256}.
+        """
+        text = json.dumps([name, inputs, self._upstream, _version("edgeprune")], sort_keys=True)
+        self._upstream = key = hashlib.sha256(text.encode()).hexdigest()
+        entry = self.manifest["stages"].get(name)
+        if entry is not None and entry["key"] == key and self._intact(entry):
+            self.log(f"{name}: read back")
+            return read(entry["facts"])
+        start = time.monotonic()
+        value = compute()
+        facts = dict(write(value))
+        seconds = round(time.monotonic() - start, 3)
+        hashes = {file: hash_file(self.folder / file) for file in facts.get("files", ())}
+        self.manifest["stages"][name] = {"key": key, "seconds": seconds, "facts": facts, "sha256": hashes}
+        self._save()
+        self.log(f"{name}: {seconds} s")
+        return value
+
+    def close(self, status: str = "done") -> None:
+        """Writes the final status (done, interrupted or failed) and frees the folder; harmless when repeated."""
+        if self._lock >= 0:
+            self.manifest |= {"status": status, "finished": _now()}
+            try:
+                self._save()
+            finally:
+                self._release()
+
+    def _intact(self, entry: Facts) -> bool:
+        return all((self.folder / file).is_file() and hash_file(self.folder / file) == sha for file, sha in entry["sha256"].items())
+
+    def _save(self) -> None:
+        write_json(self.folder / "run.json", self.manifest)
+
+    def _release(self) -> None:
+        if self._lock >= 0:
+            os.close(self._lock)
+            self._lock = -1
+
+
+def default_folder(stem: str, device: str) -> Path:
+    """runs/<stem>-<device>, or the first free one of …-2, …-3: a new run never lands in an old folder."""
+    first = Path("runs") / f"{stem}-{device}"
+    folder, number = first, 1
+    while folder.exists():
+        number += 1
+        folder = first.with_name(f"{first.name}-{number}")
+    return folder
+
+
+@contextmanager
+def replacing(path: str | Path) -> Iterator[Path]:
+    """A temporary path beside `path` for the body to write; renamed to `path` once whole and synced, removed on any error.
+
+    Raises UsageError where the folder cannot be written, EdgepruneError when the disk is full.
+    """
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}{TEMPORARY}")
+    try:
+        yield temporary
+        _sync(temporary)
+        temporary.replace(path)
+        _sync(path.parent)  # the rename itself must survive a power cut
+    except OSError as error:
+        raise _write_error(error, path) from error
+    finally:
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
+
+
+def write_atomic(path: str | Path, content: bytes) -> None:
+    """Writes a whole file or nothing; errors as for `replacing`."""
+    with replacing(path) as temporary:
+        temporary.write_bytes(content)
+
+
+def write_json(path: str | Path, value: Any) -> None:
+    """Writes readable JSON, whole or not at all; errors as for `replacing`, ValueError for NaN and infinity."""
+    write_atomic(path, (json.dumps(value, indent=2, allow_nan=False) + "\n").encode())
+
+
+def hash_file(path: str | Path) -> str:
+    """SHA-256 of a file's bytes, hexadecimal."""
+    with Path(path).open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _acquire(folder: Path) -> int:
+    """Locks the folder and returns the open lock file; its text (pid and host) is for people, the kernel holds the lock."""
+    lock = os.open(folder / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        os.ftruncate(lock, 0)
+        os.pwrite(lock, json.dumps({"pid": os.getpid(), "host": socket.gethostname()}).encode(), 0)
+    except BlockingIOError as error:
+        owner = os.pread(lock, 1000, 0).decode(errors="replace")
+        os.close(lock)
+        raise UsageError(f"{folder} is in use by another run ({owner}): wait for it, or choose another folder with --out.") from error
+    except OSError:
+        os.close(lock)
+        raise
+    return lock
+
+
+def _manifest(folder: Path, *, resume: bool) -> dict[str, Any]:
+    """What run.json holds (resumed) or a fresh manifest; clears what a killed run left half-written."""
+    path = folder / "run.json"
+    # Only our own names: a folder without a run may be anything, even the user's home.
+    leftovers = folder.rglob(f".*{TEMPORARY}") if path.exists() else folder.glob(f".{path.name}.*{TEMPORARY}")
+    if not path.exists():
+        _remove(leftovers)
+        return {"format": FORMAT, "created": _now(), "inputs": {}, "stages": {}}
+    if not resume:
+        raise UsageError(f"{folder} already holds a run: go on with it with --resume, or choose another folder with --out.")
+    try:
+        manifest: dict[str, Any] = json.loads(path.read_bytes())
+    except (ValueError, OSError) as error:
+        raise UsageError(
+            f"{path} cannot be read ({error}): this run cannot be resumed. Start again in another folder with --out."
+        ) from error
+    if not _well_formed(manifest):
+        raise UsageError(f"{path} is not a run of format {FORMAT}: this run cannot be resumed. Start again in another folder with --out.")
+    _remove(leftovers)
+    manifest.pop("finished", None)
+    return manifest
+
+
+def _remove(files: Iterable[Path]) -> None:
+    for file in list(files):
+        with suppress(OSError):
+            file.unlink()
+
+
+def _well_formed(manifest: Any) -> bool:
+    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT or not isinstance(manifest.get("stages"), dict):
+        return False
+    return all(isinstance(entry, dict) and {"key", "facts", "sha256"} <= entry.keys() for entry in manifest["stages"].values())
+
+
+def _environment() -> dict[str, Any]:
+    versions = {"python": platform.python_version(), **{name: _version(name) for name in PACKAGES}}
+    return {"versions": versions, "platform": platform.platform(), "git": _git_commit(), "argv0": sys.argv[0]}
+
+
+def _version(package: str) -> str | None:
+    """The installed version, without importing the package."""
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _git_commit() -> str | None:
+    """The commit of the folder the command runs in, None outside a repository."""
+    try:
+        result = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, timeout=5, check=False)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return result.stdout.strip() if result.returncode == 0 else None
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="seconds")
+
+
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _write_error(error: OSError, path: Path) -> EdgepruneError:
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return EdgepruneError(f"no space left to write {path}: nothing half-written was left; free some space and go on with --resume.")
+    return UsageError(f"{path} cannot be written ({error.strerror or error}): choose another folder with --out.")
