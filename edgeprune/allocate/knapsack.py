@@ -70,7 +70,7 @@ def _solve(search: Search, values: tuple[Floats, ...], levels: Widths) -> Widths
     one_each = csr_array(block_diag([np.ones((1, n)) for n in sizes]))
     result = milp(
         -np.concatenate(values),
-        integrality=np.ones(len(group)),
+        integrality=np.ones(len(group), dtype=np.int64),
         bounds=Bounds(0, 1),
         constraints=[LinearConstraint(one_each, 1, 1), LinearConstraint(change, -np.inf, 1 - use[0])],
         options={"time_limit": SOLVER_SECONDS, "mip_rel_gap": 1e-4},

@@ -32,7 +32,9 @@ def allocate(
     search = Search(graph, scores, budget, cost, round_to=round_to, min_keep=min_keep, normalise=normalise)
     search.check()
     shares = np.linspace(0, 1, 401)
-    levels = np.stack([np.searchsorted(a, shares * g.channels, side="right") - 1 for g, a in zip(graph.groups, search.allowed, strict=True)], 1)
+    levels = np.stack(
+        [np.searchsorted(a, shares * g.channels, side="right") - 1 for g, a in zip(graph.groups, search.allowed, strict=True)], 1
+    )
     levels = np.clip(levels, 0, None)
     fitting = np.flatnonzero(search.fits(search.from_levels(levels)))
     return search.plan(search.from_levels(search.fill(levels[fitting[-1]])))

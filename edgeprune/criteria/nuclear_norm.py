@@ -59,7 +59,8 @@ def nuclear_norms(maps: Tensor) -> Tensor:
     if h > w:
         flat = flat.transpose(1, 2)
     if flat.shape[1] == 1:
-        return torch.linalg.vector_norm(flat.double(), dim=2).reshape(n, c)
+        rows: Tensor = torch.linalg.vector_norm(flat.double(), dim=2)
+        return rows.reshape(n, c)
     step = max(1, CHUNK_BYTES // (8 * h * w))
     parts = []
     for chunk in flat.split(step):

@@ -1,0 +1,1 @@
+"""Boards: cards, cost models, and measuring."""

@@ -106,6 +106,13 @@ class CostModel:
         fit = self.device.constants.fit
         return total * fit.low_factor / (1 + extra), total * fit.high_factor * (1 + extra)
 
+    def energy_mj(self, at: KernelsAt) -> Floats:
+        """Upper end of the energy of one inference above idle, (plans,). Raises UsageError for a board whose power is not known."""
+        power = self.device.card.power
+        if power is None:
+            raise UsageError(f"an energy budget cannot be predicted for {self.device.profile}: its card has no power figures.")
+        return self.interval_ms(at)[1] * power.active_mw / 1e3 * (1 + power.uncertainty)
+
     def notes(self, at: KernelsAt) -> tuple[str, ...]:
         """Why the interval of the first plan is wider than the fit's own, in words."""
         constants, per_kernel = self.device.constants, self.latency_ms(at)[0]

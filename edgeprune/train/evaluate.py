@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,7 +12,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from edgeprune.data import Split
-from edgeprune.errors import DataError
+from edgeprune.errors import DataError, ExportError
+from edgeprune.export import Runner
 from edgeprune.graph.trace import evaluating, tensors_in
 from edgeprune.train import Progress, silent
 
@@ -29,14 +31,32 @@ class Accuracy:
 
 def evaluate(model: nn.Module, split: Split, *, batch_size: int = EVALUATION_BATCH, progress: Progress = silent) -> Accuracy:
     """Top-1 accuracy and cross-entropy on every image of the split. Raises DataError without labels or for outputs that are no logits."""
-    right, loss, images = 0, 0.0, 0
     with torch.no_grad(), evaluating(model):
-        for x, y in split.batches(batch_size):
-            logits = logits_of(model(x))
-            right += int((logits.argmax(dim=1) == y).sum())
-            loss += float(F.cross_entropy(logits, y, reduction="sum"))
-            images += len(y)
-            progress("evaluating", images, len(split))
+        return _judge(lambda x: logits_of(model(x)), split, batch_size, progress)
+
+
+def accuracy_of(run: Runner, split: Split, *, batch_size: int = EVALUATION_BATCH, progress: Progress = silent) -> Accuracy:
+    """The same for an artifact: `run` takes and returns arrays. An artifact of fixed batch is fed one image at a time."""
+
+    def logits(x: Tensor) -> Tensor:
+        try:
+            return logits_of([torch.from_numpy(o) for o in run(x.numpy())])
+        except ExportError:
+            if len(x) == 1:
+                raise
+            return torch.cat([logits(image[None]) for image in x])
+
+    return _judge(logits, split, batch_size, progress)
+
+
+def _judge(logits_for: Callable[[Tensor], Tensor], split: Split, batch_size: int, progress: Progress) -> Accuracy:
+    right, loss, images = 0, 0.0, 0
+    for x, y in split.batches(batch_size):
+        logits = logits_for(x)
+        right += int((logits.argmax(dim=1) == y).sum())
+        loss += float(F.cross_entropy(logits, y, reduction="sum"))
+        images += len(y)
+        progress("evaluating", images, len(split))
     return Accuracy(right / images, loss / images, images)
 
 

@@ -10,7 +10,6 @@ import copy
 import json
 import math
 import time
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -50,7 +49,7 @@ def finetune(
     cannot be trained on, GateError when the loss is no longer finite.
     """
     _check(train, recipe, dense)
-    work = copy.deepcopy(small).to(memory_format=torch.channels_last)
+    work = _in_format(copy.deepcopy(small), torch.channels_last)
     parameters = dict(work.named_parameters())
     optimizer = torch.optim.SGD(
         [p for p in parameters.values() if p.requires_grad],
@@ -73,7 +72,7 @@ def finetune(
         for step, (x, y) in enumerate(batches):
             _set_rate(optimizer, recipe, epoch * steps + step, recipe.epochs * steps)
             if len(x) > 1:
-                loss += _step(work, dense, optimizer, x, y, recipe) / steps
+                loss += _step(work, dense, optimizer, (x, y), recipe) / steps
             progress(f"epoch {epoch + 1} of {recipe.epochs}", epoch * steps + step + 1, recipe.epochs * steps)
         judged = evaluate(work, held) if held is not None and held.labelled else None
         figures = Epoch(
@@ -87,7 +86,7 @@ def finetune(
         curve = (*curve, figures)
         if store:
             store.save(work, optimizer, curve)
-    return work.to(memory_format=torch.contiguous_format).eval(), curve
+    return _in_format(work, torch.contiguous_format).eval(), curve
 
 
 def _check(train: Split, recipe: Recipe, dense: nn.Module | None) -> None:
@@ -97,7 +96,8 @@ def _check(train: Split, recipe: Recipe, dense: nn.Module | None) -> None:
         raise DataError("fine-tuning without distillation needs labels: give labels, or leave distillation on.")
 
 
-def _step(work: nn.Module, dense: nn.Module | None, optimizer: torch.optim.SGD, x: Tensor, y: Tensor, recipe: Recipe) -> float:
+def _step(work: nn.Module, dense: nn.Module | None, optimizer: torch.optim.SGD, batch: tuple[Tensor, Tensor], recipe: Recipe) -> float:
+    x, y = batch
     x = x.contiguous(memory_format=torch.channels_last) if x.ndim == 4 else x
     logits = logits_of(work(x))
     labelled = bool((y >= 0).all())
@@ -116,7 +116,7 @@ def _step(work: nn.Module, dense: nn.Module | None, optimizer: torch.optim.SGD, 
             "and check the preprocessing; the last whole epoch is kept and --resume goes on from there."
         )
     optimizer.zero_grad(set_to_none=True)
-    loss.backward()  # type: ignore[no-untyped-call]
+    loss.backward()
     optimizer.step()
     return value
 
@@ -176,7 +176,10 @@ class _Checkpoints:
         return self.folder / f"epoch-{epoch:04d}.safetensors"
 
 
+def _in_format(module: nn.Module, memory_format: torch.memory_format) -> nn.Module:
+    module.to(memory_format=memory_format)  # type: ignore[call-overload]  the overload is missing in torch's stubs
+    return module
+
+
 def _format_of(tensor: Tensor) -> torch.memory_format:
     return torch.channels_last if tensor.ndim == 4 else torch.contiguous_format
-
-

@@ -1,0 +1,167 @@
+"""The verbs of the library: compress, predict, profile, evaluate. The pipeline reads top to bottom in `compress`."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from edgeprune import report
+from edgeprune.data import Data, load_data
+from edgeprune.device.card import Device
+from edgeprune.device.card import device as find_device
+from edgeprune.device.cost import Cost, predict_graph
+from edgeprune.errors import DataError, UsageError
+from edgeprune.export import load_artifact
+from edgeprune.graph.slim import slim
+from edgeprune.graph.trace import single_sample, trace
+from edgeprune.pipeline import Job, Pipeline
+from edgeprune.plan import Budget
+from edgeprune.registry import find
+from edgeprune.result import Findings, Result, facts
+from edgeprune.run import Run, default_folder, write_json
+from edgeprune.train import Progress, Recipe, silent
+from edgeprune.train.evaluate import Accuracy, accuracy_of
+from edgeprune.train.evaluate import evaluate as evaluate_module
+
+RECOVERIES = ("none", "bn")
+
+
+def compress(
+    model: nn.Module,
+    example_inputs: Tensor | Sequence[Any],
+    *,
+    budget: Budget,
+    device: str | Device = "host",
+    data: Any = None,
+    criterion: str = "l1",
+    allocate: str = "knapsack",
+    recipe: Recipe | None = None,
+    recover: str = "bn",
+    round_to: int = 8,
+    formats: Sequence[str] = ("onnx",),
+    out: str | Path | None = None,
+    resume: bool = False,
+    seed: int = 0,
+    calibration_images: int = 512,
+    name: str | None = None,
+    notes: Sequence[str] = (),
+    command: Sequence[str] = (),
+    progress: Progress = silent,
+) -> Result:
+    """A smaller network that meets the budget on the device, with artifact, evidence and report in a run folder.
+
+    `model` is left as it was; `example_inputs` is a tensor or the forward's positional arguments. `data`: whatever `load_data` takes,
+    or Data; None: no accuracy, no recalibration, no training, and only criteria that read weights. `recipe` None: three epochs where
+    there are labelled training images, none otherwise. `round_to`: widths are multiples of it. `out`: the run folder (default
+    runs/<name>-<device>); `resume` goes on with the run in it, and stages whose inputs are unchanged are read back.
+    Raises BudgetError when no plan meets the budget, and the other errors of errors.py.
+    """
+    if recover not in RECOVERIES:
+        raise UsageError(f"recover must be one of {', '.join(RECOVERIES)}, got {recover!r}.")
+    target = device if isinstance(device, Device) else find_device(device)
+    source = data if isinstance(data, Data) or data is None else load_data(data, seed=seed)
+    job = Job(
+        name=name or type(model).__name__.lower(),
+        model=model,
+        example_inputs=single_sample(example_inputs),
+        budget=budget,
+        device=target,
+        data=source,
+        criterion=criterion,
+        allocator=allocate,
+        recipe=recipe or Recipe(epochs=3 if source and len(source.train) and source.train.labelled else 0),
+        recover=recover,
+        round_to=round_to,
+        formats=tuple(formats),
+        seed=seed,
+        calibration_images=calibration_images,
+        notes=tuple(notes),
+    )
+    _check(job)
+    folder = Path(out) if out else default_folder(job.name, target.name)
+    words = list(command) or ["edgeprune.compress", job.name]
+    with Run.open(folder, asked=_asked(job), command=words, resume=resume) as run:
+        return _stages(job, run, shlex.join(words), progress)
+
+
+def _stages(job: Job, run: Run, command: str, progress: Progress) -> Result:
+    stages = Pipeline(job, run, progress)
+    graph = stages.graph
+    accuracies = {"dense": stages.accuracy("dense", job.model)}
+    scores = stages.scores()
+    choice = stages.choose(scores)
+    small = slim(job.model, graph, choice.plan)
+    proof = stages.proof(small, choice.plan)
+    accuracies["right after pruning"] = stages.accuracy("right after pruning", small)
+    if (recovered := stages.recovered(small)) is not small:
+        accuracies["after BN recalibration"] = stages.accuracy("after BN recalibration", recovered)
+    final, curve = stages.trained(recovered)
+    if curve:
+        accuracies["after fine-tuning"] = stages.accuracy("after fine-tuning", final)
+    artifacts = stages.exported(final, choice.plan)
+    measurements = stages.measurements(artifacts[0])
+    dense_cost, cost = stages.costs(choice)
+    found = Findings(
+        job=job,
+        graph=graph,
+        choice=choice,
+        proof=proof,
+        dense_cost=dense_cost,
+        cost=cost,
+        accuracies=accuracies,
+        curve=curve,
+        artifacts=artifacts,
+        measurements=measurements,
+    )
+    words = facts(found, run.manifest, command)
+    write_json(run.path("result.json"), words)
+    report.write(words, run.folder)
+    return Result(run.folder, final, choice.plan, words)
+
+
+def _check(job: Job) -> None:
+    """What can be known to fail before hours are spent."""
+    find("criteria", job.criterion, "criterion")
+    find("allocate", job.allocator, "allocator")
+    if job.recipe.epochs and (job.data is None or not len(job.data.train)):
+        raise DataError("fine-tuning needs training images: give data with a training part, or 0 epochs.")
+    if job.data:
+        expected = next((tuple(t.shape[1:]) for t in job.example_inputs if isinstance(t, Tensor)), None)
+        got = tuple(job.data.sample_shape[1:])
+        if expected is not None and expected != got:
+            raise DataError(f"the data have images of shape {got}, the model takes {expected}: give --input-shape to match, or other data.")
+
+
+def _asked(job: Job) -> dict[str, Any]:
+    return {
+        "budget": job.budget.limits(),
+        "device": job.device.profile,
+        "criterion": job.criterion,
+        "allocate": job.allocator,
+        "recover": job.recover,
+        "round_to": job.round_to,
+        "recipe": job.recipe.to_json(),
+        "formats": list(job.formats),
+        "seed": job.seed,
+    }
+
+
+def predict(model: nn.Module, example_inputs: Tensor | Sequence[Any], device: str | Device) -> Cost:
+    """What the network costs on a device, without running it there: see Cost. Raises TraceError, UnknownDevice."""
+    target = device if isinstance(device, Device) else find_device(device)
+    return predict_graph(trace(model, example_inputs), None, target)
+
+
+def evaluate(model: nn.Module | str | Path, data: Any, *, progress: Progress = silent) -> Accuracy:
+    """Top-1 accuracy of a network, or of an artifact by its own runtime, on the validation images. Raises DataError, ExportError."""
+    source = data if isinstance(data, Data) else load_data(data)
+    if isinstance(model, nn.Module):
+        return evaluate_module(model, source.val, progress=progress)
+    return accuracy_of(load_artifact(model), source.val, progress=progress)
+
+
+__all__ = ["compress", "evaluate", "predict"]

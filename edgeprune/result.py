@@ -1,0 +1,180 @@
+"""What a run found, worded for people: the object behind --json and the report. Every figure says how it was obtained."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from edgeprune.device.cost import Cost
+    from edgeprune.device.measure import Measurement
+    from edgeprune.export import Artifact
+    from edgeprune.graph import ChannelGraph
+    from edgeprune.graph.slim import Proof
+    from edgeprune.pipeline import Choice, Job
+    from edgeprune.plan import Plan
+    from edgeprune.train import Epoch
+    from edgeprune.train.evaluate import Accuracy
+
+UNITS = {"latency_ms": "ms", "energy_mj": "mJ", "size_bytes": "bytes", "peak_memory_bytes": "bytes"}
+
+
+@dataclass(frozen=True, eq=False)
+class Result:
+    """A finished run. `facts` is the JSON object of the report; `met` says whether every limit of the budget holds."""
+
+    folder: Path
+    model: nn.Module
+    plan: Plan
+    facts: Mapping[str, Any]
+
+    @property
+    def met(self) -> bool:
+        """Whether every limit of the budget holds, by measurement where the device is attached."""
+        return all(b["met"] for b in self.facts["budgets"])
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Findings:
+    """Everything the stages returned."""
+
+    job: Job
+    graph: ChannelGraph
+    choice: Choice
+    proof: Proof
+    dense_cost: Cost
+    cost: Cost
+    accuracies: Mapping[str, Accuracy | None]
+    curve: tuple[Epoch, ...]
+    artifacts: tuple[Artifact, ...]
+    measurements: Mapping[str, Measurement]
+
+
+def facts(found: Findings, manifest: Mapping[str, Any], command: str) -> dict[str, Any]:
+    """The report's JSON object."""
+    job, device = found.job, found.job.device
+    return {
+        "title": f"{job.name} for {device.name}",
+        "edgeprune": manifest["versions"].get("edgeprune") or "",
+        "created": manifest["created"],
+        "command": command,
+        "device": {"name": device.name, "profile": device.profile, "description": device.description, "attached": device.attached},
+        "criterion": job.criterion,
+        "allocator": job.allocator,
+        "round_to": job.round_to,
+        "seed": job.seed,
+        "budgets": _budgets(found),
+        "figures": _figures(found),
+        "accuracy_steps": [
+            {"step": step, "accuracy": a.accuracy, "images": a.images} for step, a in found.accuracies.items() if a is not None
+        ],
+        "groups": [
+            {"name": g.name, "channels": g.channels, "kept": len(found.choice.plan.keep[g.name]), "members": len(g.members)}
+            for g in found.graph.groups
+        ],
+        "curve": [asdict(e) for e in found.curve],
+        "rounds": [asdict(r) for r in found.choice.rounds],
+        "frozen": [{"parameter": name, "reason": reason} for name, reason in found.graph.frozen.items()],
+        "artifacts": [
+            {
+                "format": a.format,
+                "path": a.path.name,
+                "sha256": a.sha256,
+                "size_bytes": a.size_bytes,
+                "parity_max_abs": a.parity_max_abs,
+                "parity_relative": a.parity_relative,
+            }
+            for a in found.artifacts
+        ],
+        "proof": asdict(found.proof),
+        "stages": [{"name": name, "seconds": entry["seconds"], "cached": False} for name, entry in manifest["stages"].items()],
+        "environment": {**manifest["versions"], "platform": manifest["platform"]},
+        "preprocessing": job.data.preprocessing.to_json() if job.data else None,
+        "notes": [*job.notes, *([device.resolved] if device.resolved else []), *found.cost.notes],
+    }
+
+
+def _reached(found: Findings) -> dict[str, tuple[float, str]]:
+    """Every figure a budget may name: its value and how it was obtained."""
+    cost = found.cost
+    reached: dict[str, tuple[float, str]] = {
+        "macs": (cost.macs, "counted: multiply-accumulates of conv and linear layers, one image"),
+        "params": (cost.params, "counted"),
+        "size_bytes": (found.artifacts[0].size_bytes, f"measured: the {found.artifacts[0].format} file"),
+        "peak_memory_bytes": (cost.peak_memory_bytes, "predicted: weights and live activations in float32, without the runtime's own"),
+    }
+    if found.measurements:
+        m = found.measurements["compressed"]
+        reached["latency_ms"] = (m.high_ms, "measured: upper end of the 95% interval of the median")
+    else:
+        reached["latency_ms"] = (cost.latency_ms.high, f"upper end of the 90% interval; {cost.basis}")
+    if cost.energy_mj:
+        reached["energy_mj"] = (cost.energy_mj.high, "predicted: estimate, not validated")
+    return reached
+
+
+def _budgets(found: Findings) -> list[dict[str, Any]]:
+    reached = _reached(found)
+    asked = found.job.budget.absolute({"macs": found.graph.macs, "params": found.graph.params})
+    return [
+        {
+            "name": name,
+            "asked": limit,
+            "reached": reached[name][0],
+            "unit": UNITS.get(name, ""),
+            "met": reached[name][0] <= limit,
+            "how": reached[name][1],
+            "basis": _basis(reached[name][1], found, name),
+        }
+        for name, limit in asked.items()
+    ]
+
+
+def _basis(how: str, found: Findings, name: str) -> str:
+    if name == "latency_ms":
+        return "measured" if found.measurements else "predicted"
+    return how.partition(":")[0]
+
+
+def _figures(found: Findings) -> list[dict[str, Any]]:
+    figures = []
+    reached = _reached(found)
+    dense, last = found.accuracies.get("dense"), next((a for a in reversed([*found.accuracies.values()]) if a), None)
+    if dense and last:
+        how = f"top-1 on {last.images:,} validation images, by torch, after the last epoch"
+        figures.append(_figure("accuracy", "%", (_value(100 * dense.accuracy), _value(100 * last.accuracy)), how, "measured"))
+    if found.measurements:
+        m = found.measurements["compressed"]
+        how = f"median of {m.runs} runs in {len(m.process_medians_ms)} fresh processes, {m.threads} thread(s), 95% interval"
+        figures.append(_figure("latency", "ms", (_interval(found.measurements["dense"]), _interval(m)), how, "measured"))
+    else:
+        sides = asdict(found.dense_cost.latency_ms), asdict(found.cost.latency_ms)
+        figures.append(_figure("latency", "ms", sides, found.cost.basis, "predicted"))
+    counted = {"macs": found.graph.macs, "params": found.graph.params}
+    for name, value in counted.items():
+        figures.append(_figure(name, "", (_value(value), _value(reached[name][0])), reached[name][1], "counted"))
+    size, how = reached["size_bytes"]
+    figures.append(_figure("size", "bytes", (_value(found.dense_cost.size_bytes), _value(size)), f"{how}; before: predicted", "measured"))
+    memory, how = reached["peak_memory_bytes"]
+    figures.append(_figure("peak_memory", "bytes", (_value(found.dense_cost.peak_memory_bytes), _value(memory)), how, "predicted"))
+    if found.cost.energy_mj and found.dense_cost.energy_mj:
+        sides = asdict(found.dense_cost.energy_mj), asdict(found.cost.energy_mj)
+        figures.append(_figure("energy", "mJ", sides, "estimate, not validated", "predicted"))
+    return figures
+
+
+def _figure(name: str, unit: str, sides: tuple[Mapping[str, Any], Mapping[str, Any]], how: str, basis: str) -> dict[str, Any]:
+    """`sides`: the dense network's value and the compressed one's."""
+    return {"name": name, "unit": unit, "before": sides[0], "after": sides[1], "how": how, "basis": basis}
+
+
+def _value(value: float) -> dict[str, Any]:
+    return {"value": value, "low": None, "high": None}
+
+
+def _interval(m: Measurement) -> dict[str, Any]:
+    return {"value": m.latency_ms, "low": m.low_ms, "high": m.high_ms}
