@@ -281,7 +281,8 @@ def _build(tracer: _Tracer) -> ChannelGraph:
         why = next((reasons[c] for c in stays if c in reasons), None)
         if why or any(group_of[c] < 0 for c in stays):
             frozen[f"{key[0]}[{key[1]}]"] = why or "no operation of its own produces these channels"
-    activations = tuple(_activation(shape, classes[flat.numpy()], repeat, group_of) for shape, flat, repeat in tracer.sizes)
+    wide = np.array([group.channels for group, _ in groups], dtype=np.int64)
+    activations = tuple(_activation(shape, classes[flat.numpy()], repeat, group_of, wide) for shape, flat, repeat in tracer.sizes)
     return ChannelGraph(
         groups=tuple(g for g, _ in groups),
         frozen=frozen,
@@ -336,11 +337,13 @@ def _groups(rows: _Rows, keys: list[tuple[str, int]], producers: NDArray[np.int6
     return sorted(groups, key=lambda g: rank[keys.index((g[0].members[0].parameter, g[0].members[0].axis))])
 
 
-def _activation(shape: tuple[int, ...], channels: NDArray[np.int64], repeat: int, group_of: NDArray[np.int64]) -> Activation:
+def _activation(
+    shape: tuple[int, ...], channels: NDArray[np.int64], repeat: int, group_of: NDArray[np.int64], widths: NDArray[np.int64]
+) -> Activation:
     group, count = np.unique(group_of[channels], return_counts=True)
     sizes = dict(zip(group.tolist(), (count * float(repeat)).tolist(), strict=True))
     fixed = sizes.pop(-1, 0.0)
-    return Activation(shape, fixed, tuple(sorted(sizes.items())))
+    return Activation(shape, fixed, tuple((g, n / int(widths[g])) for g, n in sorted(sizes.items())))
 
 
 def _taps(

@@ -12,6 +12,7 @@ import math
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -177,7 +178,8 @@ class _Checkpoints:
 
 
 def _in_format(module: nn.Module, memory_format: torch.memory_format) -> nn.Module:
-    module.to(memory_format=memory_format)  # type: ignore[call-overload]  the overload is missing in torch's stubs
+    convert: Any = module.to  # torch's stubs lack this overload
+    convert(memory_format=memory_format)
     return module
 
 
