@@ -129,7 +129,7 @@ class Ragged(nn.Module):
     def forward(self, x: Tensor) -> dict[str, Any]:
         y = self.conv(x) * self.scale + torch.tensor([1.0])
         y = torch.einsum("bchw,cd->bdhw", y, torch.eye(4))
-        return {"flat": y.view(x.shape[0], -1), "pair": [y, y.mean()]}
+        return {"flat": y.reshape(x.shape[0], -1), "pair": [y, y.mean()]}
 
 
 def test_dynamic_program(tmp_path: Path) -> None:
