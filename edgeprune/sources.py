@@ -257,26 +257,22 @@ def _folder_part(folder: Path, names: Sequence[str], size: tuple[int, int], chan
     if not paths:
         raise DataError(f"{folder} holds no images ({', '.join(SUFFIXES)}): give a folder with one folder of images per class.")
     labels = np.array([label for _, label in found], np.int64) if names else None
-    if labels is not None and (empty := sorted(set(range(len(names))) - set(labels.tolist()))) and (folder / names[empty[0]]).is_dir():
-        raise DataError(f"the class folder {folder / names[empty[0]]} holds no images: fill or remove it.")
+    filled = {label for _, label in found}
+    if empty := [folder / name for label, name in enumerate(names) if label not in filled and (folder / name).is_dir()]:
+        raise DataError(f"the class folder {empty[0]} holds no images: fill or remove it.")
     return Files(f"the folder {folder}", folder, paths, (channels, *size)), labels
 
 
 def _any_part(value: Any, name: str) -> Part | None:
     if value is None:
         return None
-    if (
-        isinstance(value, tuple | list)
-        and len(value) == 2
-        and _is_array(value[0])
-        and (value[1] is None or _is_array(value[1]) or np.ndim(value[1]) == 1)
-    ):
+    if _is_pair(value):
         return _array_part(_to_numpy(value[0]), None if value[1] is None else _to_numpy(value[1]), name)
+    if isinstance(value, str | dict) or _is_array(value) or not (isinstance(value, Iterable) or hasattr(value, "__getitem__")):
+        raise DataError(f"{name} is {type(value).__name__}: give (x, y) arrays, a dataset of (image, label), or batches of (x, y).")
     if hasattr(value, "__getitem__") and hasattr(value, "__len__") and len(value) and not _is_batch(value[0]):
         return _dataset_part(value, name)
-    if isinstance(value, Iterable) and not _is_array(value) and not isinstance(value, str | dict):
-        return _batches_part(value, name)
-    raise DataError(f"{name} is {type(value).__name__}: give (x, y) arrays, a dataset of (image, label), or batches of (x, y).")
+    return _batches_part(value, name)
 
 
 def _dataset_part(dataset: Any, name: str) -> Part:
@@ -365,6 +361,13 @@ def _dataset_classes(dataset: Any) -> tuple[str, ...] | None:
 
 def _is_array(value: object) -> bool:
     return isinstance(value, np.ndarray | torch.Tensor)
+
+
+def _is_pair(value: Any) -> bool:
+    """Whether this is (x array, y array, list of numbers or None)."""
+    if not (isinstance(value, tuple | list) and len(value) == 2 and _is_array(value[0])):
+        return False
+    return value[1] is None or _is_array(value[1]) or np.ndim(value[1]) == 1
 
 
 def _is_batch(item: Any) -> bool:
