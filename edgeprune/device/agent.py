@@ -184,14 +184,12 @@ def _session(artifact: str, threads: int, inputs: Json | None, seed: int) -> tup
     except errors as error:
         raise RequestError("bad_artifact", str(error)) from error
     load_ms = (time.perf_counter_ns() - started) / 1e6
-    signature = {
-        i.name: {"shape": [d if isinstance(d, int) else 1 for d in i.shape], "dtype": _TYPES[i.type]} for i in session.get_inputs()
-    }
+    signature: dict[str, Json] = {}
+    for node in session.get_inputs():
+        signature[node.name] = {"shape": [d if isinstance(d, int) else 1 for d in node.shape], "dtype": _TYPES[node.type]}
     signature.update(inputs or {})
     random = np.random.default_rng(seed)
-    feed: Json = {
-        name: (random.random(s["shape"]) * (1 if "float" in s["dtype"] else 100)).astype(s["dtype"]) for name, s in signature.items()
-    }
+    feed = {name: _random_input(random, **tensor) for name, tensor in signature.items()}
 
     def infer() -> None:
         try:
@@ -200,6 +198,11 @@ def _session(artifact: str, threads: int, inputs: Json | None, seed: int) -> tup
             raise RequestError("bad_artifact", str(error)) from error
 
     return infer, load_ms, signature
+
+
+def _random_input(random: Any, shape: list[int], dtype: str) -> Any:
+    """Uniform in [0, 1), or whole numbers below 100."""
+    return (random.random(shape) * (1 if "float" in dtype else 100)).astype(dtype)
 
 
 def _loop(infer: Callable[[], None], min_runs: float, min_seconds: float) -> list[int]:

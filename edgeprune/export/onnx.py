@@ -13,6 +13,7 @@ import logging
 import os
 import re
 import tempfile
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -34,7 +35,7 @@ from edgeprune.export.fold import as_args, fold_batchnorm, frozen_copy, quiet_to
 
 # onnxruntime's errors share no base class of their own
 _RUNTIME_ERRORS = tuple(e for e in vars(ort_state).values() if isinstance(e, type) and issubclass(e, Exception))
-_EXPORT_ERRORS = (torch.onnx.OnnxExporterError, RuntimeError, ValueError, TypeError, NotImplementedError)
+_EXPORT_ERRORS = (torch.onnx.OnnxExporterError, RuntimeError, ValueError, TypeError, AssertionError)
 _CONTENT_HASH = "content_sha256"
 
 
@@ -190,10 +191,12 @@ def _convert(model: nn.Module, args: tuple[Tensor, ...]) -> onnx.ModelProto:
 
 
 def _export(model: nn.Module, args: tuple[Tensor, ...], dynamic: tuple[dict[int, Any], ...] | None) -> onnx.ModelProto:
-    with torch.no_grad():
-        outputs = len(tree_leaves(model(*(a.clone() for a in args))))
     try:
+        with torch.no_grad():
+            outputs = len(tree_leaves(model(*(a.clone() for a in args))))
         with _silence(), quiet_torch():
+            # several inputs share the one axis name, which is the point
+            warnings.filterwarnings("ignore", message="# The axis name: batch will not be used", category=UserWarning)
             program = torch.onnx.export(
                 model,
                 args,
