@@ -142,21 +142,21 @@ def measure_host(
 
 
 def median_interval_ms(processes_ms: Sequence[NDArray[np.float64]]) -> tuple[float, float, float]:
-    """(median, low, high) of run times grouped by process: the median of block medians, with its 95 % interval (see the top)."""
+    """(median, low, high) of run times grouped by process: the median of all runs with its 95 % interval (see the top)."""
     from scipy.special import stdtrit
 
     count = len(processes_ms)
-    block_count = min(_BLOCKS, *map(len, processes_ms))
-    blocks = np.array([[np.median(b) for b in np.array_split(runs, block_count)] for runs in processes_ms])
+    per_process = max(1, min(_BLOCKS, min(len(runs) for runs in processes_ms) // 3))
+    blocks = np.array([[np.median(block) for block in np.array_split(runs, per_process)] for runs in processes_ms])
     random = np.random.default_rng(0)
     chosen = random.integers(count, size=(_RESAMPLES, count))
-    columns = random.integers(blocks.shape[1], size=(_RESAMPLES, count, blocks.shape[1]))
+    columns = random.integers(per_process, size=(_RESAMPLES, count, per_process))
     medians = np.median(blocks[chosen[:, :, None], columns].reshape(_RESAMPLES, -1), axis=1)
-    center = float(np.median(blocks))
+    low, high = (float(q - np.median(blocks)) for q in np.percentile(medians, (2.5, 97.5)))
     widen = float(stdtrit(count - 1, 0.975)) / 1.959964 * math.sqrt(count / (count - 1))
-    low, high = (float(q) for q in np.percentile(medians, (2.5, 97.5)))
+    median = float(np.median(np.concatenate(processes_ms)))
     fastest = min(float(runs.min()) for runs in processes_ms)  # no median lies below the fastest run
-    return center, max(fastest, center - widen * (center - low)), center + widen * (high - center)
+    return median, max(fastest, median + widen * min(0.0, low)), median + widen * max(0.0, high)
 
 
 def _summarized(replies: Sequence[Mapping[str, Any]], *, load_before: float) -> Measurement:
@@ -205,7 +205,7 @@ def _ask(request: Mapping[str, Any], plan: Schedule) -> Mapping[str, Any]:
     """The reply of a fresh agent to one request; its process group is gone when this returns or raises."""
     limit_seconds = _START_SECONDS + 10 * (plan["warmup_seconds"] + plan["min_seconds"])
     environment = os.environ | {"OMP_NUM_THREADS": str(request["threads"]), "PYTHONHASHSEED": "0"}
-    process = subprocess.Popen(
+    with subprocess.Popen(
         [sys.executable, agent.__file__],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
@@ -213,17 +213,16 @@ def _ask(request: Mapping[str, Any], plan: Schedule) -> Mapping[str, Any]:
         text=True,
         env=environment,
         start_new_session=True,
-    )
-    try:
-        output, errors = process.communicate(json.dumps(request) + "\n", timeout=limit_seconds)
-    except subprocess.TimeoutExpired as error:
-        raise Unreachable(
-            f"the measuring process gave no result within {limit_seconds:.0f} s and was stopped: is the machine overloaded?"
-        ) from error
-    finally:  # also on KeyboardInterrupt
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
+    ) as process:
+        try:
+            output, errors = process.communicate(json.dumps(request) + "\n", timeout=limit_seconds)
+        except subprocess.TimeoutExpired as error:
+            raise Unreachable(
+                f"the measuring process gave no result within {limit_seconds:.0f} s and was stopped: is the machine overloaded?"
+            ) from error
+        finally:  # also on KeyboardInterrupt
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
     return _checked(output, errors, process.returncode)
 
 

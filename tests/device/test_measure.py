@@ -49,7 +49,7 @@ def test_the_figures_belong_together(measured: Measurement) -> None:
     assert m.min_ms <= m.latency_ms <= m.p90_ms <= m.p99_ms
     assert min(m.process_medians_ms) <= m.latency_ms <= max(m.process_medians_ms)
     assert m.runs == 60
-    assert 0 <= m.outliers < m.runs / 2
+    assert 0 <= m.outliers <= m.runs / 4  # by their definition
     assert m.first_ms > 0
     assert m.load_ms > 0
     assert m.peak_memory_bytes > 10e6
