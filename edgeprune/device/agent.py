@@ -130,13 +130,16 @@ def measure(
     first_ms = (time.perf_counter_ns() - started) / 1e6
     warmup = _loop(infer, steps["warmup_runs"], steps["warmup_seconds"])
     before = machine_state()
+    started, started_cpu = time.perf_counter_ns(), time.thread_time_ns()
     times_ns = _loop(infer, max(1, steps["min_runs"]), steps["min_seconds"])
+    cpu_share = (time.thread_time_ns() - started_cpu) / (time.perf_counter_ns() - started)
     after = machine_state()
     return {
         "times_ns": times_ns,
         "first_ms": first_ms,
         "load_ms": load_ms,
         "warmup_runs": len(warmup),
+        "cpu_share": cpu_share,  # how much of the time the calling thread had a CPU: well below 1, others had it
         "peak_memory_bytes": peak_memory_bytes(),
         "before": before,
         "after": after,

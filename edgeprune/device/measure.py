@@ -5,7 +5,9 @@ process, not the run: the interval comes from a bootstrap over processes, and in
 (neighbouring runs are alike). Three to five processes are few, which makes a plain bootstrap too narrow; its deviations are
 widened by the t quantile and sqrt(n / (n - 1)) (Hesterberg, "What Teachers Should Know About the Bootstrap", 2015, section
 4.4.2, there applied to the percentile's level, which cannot help with three values). The interval speaks of the minutes in
-which it was measured; what happened around them is in the fingerprint.
+which it was measured. No statistics repair a machine that was shared: when other programs took the CPU (on 2 cores with 7
+runnable processes a 2.3 ms network was measured at 6.6 ms), that is a problem on record, and the interval reaches down to the
+fastest run, because the idle machine's latency lies somewhere in between.
 """
 
 from __future__ import annotations
@@ -30,6 +32,7 @@ from edgeprune.errors import DeviceError, Unreachable
 
 _BLOCKS = 16  # of consecutive runs per process
 _RESAMPLES = 2000
+_LEAST_CPU_SHARE = 0.9
 _START_SECONDS = 60.0  # for a process to import and load, on a loaded machine
 
 
@@ -72,7 +75,7 @@ class Measurement:
 
     outliers: runs beyond the upper quartile by more than 3 interquartile ranges; they count in every figure. first_ms, load_ms:
     medians over processes. peak_memory_bytes: the largest process, Python and runtime included. problems: why the figures
-    must not be used to calibrate (throttling, a falling frequency); empty when they are valid.
+    must not be used to calibrate (throttling, a falling frequency, other programs on the CPU); empty when they are valid.
     """
 
     latency_ms: float
@@ -165,7 +168,9 @@ def _summarized(replies: Sequence[Mapping[str, Any]], *, load_before: float) -> 
     lower, upper = np.percentile(runs_ms, (25, 75))
     latency_ms, low_ms, high_ms = median_interval_ms(processes_ms)
     last = replies[-1]
-    states = [{"before": reply["before"], "after": reply["after"]} for reply in replies]
+    states = [{key: reply[key] for key in ("before", "after", "cpu_share")} for reply in replies]
+    if min(reply["cpu_share"] for reply in replies) < _LEAST_CPU_SHARE:
+        low_ms = float(runs_ms.min())
     facts = ("artifact_sha256", "runtime", "cpus", "inputs", "warmup_runs")
     fingerprint = agent.hello() | {key: last[key] for key in facts}
     return Measurement(
@@ -187,8 +192,8 @@ def _summarized(replies: Sequence[Mapping[str, Any]], *, load_before: float) -> 
     )
 
 
-def _problems(states: Sequence[Mapping[str, Mapping[str, Any]]]) -> tuple[str, ...]:
-    """What DEVICES.md calls invalid: throttled now or since the start, or a frequency that fell by more than 5 %."""
+def _problems(states: Sequence[Mapping[str, Any]]) -> tuple[str, ...]:
+    """Why the figures are invalid: throttled now or since the start, a frequency that fell by more than 5 %, a CPU that was shared."""
     found = []
     for state in states:
         before, after = state["before"], state["after"]
@@ -198,6 +203,9 @@ def _problems(states: Sequence[Mapping[str, Mapping[str, Any]]]) -> tuple[str, .
         pairs = zip(before.get("frequencies_khz", ()), after.get("frequencies_khz", ()), strict=False)
         if any(late < 0.95 * early for early, late in pairs):
             found.append("a CPU's frequency fell during the runs")
+    share = min(state["cpu_share"] for state in states)
+    if share < _LEAST_CPU_SHARE:
+        found.append(f"other programs used the CPU: the network had it for {share:.0%} of the time")
     return tuple(dict.fromkeys(found))
 
 

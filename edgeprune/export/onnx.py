@@ -77,7 +77,7 @@ def export_onnx(
     The batch dimension is dynamic where the network allows it, else that of the example. Inputs are named input (or input_0,
     input_1 …), outputs output. Parity is checked on `samples` (tensors, batch first; default: the example inputs), as one
     batch and as the first sample alone. `metadata`: text as it is, anything else as JSON; edgeprune_version and content_sha256
-    are added. `model` is not changed. Prints nothing; takes 1 s for a tiny network, 3 s for ResNet-56.
+    are added. `model` is not changed. Prints nothing; takes 1 s for a tiny network, 4 s for ResNet-56 on one idle core.
     Raises UnsupportedOp, ParityError (relative error above `tolerance`), ExportError; nothing is left on disk then.
     """
     target = Path(path)
@@ -85,13 +85,13 @@ def export_onnx(
     reference = frozen_copy(model).cpu()
     try:
         lean = _without_inplace(fold_batchnorm(reference, args), args)
-    except RuntimeError as error:
+    except _EXPORT_ERRORS as error:
         shapes = ", ".join(str(tuple(a.shape)) for a in args)
         raise ExportError(f"cannot export: the model does not run on the example input of shape {shapes}: {_first_line(error)}.") from error
     proto = _simplified(_stripped(_convert(lean, args)))
     _describe(proto, metadata or {})
     batch = proto.graph.input[0].type.tensor_type.shape.dim[0]
-    fixed_batch = 0 if batch.dim_param else batch.dim_value
+    fixed_batch = batch.dim_value  # 0 where it is dynamic
     inputs = args if samples is None else tuple(s.detach().cpu() for s in as_args(samples))
 
     def verify(file: Path) -> Artifact:

@@ -221,9 +221,26 @@ def test_the_interval_narrows_with_more_processes_and_is_reproducible() -> None:
 def test_throttling_and_a_falling_frequency_are_problems() -> None:
     calm = {"throttle_word": 0x50000, "frequencies_khz": [1500000]}
     fallen = {"throttle_word": 0x50000, "frequencies_khz": [1000000]}
-    assert measuring._problems([{"before": calm, "after": calm}]) == ()  # throttled some time since boot, not now
-    assert measuring._problems([{"before": calm, "after": fallen}]) == ("a CPU's frequency fell during the runs",)
+
+    def problems(before: dict[str, object], after: dict[str, object]) -> tuple[str, ...]:
+        return measuring._problems([{"before": before, "after": after, "cpu_share": 1.0}])
+
+    assert problems({}, {}) == problems(calm, calm) == ()  # throttled some time since boot, not now
+    assert problems(calm, fallen) == ("a CPU's frequency fell during the runs",)
     for word in (0x50004, 0x70000):
-        (problem,) = measuring._problems([{"before": calm, "after": {"throttle_word": word}}])
+        (problem,) = problems(calm, {"throttle_word": word})
         assert f"{word:#x}" in problem
-    assert measuring._problems([{"before": {}, "after": {}}]) == ()
+
+
+def test_a_shared_cpu_is_a_problem_and_the_interval_reaches_down_to_the_fastest_run(artifact: Path) -> None:
+    cpu = max(os.sched_getaffinity(0))
+    busy = f"import os\nos.sched_setaffinity(0, [{cpu}])\nprint(flush=True)\nwhile True: pass"
+    schedule: Schedule = {**BRIEF, "min_seconds": 0.3}
+    with subprocess.Popen([sys.executable, "-c", busy], stdout=subprocess.PIPE) as other:
+        try:
+            assert other.stdout and other.stdout.readline()
+            m = measure_host(artifact, cpus=[cpu], **schedule)
+        finally:
+            other.kill()
+    assert any("other programs used the CPU" in problem for problem in m.problems)
+    assert m.low_ms == m.min_ms
