@@ -13,8 +13,9 @@ from typing import Any
 import numpy as np
 import onnx
 import onnxruntime
-from cost_tables import Layer, Row
 from onnx import TensorProto, helper
+
+from benchmarks.cost_tables import Layer, Row
 
 OPSET, IR_VERSION = 17, 9
 WARMUPS, RUNS = 5, 30

@@ -1,7 +1,7 @@
 """Refits the constants of devices/*.toml from public measurements and shows what they are worth on unseen networks.
 
-    python benchmarks/cost_models.py            # fits, prints and writes the tables in benchmarks/results
-    python benchmarks/cost_models.py --write    # and puts the constants into devices/
+    python -m benchmarks.cost_models            # fits, prints and writes the tables in benchmarks/results
+    python -m benchmarks.cost_models --write    # and puts the constants into devices/
 
 The public tables lie where EDGEPRUNE_DATA says (default ../shared/data beside the repository); no row of them is copied here.
 
@@ -24,10 +24,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from cost_tables import Layer, Row, nb201_rows, timm_layers, timm_rows, yolo_rows
 from numpy.typing import NDArray
 from scipy.optimize import nnls
 from scipy.stats import kendalltau
+
+from benchmarks.cost_tables import Layer, Row, nb201_rows, timm_layers, timm_rows, yolo_rows
 
 Floats = NDArray[np.float64]
 
@@ -229,7 +230,7 @@ def rpi4(shape: Floats) -> Target:
 
 def host(shape: Floats) -> Target:
     """This machine, from chains measured now."""
-    from cost_host import host_rows
+    from benchmarks.cost_host import host_rows
 
     return Target(
         board="host",
@@ -297,7 +298,7 @@ def report(figures: Sequence[Figures], extra: Sequence[tuple[str, str]]) -> None
     lines = [
         "# Cost models on networks they have not seen",
         "",
-        "Five folds, whole families held out. Written by `python benchmarks/cost_models.py`.",
+        "Five folds, whole families held out. Written by `python -m benchmarks.cost_models`.",
         "",
         f"| {' | '.join(head)} |",
         "|" + "---|" * len(head),

@@ -175,11 +175,11 @@ def timm_layers(name: str, side: int) -> tuple[Layer, ...] | None:
     return tuple(counter.layers)
 
 
-class _Counter(TorchDispatchMode):  # type: ignore[no-untyped-call]
+class _Counter(TorchDispatchMode):
     """Records one Layer per kernel a runtime would launch."""
 
     def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
+        super().__init__()
         self.layers: list[Layer] = []
         self._conv_outputs: set[int] = set()
         self._alive: list[Any] = []  # keeps the tensors, so that their ids stay theirs
