@@ -66,16 +66,16 @@ def run(network: str, criterion: str, macs: float, epochs: int, seed: int) -> di
 def table(rows: list[dict[str, Any]]) -> str:
     """The results as a Markdown table."""
     lines = [
-        "| network | criterion | MACs | params | dense | right after pruning | BN recalibrated | fine-tuned (epochs) | host latency before → after |",
+        "| network | criterion | MACs | params | dense | right after pruning | BN recalibrated | fine-tuned (epochs) | latency |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
     for r in rows:
         a = r["accuracy"]
         change = [f"{100 * (after / before - 1):+.1f}%" for before, after in (r["macs"], r["params"])]
-        tuned = f"{100 * a['after fine-tuning']:.2f} ({r['epochs']})" if "after fine-tuning" in a else "–"
+        tuned = f"{100 * a['after fine-tuning']:.2f} ({r['epochs']})" if "after fine-tuning" in a else "-"
         steps = [f"{100 * a[s]:.2f}" for s in ("dense", "right after pruning", "after BN recalibration")]
         latency = [
-            "{value:.2f} ms [{low:.2f}, {high:.2f}]".format(**r["latency_ms"][side]) if r["latency_ms"][side] else "–"
+            "{value:.2f} ms [{low:.2f}, {high:.2f}]".format(**r["latency_ms"][side]) if r["latency_ms"][side] else "-"
             for side in ("before", "after")
         ]
         lines.append(

@@ -32,9 +32,9 @@ def library_model(name: str) -> Any:
     import torch
 
     sys.path.insert(0, str(DATA / "peers"))
-    import torchvision_cpu_shim  # type: ignore[import-not-found]  # noqa: F401  makes torchvision importable on a CPU build
     import timm
     import torchvision
+    import torchvision_cpu_shim  # type: ignore[import-not-found]  # noqa: F401  makes torchvision importable on a CPU build
 
     torch.manual_seed(0)
     if name.startswith("timm:"):
@@ -43,7 +43,7 @@ def library_model(name: str) -> Any:
         extra = {"weights_backbone": None} if any(d in name for d in (*DETECTORS, "deeplab", "lraspp", "fcn")) else {}
         model = torchvision.models.get_model(name, weights=None, **extra)
     if hasattr(model, "transform_input"):
-        model.transform_input = False
+        setattr(model, "transform_input", False)  # noqa: B010  GoogLeNet and Inception
     for module in model.modules():
         if isinstance(module, torch.nn.modules.batchnorm._BatchNorm) and module.weight is not None:
             torch.nn.init.uniform_(module.weight, 0.5, 1.5)
@@ -108,13 +108,15 @@ def coverage(names: list[str]) -> list[dict[str, Any]]:
         try:
             done = subprocess.run(command, capture_output=True, text=True, timeout=LIMIT_SECONDS, check=False)
             lines = done.stdout.strip().splitlines()
-            row = json.loads(lines[-1]) if done.returncode == 0 and lines else {"network": name, "status": done.stderr.strip().splitlines()[-1][:300]}
+            good = done.returncode == 0 and lines
+            row = json.loads(lines[-1]) if good else {"network": name, "status": done.stderr.strip().splitlines()[-1][:300]}
         except subprocess.TimeoutExpired:
             row = {"network": name, "status": f"over {LIMIT_SECONDS} s"}
         other = peer.get(name, {})
         row["torch_pruning"] = {"status": other.get("status"), "macs_removed": float(other.get("macs_red") or 0) or None}
         rows.append(row)
-        print(f"{name:45} {row['status'][:90]:12} {row.get('macs_removed', 0):.0%} {row.get('trace_cpu_s', 0) + row.get('slim_cpu_s', 0):.2f}s", flush=True)
+        seconds = row.get("trace_cpu_s", 0) + row.get("slim_cpu_s", 0)
+        print(f"{name:45} {row['status'][:90]:12} {row.get('macs_removed', 0):.0%} {seconds:.2f}s", flush=True)
     return rows
 
 

@@ -269,7 +269,7 @@ def test_pickled_module_needs_trust(here: Path) -> None:
 @pytest.mark.filterwarnings("ignore:.*TorchScript:UserWarning")
 @pytest.mark.parametrize("trust", [True, False])
 def test_torchscript_is_refused(here: Path, trust: bool) -> None:
-    traced = torch.jit.trace(net().eval(), torch.zeros(1, 3, 8, 8))  # type: ignore[no-untyped-call]
+    traced = torch.jit.trace(net().eval(), torch.zeros(1, 3, 8, 8))
     torch.jit.save(traced, str(here / "a.pt"))
     with pytest.raises(ModelError, match=r"TorchScript.*state dict"):
         load_model("a.pt", trust_pickle=trust)

@@ -61,7 +61,7 @@ def quiet_torch() -> Iterator[None]:
         yield
 
 
-class _Readers(TorchDispatchMode):  # type: ignore[no-untyped-call]
+class _Readers(TorchDispatchMode):
     """Who reads each watched storage: one entry per operation, functional calls included, but only one per call of a watched module."""
 
     def __init__(self, modules: Sequence[nn.Module]) -> None:

@@ -165,7 +165,8 @@ class _Refitter(TorchDispatchMode):
         moments = _Moments(groups, weight.shape[1:].numel(), weight.shape[0] // groups)
         for x, y in _chunks(target, args, outputs):
             moments.add(x, y)
-        solved, intercept = moments.solve(weight.reshape(groups, weight.shape[0] // groups, -1), self._ridge, free=bias is not None or mean is not None)
+        free = bias is not None or mean is not None
+        solved, intercept = moments.solve(weight.reshape(groups, weight.shape[0] // groups, -1), self._ridge, free=free)
         weight.copy_(solved.reshape(weight.shape))
         if bias is not None:
             bias.copy_(intercept)

@@ -6,10 +6,10 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from export_nets import NETS, settle
 from torch import Tensor, nn
 
 from edgeprune.export.fold import fold_batchnorm
+from tests.export.export_nets import NETS, settle
 
 
 def norms(model: nn.Module) -> int:

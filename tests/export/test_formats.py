@@ -9,12 +9,11 @@ from typing import Any
 
 import pytest
 import torch
-from export_nets import NETS, settle
 from torch import Tensor, nn
 
-import edgeprune.export
 from edgeprune.errors import ExportError, UsageError
 from edgeprune.export import Artifact, Runner, export, formats, load_artifact, run_artifact
+from tests.export.export_nets import NETS, settle
 
 X = torch.rand(1, 3, 12, 12)
 
@@ -54,7 +53,7 @@ class Outside:
 
 def test_an_outsiders_format(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     point = EntryPoint("outside", f"{__name__}:Outside", "edgeprune.formats")
-    monkeypatch.setattr(edgeprune.export, "entry_points", lambda group: EntryPoints([point]).select(group=group))
+    monkeypatch.setattr(sys.modules["edgeprune.export"], "entry_points", lambda group: EntryPoints([point]).select(group=group))
     assert formats() == ("onnx", "outside")
     with pytest.raises(ExportError, match=r"model\.out \['metadata', 'samples', 'tolerance'\]"):
         export(nn.ReLU(), X, tmp_path, format="outside")
@@ -62,5 +61,5 @@ def test_an_outsiders_format(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) ->
 
 
 def test_listing_formats_imports_no_torch() -> None:
-    code = "import sys, edgeprune.export as e; e.formats(); sys.exit('torch' in sys.modules or 'onnx' in sys.modules)"
+    code = "import sys; from edgeprune.export import formats; formats(); sys.exit('torch' in sys.modules or 'onnx' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

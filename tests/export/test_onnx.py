@@ -9,12 +9,12 @@ import numpy as np
 import onnx
 import pytest
 import torch
-from export_nets import NETS, Plain, settle
 from torch import Tensor, nn
 
 from edgeprune.errors import ExportError, ParityError, UnsupportedOp
 from edgeprune.export import Artifact, load_artifact, run_artifact, sha256_of
 from edgeprune.export.onnx import export_onnx, read_metadata
+from tests.export.export_nets import NETS, Plain, settle
 
 X = torch.rand(1, 3, 12, 12, generator=torch.Generator().manual_seed(0))
 

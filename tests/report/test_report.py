@@ -11,11 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from report_samples import PREDICTED, Facts, full, hostile, large, minimal
 
 from edgeprune import report
 from edgeprune.errors import UsageError
 from edgeprune.report import MINUS
+from tests.report.report_samples import PREDICTED, Facts, full, hostile, large, minimal
 
 
 class Page(HTMLParser):
