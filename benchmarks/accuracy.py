@@ -41,7 +41,7 @@ def run(network: str, criterion: str, macs: float, epochs: int, seed: int) -> di
         out=folder,
         resume=(folder / "run.json").exists(),
         seed=seed,
-        name=name,
+        name=network,
         progress=lambda what, done, total: print(f"\r{name}: {what} {done}/{total}   ", end="", flush=True),
     )
     print()

@@ -117,7 +117,7 @@ def host(shape: Floats) -> Target:
             "threads": 1,
             "precision": "fp32",
             "clock_mhz": 2500.0,
-            "description": "ONNX Runtime, fp32, 1 thread; the constants are a first guess that measuring replaces",
+            "description": "ONNX Runtime, fp32, 1 thread",
         },
         source="chains of one kernel kind measured on the x86-64 machine the tool was developed on: a first guess, yours differs",
         held_out="unseen chains of the same kinds, five folds",

@@ -3,7 +3,8 @@
 Every conv and linear behind the first cut is fitted by ridge regression to the dense network's output of the same layer on
 calibration images, in the order in which they run, each on inputs that the already refitted network gives it. One run of the dense
 network records its outputs at random positions, one run of the slim network stops at each layer, solves, and goes on with the new
-weights: two forward passes in all. What the fit cannot give back to a weight (the intercept) goes into the layer's bias or into the
+weights: two forward passes in all. A layer that writes into a residual sum is fitted to what the sum lacks, so errors of earlier
+blocks are mended by later ones. What the fit cannot give back to a weight (the intercept) goes into the layer's bias or into the
 running mean of the batch norm behind it; the other statistics stay, because in the least-squares sense they fit.
 Source: reconstruction by least squares after He, Zhang, Sun, "Channel Pruning for Accelerating Very Deep Neural Networks", ICCV 2017.
 """
@@ -67,12 +68,13 @@ def reconstruct(
 
 @dataclass(frozen=True, eq=False)
 class _Target:
-    """One layer to refit: its operation, the outputs that stay, and where its intercept can go."""
+    """One layer to refit: its operation, the outputs that stay, the batch norm behind it, and the call whose result is added to it."""
 
     op: Op
     kept: Tensor
-    norm_mean: str | None
+    norm: str | None
     places: Tensor
+    beside: int | None
 
 
 def _targets(graph: ChannelGraph, plan: Plan) -> dict[int, _Target]:
@@ -90,12 +92,24 @@ def _targets(graph: ChannelGraph, plan: Plan) -> dict[int, _Target]:
             continue
         lost = gone.get((op.weight, 0), np.zeros(shape[0], dtype=bool))
         norm = norms.get(op.output)
-        mean = norm.removesuffix("weight") + "running_mean" if norm else None
+        norm = norm if norm and norm.removesuffix("weight") + "running_mean" in graph.shapes else None
         spatial = int(np.prod(graph.activations[op.output].shape[2:])) if op.kind == "conv" else 1
         generator = torch.Generator().manual_seed(op.call)
         places = torch.randperm(spatial, generator=generator)[:POSITIONS].sort().values
-        targets[op.call] = _Target(op, torch.from_numpy(np.flatnonzero(~lost)), mean if mean in graph.shapes else None, places)
+        targets[op.call] = _Target(op, torch.from_numpy(np.flatnonzero(~lost)), norm, places, _beside(graph, op))
     return targets
+
+
+def _beside(graph: ChannelGraph, op: Op) -> int | None:
+    """The call that made the other operand of the residual sum this layer writes into (through its norm), if it ran before."""
+    outputs = {op.output, *(n.output for n in graph.ops if n.kind == "norm" and n.inputs and n.inputs[0] == op.output)}
+    for add in graph.ops:
+        if add.kind == "add" and len(add.inputs) == 2 and outputs & set(add.inputs):
+            other = next((a for a in add.inputs if a not in outputs), None)
+            made = next((o.call for o in reversed(graph.ops) if o.output == other and o.call < op.call), None)
+            same = other is not None and graph.activations[other].shape == graph.activations[op.output].shape
+            return made if same else None
+    return None
 
 
 def _batch(split: Split, images: int) -> Tensor:
@@ -116,51 +130,72 @@ class _Recorder(TorchDispatchMode):
     def __init__(self, targets: Mapping[int, _Target]) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.calls = 0
-        self._targets = targets
-        self._found: dict[int, list[Tensor]] = {}
+        self._wanted: dict[int, list[tuple[str, _Target]]] = {}
+        for target in targets.values():
+            self._wanted.setdefault(target.op.call, []).append(("output", target))
+            if target.beside is not None:
+                self._wanted.setdefault(target.beside, []).append(("beside", target))
+        self._found: dict[tuple[str, int], list[Tensor]] = {}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:
         """Run the operation and look at its output."""
         out = func(*args, **(kwargs or {}))
-        target = self._targets.get(self.calls)
+        for role, target in self._wanted.get(self.calls, ()):
+            self._found.setdefault((role, target.op.call), []).append(_at_places(out, target)[:, target.kept])
         self.calls += 1
-        if target is not None:
-            rows = out.flatten(2)[:, target.kept][:, :, target.places] if target.op.kind == "conv" else out[:, target.kept, None]
-            self._found.setdefault(target.op.call, []).append(rows)
         return out
 
-    def outputs(self) -> dict[int, Tensor]:
-        """By call number, (images, outputs that stay, places)."""
-        return {call: torch.cat(parts) for call, parts in self._found.items()}
+    def outputs(self) -> dict[tuple[str, int], Tensor]:
+        """By role ("output", "beside") and call number of the layer, (images, outputs that stay, places)."""
+        return {key: torch.cat(parts) for key, parts in self._found.items()}
+
+
+def _at_places(out: Tensor, target: _Target) -> Tensor:
+    return out.flatten(2)[:, :, target.places] if target.op.kind == "conv" else out[:, :, None]
 
 
 class _Refitter(TorchDispatchMode):
     """Before a target layer runs, its weights are replaced by those that fit the recorded outputs best."""
 
     def __init__(
-        self, targets: Mapping[int, _Target], wanted: Mapping[int, Tensor], tensors: Mapping[str, Tensor], ridge: float, progress: Progress
+        self,
+        targets: Mapping[int, _Target],
+        wanted: Mapping[tuple[str, int], Tensor],
+        tensors: Mapping[str, Tensor],
+        ridge: float,
+        progress: Progress,
     ) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self._targets, self._wanted, self._tensors = targets, wanted, tensors
         self._ridge, self._progress = ridge, progress
         self._calls = self._done = 0
+        self._beside: dict[int, list[_Target]] = {}
+        for target in targets.values():
+            if target.beside is not None:
+                self._beside.setdefault(target.beside, []).append(target)
+        self._sums: dict[int, Tensor] = {}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:
         """Refit if this is a target, then run the operation."""
-        target = self._targets.get(self._calls)
-        self._calls += 1
-        if target is not None:
+        call, self._calls = self._calls, self._calls + 1
+        if (target := self._targets.get(call)) is not None:
             self._refit(target, args)
             self._done += 1
             self._progress("reconstructing layers", self._done, len(self._targets))
-        return func(*args, **(kwargs or {}))
+        out = func(*args, **(kwargs or {}))
+        for waiting in self._beside.get(call, ()):
+            self._sums[waiting.op.call] = _at_places(out, waiting)
+        return out
 
     def _refit(self, target: _Target, args: tuple[Any, ...]) -> None:
-        wanted = self._wanted[target.op.call]
+        wanted = self._wanted["output", target.op.call]
+        if target.beside is not None:
+            lacking = self._wanted["beside", target.op.call] - self._sums.pop(target.op.call)
+            wanted = wanted + lacking * self._gain(target)[:, None]
         outputs = wanted.movedim(1, 2).reshape(-1, wanted.shape[1])
         weight = self._tensors[target.op.weight or ""]
         bias = args[2] if target.op.kind == "conv" else (args[0] if target.op.name == "addmm" else None)
-        mean = self._tensors[target.norm_mean] if target.norm_mean and bias is None else None
+        mean = self._tensors[target.norm.removesuffix("weight") + "running_mean"] if target.norm and bias is None else None
         groups = target.op.groups
         moments = _Moments(groups, weight.shape[1:].numel(), weight.shape[0] // groups)
         for x, y in _chunks(target, args, outputs):
@@ -172,6 +207,14 @@ class _Refitter(TorchDispatchMode):
             bias.copy_(intercept)
         elif mean is not None:
             mean.sub_(intercept.to(mean.dtype))
+
+    def _gain(self, target: _Target) -> Tensor:
+        """How much a layer's output must change for its norm's output to change by one, (outputs that stay,)."""
+        if target.norm is None:
+            return torch.ones(len(target.kept))
+        scale = self._tensors[target.norm]
+        spread = (self._tensors[target.norm.removesuffix("weight") + "running_var"] + 1e-5).sqrt()
+        return torch.where(scale.abs() > 1e-3, spread / scale, torch.zeros_like(scale))
 
 
 def _chunks(target: _Target, args: tuple[Any, ...], outputs: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
