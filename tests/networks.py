@@ -22,7 +22,7 @@ from edgeprune.plan import Plan
 CLASSES = 5
 
 
-def conv_bn(i: int, o: int, k: int = 3, stride: int = 1, groups: int = 1, act: bool = True) -> nn.Sequential:
+def conv_bn(i: int, o: int, k: int = 3, stride: int = 1, groups: int = 1, *, act: bool = True) -> nn.Sequential:
     """Conv without bias, batch norm, and a ReLU unless `act` is false."""
     layers = [nn.Conv2d(i, o, k, stride, k // 2, groups=groups, bias=False), nn.BatchNorm2d(o)]
     return nn.Sequential(*layers, *([nn.ReLU()] if act else []))
