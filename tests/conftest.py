@@ -10,6 +10,7 @@ import pytest
 import torch
 
 ROOT = Path(__file__).parents[1]
+torch.set_num_threads(1)  # the networks are tiny: threads would only wait for each other
 
 
 @pytest.fixture(scope="session")

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -16,7 +17,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from edgeprune.graph import ChannelGraph
-from edgeprune.graph.trace import tensors_in
+from edgeprune.graph.running import tensors_in
+from edgeprune.graph.trace import trace
 from edgeprune.plan import Plan
 
 CLASSES = 5
@@ -266,11 +268,10 @@ def mlp() -> nn.Module:
 
 @dataclass(frozen=True)
 class Network:
-    """How to build one, the shape of each input without the batch, and whether its code holds channel counts as written numbers."""
+    """How to build one, and the shape of each input without the batch."""
 
     make: Callable[[], nn.Module]
     inputs: tuple[tuple[int, ...], ...] = ((3, 8, 8),)
-    literal: bool = False
 
 
 def _plain() -> nn.Module:
@@ -295,7 +296,7 @@ NETWORKS: dict[str, Network] = {
     "twice": Network(lambda: Head(Twice(), 6)),
     "transposed": Network(Upsampler),
     "grouped_transposed": Network(_grouped_transposed),
-    "literal_flatten": Network(LiteralFlatten, literal=True),
+    "literal_flatten": Network(LiteralFlatten),
     "flatten": Network(Flatten),
     "conv1d": Network(Conv1d, ((2, 16),)),
     "mlp": Network(mlp, ((6,),)),
@@ -303,7 +304,6 @@ NETWORKS: dict[str, Network] = {
     "sum_and_slice": Network(lambda: Head(SumAndSlice(), 6)),
     "attention": Network(Attention),
 }
-SLIMMABLE = tuple(name for name, network in NETWORKS.items() if not network.literal)
 
 
 def images(name: str, n: int = 1, seed: int = 1, dtype: torch.dtype = torch.float64) -> tuple[Tensor, ...]:
@@ -319,6 +319,13 @@ def build(name: str, seed: int = 0, dtype: torch.dtype = torch.float64) -> nn.Mo
         model = NETWORKS[name].make()
         settle(model.double(), *images(name, 16, seed=seed + 100))
     return model.to(dtype)
+
+
+@cache
+def traced(name: str) -> tuple[nn.Module, ChannelGraph]:
+    """The network and its graph, made once for tests that change neither."""
+    model = build(name)
+    return model, trace(model, images(name))
 
 
 def settle(model: nn.Module, *inputs: Tensor) -> None:

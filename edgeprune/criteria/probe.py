@@ -17,8 +17,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from edgeprune.errors import DataError
 from edgeprune.graph import ChannelGraph, ChannelGroup, Tap
+from edgeprune.graph.running import evaluating, tensors_in
 from edgeprune.graph.slim import named_tensors
-from edgeprune.graph.trace import evaluating, tensors_in
 
 Observer = Callable[[ChannelGroup, int, Tensor], None]
 
