@@ -205,8 +205,8 @@ class LiteralSplit(Net):
     middle = 4
 
     def between(self, h: Tensor) -> Tensor:
-        left, right = h.split(4, 1)
-        return left * right
+        parts: tuple[Tensor, ...] = h.split(4, 1)
+        return parts[0] * parts[1]
 
 
 class Chunk(LiteralSplit):
