@@ -39,7 +39,7 @@ class Call:
     """One operation: `labels` mirrors `args` with labels instead of tensors; `out` is what it returned."""
 
     name: str
-    func: Callable[..., Any]
+    func: Any  # an OpOverload: callable, with a schema
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
     labels: tuple[Any, ...]
@@ -74,9 +74,11 @@ def rule(*names: str) -> Callable[[Rule], Rule]:
 
 
 def axis_labels(labels: Labelled, dim: int) -> Tensor:
-    """The labels along one axis of a parameter, (n,)."""
+    """The labels along one axis of a parameter, (n,); an axis with a single position has the neutral one."""
     if isinstance(labels, Weight):
         return labels.axes[dim]
+    if labels.shape[dim] == 1:
+        return torch.zeros(1, dtype=torch.long)
     for d in range(labels.ndim - 1, -1, -1):
         if d != dim:
             labels = labels.select(d, 0)
@@ -107,7 +109,8 @@ def give_up(call: Call, reason: str) -> Any:
             call.book.freeze(labels, reason)
     if isinstance(call.out, Tensor):
         return call.book.frozen(tuple(call.out.shape), reason)
-    return tuple(call.book.frozen(tuple(o.shape), reason) if isinstance(o, Tensor) else None for o in call.out or ())
+    outs = call.out if isinstance(call.out, (tuple, list)) else ()
+    return tuple(call.book.frozen(tuple(o.shape), reason) if isinstance(o, Tensor) else None for o in outs)
 
 
 def _flat(items: Any) -> list[Labelled]:

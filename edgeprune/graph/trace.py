@@ -7,9 +7,8 @@ can be traced. The same run records the operations with their sizes for the cost
 
 from __future__ import annotations
 
-from collections.abc import Iterator, MutableMapping
-from contextlib import contextmanager
-from dataclasses import dataclass, fields, is_dataclass
+from collections.abc import MutableMapping
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -23,7 +22,11 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from edgeprune.errors import TraceError
 from edgeprune.graph.channels import Activation, ChannelGraph, ChannelGroup, Member, Op, Tap
 from edgeprune.graph.labels import Labels, core, varies
+from edgeprune.graph.rehearse import Misfit, misfit
 from edgeprune.graph.rules import RULES, Call, Labelled, Weight, give_up
+from edgeprune.graph.running import evaluating, first_line, single_sample, tensors_in
+
+__all__ = ["evaluating", "single_sample", "tensors_in", "trace"]
 
 KINDS = {
     **dict.fromkeys("convolution _convolution mkldnn_convolution cudnn_convolution".split(), "conv"),
@@ -62,6 +65,8 @@ def trace(model: nn.Module, example_inputs: Any) -> ChannelGraph:
     `example_inputs`: a tensor, or a tuple of the forward's positional arguments; only the first sample of a batch is used. The
     model (weights, buffers, training flags) is left as it was. Raises TraceError when the forward itself fails.
     """
+    if isinstance(model, torch.jit.ScriptModule):
+        raise TraceError("a TorchScript network cannot be pruned: its code is compiled. Give the nn.Module that it was made from.")
     inputs = single_sample(example_inputs)
     tracer = _Tracer(model)
     with evaluating(model), torch.no_grad():
@@ -73,57 +78,29 @@ def trace(model: nn.Module, example_inputs: Any) -> ChannelGraph:
         except Exception as error:
             shapes = ", ".join(str(tuple(t.shape)) for t in tensors_in(inputs))
             raise TraceError(
-                f"the network does not run on an example of shape {shapes}: {type(error).__name__}: {str(error).splitlines()[0][:300]}. "
+                f"the network does not run on an example of shape {shapes}: {type(error).__name__}: {first_line(error)[:300]}. "
                 "Give the shape it was trained for (--input-shape, or other example inputs)."
             ) from error
     for leaf in tensors_in(outputs):
         tracer.leave(leaf)
-    return _build(tracer)
-
-
-def single_sample(example_inputs: Any) -> tuple[Any, ...]:
-    """The forward's positional arguments with batches cut to their first sample."""
-    inputs = tuple(example_inputs) if isinstance(example_inputs, (tuple, list)) else (example_inputs,)
-    sizes = {t.shape[0] if t.ndim else 0 for t in tensors_in(inputs)}
-    if len(sizes) == 1 and sizes.pop() > 1:
-        inputs = tree_map(lambda t: t[:1] if isinstance(t, Tensor) else t, inputs)
-    return inputs
-
-
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Eval mode for a while; every module gets its own flag back."""
-    training = [(m, m.training) for m in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, flag in training:
-            module.training = flag
-
-
-def tensors_in(value: Any) -> Iterator[Tensor]:
-    """Every tensor inside nested lists, tuples, dicts and dataclasses."""
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, dict):
-        for item in value.values():
-            yield from tensors_in(item)
-    elif isinstance(value, (list, tuple)):
-        for item in value:
-            yield from tensors_in(item)
-    elif is_dataclass(value) and not isinstance(value, type):
-        for field in fields(value):
-            yield from tensors_in(getattr(value, field.name))
+    graph = _build(tracer)
+    while (found := misfit(model, graph, single_sample(example_inputs))) is not None and tracer.hold(found, graph):
+        graph = _build(tracer)
+    return graph
 
 
 @dataclass(frozen=True)
 class _Seen:
-    """What is known about one tensor of the run: its labels, its number among the activations, the parameter it is (a view of)."""
+    """What is known about one tensor of the run: its labels, its number among the activations, the parameter it is (a view of).
+
+    `written` is shared by all views of one memory: the activations that were written into it through a view.
+    """
 
     labels: Labelled
     number: int = -1
     parameter: str | None = None
+    view: bool = False
+    written: list[int] = field(default_factory=list)
 
 
 class _Tracer(TorchDispatchMode):
@@ -159,6 +136,16 @@ class _Tracer(TorchDispatchMode):
             self.outputs.append(seen.number)
         for part in seen.labels.axes if isinstance(seen.labels, Weight) else (seen.labels,):
             self.book.freeze(part, "output of the network")
+
+    def hold(self, misfit: Misfit, graph: ChannelGraph) -> bool:
+        """The channels that an operation, or the nearest one before it that has any, reads or makes stay; False where none is left."""
+        for op in reversed([op for op in self.ops if op.call <= misfit.call]):
+            numbers = op.inputs if misfit.reads and op.call == misfit.call else (op.output,)
+            if free := [n for n in numbers if graph.activations[n].per_channel]:
+                for number in free:
+                    self.book.freeze(self.sizes[number][1], "the network's code holds their number as a fixed number")
+                return True
+        return False
 
     def _remember(self, tensor: Tensor, labels: Tensor) -> int:
         number = len(self.sizes)
@@ -201,22 +188,44 @@ class _Tracer(TorchDispatchMode):
         try:
             result = RULES[name](call) if name in RULES else give_up(call, f"no rule for the operation {name}")
         except (RuntimeError, IndexError, ValueError, TypeError) as error:
-            result = give_up(call, f"the operation {name} is used in a way no rule covers ({str(error).splitlines()[0][:80]})")
+            result = give_up(call, f"the operation {name} is used in a way no rule covers ({first_line(error)[:80]})")
         self._record(call, result)
         return out
 
     def _record(self, call: Call, result: Any) -> None:
         results = list(result) if isinstance(result, (tuple, list)) else [result]
-        inputs = tuple(n for t in tensors_in(call.args) if (n := self.seen[t].number) >= 0)
-        if isinstance(result, Weight) or (not inputs and isinstance(result, Tensor) and call.args and isinstance(call.args[0], Tensor)):
-            self.seen[call.out] = _Seen(result, parameter=self.seen[call.args[0]].parameter)
+        read = [self.seen[t] for t in tensors_in(call.args)]
+        inputs = tuple(seen.number for seen in read if seen.number >= 0)
+        first = call.args[0] if call.args else None
+        if isinstance(first, Tensor) and not inputs:
+            self._computed_parameters(call, results)
             return
+        inputs += tuple(dict.fromkeys(n for seen in read for n in seen.written if n not in inputs))
+        old = self.seen[first] if isinstance(first, Tensor) else None
         numbers = [self._remember(t, r) for t, r in zip(tensors_in(call.out), results, strict=False) if isinstance(r, Tensor)]
         if not numbers:
             return
+        if old is not None and (alias := call.func._schema.arguments[0].alias_info):
+            self._share_memory(call, old, alias.is_write)
         kind = KINDS.get(call.name, "other")
         weight, details = self._weight_details(call, kind) if kind in ("conv", "linear", "norm") else (None, {})
         self.ops.append(Op(kind, call.name, weight, inputs, numbers[0], self.calls - 1, fused=self._fuses_into(kind, inputs), **details))
+
+    def _computed_parameters(self, call: Call, results: list[Any]) -> None:
+        """Weights that the network computes from its parameters (transposed, normalised) count as the parameter of their shape."""
+        for made, labels in zip(tensors_in(call.out), results, strict=False):
+            same = (self.seen[t].parameter for t in tensors_in(call.args) if t.shape == made.shape)
+            self.seen[made] = _Seen(labels, parameter=next(same, self.seen[call.args[0]].parameter))
+
+    def _share_memory(self, call: Call, old: _Seen, writes: bool) -> None:
+        """After an operation whose result is its first argument's memory: who reads one view later reads what was written there."""
+        for made in tensors_in(call.out):
+            seen = self.seen[made]
+            self.seen[made] = replace(seen, view=old.view or not writes, written=old.written)
+            if writes and old.view:
+                old.written.append(seen.number)
+            elif writes:
+                old.written.clear()
 
     def _weight_details(self, call: Call, kind: str) -> tuple[str | None, dict[str, Any]]:
         tensor = call.args[{"conv": 1, "linear": len(call.args) - 1, "norm": 1}[kind]]
@@ -280,7 +289,7 @@ def _build(tracer: _Tracer) -> ChannelGraph:
         stays = [int(c) for c in np.unique(roots[order[key]])] if key in order else []
         why = next((reasons[c] for c in stays if c in reasons), None)
         if why or any(group_of[c] < 0 for c in stays):
-            frozen[f"{key[0]}[{key[1]}]"] = why or "no operation of its own produces these channels"
+            frozen[f"{key[0]}[{key[1]}]"] = why or "its channels are tied to one another: all would have to go at once"
     wide = np.array([group.channels for group, _ in groups], dtype=np.int64)
     activations = tuple(_activation(shape, classes[flat.numpy()], repeat, group_of, wide) for shape, flat, repeat in tracer.sizes)
     return ChannelGraph(
@@ -307,7 +316,10 @@ def _rows(roots: list[NDArray[np.int64]], blocked: NDArray[np.bool_]) -> _Rows:
 
 
 def _groups(rows: _Rows, keys: list[tuple[str, int]], producers: NDArray[np.int64]) -> list[tuple[ChannelGroup, NDArray[np.int64]]]:
-    """Classes that touch the same axes equally often form a group; returns each with its classes in channel order."""
+    """Classes that touch the same axes equally often form a group; returns each with its classes in channel order.
+
+    A class on its own is no group, because one channel must stay.
+    """
     if not len(rows.channel):
         return []
     starts = np.flatnonzero(np.r_[True, rows.channel[1:] != rows.channel[:-1]])
@@ -322,6 +334,8 @@ def _groups(rows: _Rows, keys: list[tuple[str, int]], producers: NDArray[np.int6
     for value in dict.fromkeys(signature[produced].tolist()):
         mine = np.flatnonzero(signature == np.uint64(value))
         n, k = len(mine), int(lengths[mine[0]])
+        if n == 1:
+            continue
         table = starts[mine][:, None] + np.arange(k)
         axes = rows.axis[table[0]]
         positions = rows.position[table]
@@ -329,7 +343,7 @@ def _groups(rows: _Rows, keys: list[tuple[str, int]], producers: NDArray[np.int6
         ordered = sorted(columns, key=lambda a: (rank[a], a))
         by_channel = np.argsort(columns[ordered[0]][:, 0], kind="stable")
         members = tuple(Member(*keys[a], columns[a][by_channel]) for a in ordered)
-        producing = sum(rank[a] < len(keys) for a in ordered)
+        producing = int((rank[ordered] < len(keys)).sum())
         name = members[0].parameter.rpartition(".")[0] or members[0].parameter
         taken[name] = taken.get(name, 0) + 1
         name = name if taken[name] == 1 else f"{name}#{taken[name]}"

@@ -1,0 +1,62 @@
+"""Running somebody's network without leaving a trace in it: inputs, eval mode, outputs, errors."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import fields, is_dataclass
+from typing import Any
+
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map
+
+
+def single_sample(example_inputs: Any) -> tuple[Any, ...]:
+    """The forward's positional arguments with batches cut to their first sample."""
+    inputs = tuple(example_inputs) if isinstance(example_inputs, (tuple, list)) else (example_inputs,)
+    sizes = {t.shape[0] if t.ndim else 0 for t in tensors_in(inputs)}
+    if len(sizes) == 1 and sizes.pop() > 1:
+        inputs = tree_map(lambda t: t[:1] if isinstance(t, Tensor) else t, inputs)
+    return fresh(inputs)
+
+
+def fresh(inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Copies of the tensors: a forward may write into what it is given."""
+    copies: tuple[Any, ...] = tree_map(lambda t: t.clone() if isinstance(t, Tensor) else t, inputs)
+    return copies
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Eval mode for a while; every module gets its own flag back.
+
+    By the flags alone: exported programs refuse `eval()`, and a network's own `train()` may do things that no flag undoes.
+    """
+    training = [(m, m.training) for m in model.modules()]
+    try:
+        for module, _ in training:
+            module.training = False
+        yield
+    finally:
+        for module, flag in training:
+            module.training = flag
+
+
+def tensors_in(value: Any) -> Iterator[Tensor]:
+    """Every tensor inside nested lists, tuples, dicts and dataclasses."""
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, dict):
+        for item in value.values():
+            yield from tensors_in(item)
+    elif isinstance(value, (list, tuple)):
+        for item in value:
+            yield from tensors_in(item)
+    elif is_dataclass(value) and not isinstance(value, type):
+        for field in fields(value):
+            yield from tensors_in(getattr(value, field.name))
+
+
+def first_line(error: BaseException) -> str:
+    """What an error says, on one line; its type where it says nothing."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

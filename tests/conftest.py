@@ -1,0 +1,30 @@
+"""Fixtures that all tests share."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).parents[1]
+torch.set_num_threads(1)  # the networks are tiny: threads would only wait for each other
+
+
+@pytest.fixture(scope="session")
+def data_dir() -> Path:
+    """The folder of data sets and peers' tables (EDGEPRUNE_DATA, ../shared/data by default); skips where absent."""
+    path = Path(os.environ.get("EDGEPRUNE_DATA", ROOT.parent / "shared" / "data"))
+    if not path.is_dir():
+        pytest.skip(f"no data folder at {path}: set EDGEPRUNE_DATA")
+    return path
+
+
+@pytest.fixture(autouse=True)
+def _same_randomness() -> Iterator[None]:
+    """Every test starts from the same seed and leaves the global generator as it was."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        yield

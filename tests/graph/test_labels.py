@@ -1,0 +1,62 @@
+from __future__ import annotations
+
+import torch
+
+from edgeprune.graph.labels import NEUTRAL, Labels, compact, core, varies
+
+
+def test_single_positions_are_neutral_and_tie_nothing() -> None:
+    book = Labels()
+    a, b = book.fresh(3), book.fresh(3)
+    assert book.fresh(1).tolist() == [NEUTRAL]
+    book.tie(a, torch.zeros(1, dtype=torch.long))
+    book.tie(b, torch.zeros(1, dtype=torch.long))
+    classes, reasons = book.resolve()
+    assert len({int(classes[i]) for i in [*a.tolist(), *b.tolist()]}) == 6
+    assert reasons == {int(classes[NEUTRAL]): "single position"}
+
+
+def test_ties_are_transitive_and_broadcast() -> None:
+    book = Labels()
+    a, b, c = book.fresh(2), book.fresh(2), book.fresh(4)
+    book.tie(a.view(1, 2, 1).expand(1, 2, 5), b.view(2, 1))
+    book.tie(c.view(2, 2), b)
+    classes, _ = book.resolve()
+    assert classes[a[0]] == classes[b[0]] == classes[c[0]] == classes[c[2]]
+    assert classes[a[1]] == classes[b[1]] == classes[c[1]] == classes[c[3]]
+    assert classes[a[0]] != classes[a[1]]
+
+
+def test_large_ties_are_the_same_as_small_ones() -> None:
+    book = Labels()
+    a, b = book.fresh(2), book.fresh(10_000)
+    book.tie(a.repeat(5_000), b)
+    classes, _ = book.resolve()
+    assert (classes[b.numpy()][::2] == classes[a[0]]).all()
+    assert (classes[b.numpy()][1::2] == classes[a[1]]).all()
+
+
+def test_the_first_reason_given_is_the_one_reported() -> None:
+    book = Labels()
+    a = book.fresh(2)
+    book.freeze(a[:1], "first")
+    book.freeze(a, "second")
+    classes, reasons = book.resolve()
+    assert reasons[int(classes[a[0]])] == "first"
+    assert reasons[int(classes[a[1]])] == "first", "the second freeze tied both channels"
+
+
+def test_core_drops_what_does_not_vary_and_counts_it() -> None:
+    labels = torch.arange(1, 4).view(1, 3, 1, 1).expand(1, 3, 4, 5)
+    flat, repeat = core(labels)
+    assert (flat.tolist(), repeat) == ([1, 2, 3], 20)
+    assert [varies(labels, d) for d in range(4)] == [False, True, False, False]
+    assert core(torch.zeros(0, 3, dtype=torch.long))[1] == 1
+
+
+def test_compact_finds_repeated_labels_in_a_copy() -> None:
+    copied = torch.arange(1, 4).view(3, 1).expand(3, 4).clone()
+    assert varies(copied, 1)
+    again = compact(copied)
+    assert not varies(again, 1)
+    assert torch.equal(again, copied)
