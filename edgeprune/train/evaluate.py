@@ -95,12 +95,12 @@ def recalibrate(model: nn.Module, split: Split, *, images: int = 1024, batch_siz
     fresh = copy.deepcopy(model)
     norms = batch_norms(fresh)
     if not norms or min(images, len(split)) < 2:
-        return fresh.eval()
+        return settled(fresh)
     momenta = [m.momentum for m in norms]
     for norm in norms:
         norm.reset_running_stats()
         norm.momentum = None
-    fresh.eval()
+    settled(fresh)
     for norm in norms:
         norm.train()
     with torch.no_grad():
@@ -109,9 +109,16 @@ def recalibrate(model: nn.Module, split: Split, *, images: int = 1024, batch_siz
                 fresh(x)
     for norm, momentum in zip(norms, momenta, strict=True):
         norm.momentum = momentum
-    return fresh.eval()
+    return settled(fresh)
 
 
 def batch_norms(model: nn.Module) -> list[nn.modules.batchnorm._BatchNorm]:
     """The batch norms that keep running statistics."""
     return [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.track_running_stats]
+
+
+def settled(model: nn.Module) -> nn.Module:
+    """The same network, now in eval mode; by the flags alone, because exported programs refuse `eval()`."""
+    for module in model.modules():
+        module.training = False
+    return model

@@ -10,6 +10,7 @@ import copy
 import json
 import math
 import time
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,7 @@ from edgeprune.graph.slim import named_tensors
 from edgeprune.graph.trace import evaluating
 from edgeprune.run import write_atomic
 from edgeprune.train import Epoch, Progress, Recipe, silent
-from edgeprune.train.evaluate import evaluate, logits_of
+from edgeprune.train.evaluate import evaluate, logits_of, settled
 
 MOMENTUM = "momentum/"
 
@@ -68,7 +69,8 @@ def finetune(
         started = time.monotonic()
         torch.manual_seed(seed + 7919 * epoch)
         loss, seen = 0.0, 0
-        work.train()
+        with suppress(NotImplementedError):  # an exported program: its mode was fixed at export
+            work.train()
         batches = train.batches(recipe.batch_size, shuffle_seed=seed + 7919 * epoch, augment=augment)
         for step, (x, y) in enumerate(batches):
             _set_rate(optimizer, recipe, epoch * steps + step, recipe.epochs * steps)
@@ -89,7 +91,7 @@ def finetune(
         curve = (*curve, figures)
         if store:
             store.save(work, optimizer, curve)
-    return _in_format(work, torch.contiguous_format).eval(), curve
+    return settled(_in_format(work, torch.contiguous_format)), curve
 
 
 def _check(train: Split, recipe: Recipe, dense: nn.Module | None) -> None:
