@@ -207,13 +207,16 @@ class Pipeline:
         correction = dense.latency_ms / predict_graph(graph, None, device).latency_ms.value / HEADROOM
         rounds: list[Round] = []
         best: tuple[float, Plan, float] | None = None
+        floor: Plan | None = None
         for number in range(1, ROUNDS + 1):
             try:
                 plan = self._allocate(scores, correction)
-            except BudgetError:  # so says the correction of one slow measurement
-                if best is None:
+            except BudgetError as error:  # so says the prediction, perhaps corrected by one slow measurement
+                if best is not None:
+                    break
+                if error.plan is None or error.plan == floor:
                     raise
-                break
+                plan = floor = error.plan  # the board has the last word
             raw = predict_graph(graph, widths(graph, plan), device).latency_ms.value
             got = self.measured("candidate", slim(self.job.model, graph, plan), quick=True)
             rounds.append(Round(number, raw * correction * HEADROOM, got.latency_ms, got.low_ms, got.high_ms, correction * HEADROOM))
