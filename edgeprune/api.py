@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from edgeprune import report
@@ -14,17 +15,19 @@ from edgeprune.data import Data, load_data
 from edgeprune.device.card import Device
 from edgeprune.device.card import device as find_device
 from edgeprune.device.cost import Cost, predict_graph
-from edgeprune.errors import DataError, UsageError
+from edgeprune.errors import DataError, TraceError, UsageError
+from edgeprune.export import formats as known_formats
 from edgeprune.export import load_artifact
 from edgeprune.graph.slim import slim
-from edgeprune.graph.trace import single_sample, trace
-from edgeprune.pipeline import Job, Pipeline
+from edgeprune.graph.trace import evaluating, single_sample, trace
+from edgeprune.load import user_code
+from edgeprune.pipeline import Job, Pipeline, fingerprint
 from edgeprune.plan import Budget
 from edgeprune.registry import find
 from edgeprune.result import Findings, Result, facts
 from edgeprune.run import Run, default_folder, write_json
 from edgeprune.train import Progress, Recipe, silent
-from edgeprune.train.evaluate import Accuracy, accuracy_of
+from edgeprune.train.evaluate import Accuracy, accuracy_of, logits_of, settled
 from edgeprune.train.evaluate import evaluate as evaluate_module
 
 RECOVERIES = ("none", "bn")
@@ -62,6 +65,8 @@ def compress(
     """
     if recover not in RECOVERIES:
         raise UsageError(f"recover must be one of {', '.join(RECOVERIES)}, got {recover!r}.")
+    if seed < 0:
+        raise UsageError(f"the seed must be 0 or more, got {seed}.")
     target = device if isinstance(device, Device) else find_device(device)
     source = data if isinstance(data, Data) or data is None else load_data(data, seed=seed)
     job = Job(
@@ -85,6 +90,7 @@ def compress(
     folder = Path(out) if out else default_folder(job.name, target.name)
     words = list(command) or ["edgeprune.compress", job.name]
     with Run.open(folder, asked=_asked(job), command=words, resume=resume) as run:
+        run.record("inputs", {"model": fingerprint(job.model), "data": source.fingerprint if source else None})
         return _stages(job, run, shlex.join(words), progress)
 
 
@@ -94,7 +100,7 @@ def _stages(job: Job, run: Run, command: str, progress: Progress) -> Result:
     accuracies = {"dense": stages.accuracy("dense", job.model)}
     scores = stages.scores()
     choice = stages.choose(scores)
-    small = slim(job.model, graph, choice.plan)
+    small = settled(slim(job.model, graph, choice.plan))
     proof = stages.proof(small, choice.plan)
     accuracies["right after pruning"] = stages.accuracy("right after pruning", small)
     if (recovered := stages.recovered(small)) is not small:
@@ -127,6 +133,10 @@ def _check(job: Job) -> None:
     """What can be known to fail before hours are spent."""
     find("criteria", job.criterion, "criterion")
     find("allocate", job.allocator, "allocator")
+    if unknown := [f for f in job.formats if f not in known_formats()]:
+        raise UsageError(f"unknown artifact format {unknown[0]!r}; there is: {', '.join(known_formats())}.")
+    if not job.formats or job.round_to < 1 or job.calibration_images < 1:
+        raise UsageError("at least one format, round_to of 1 or more and calibration_images of 1 or more are needed.")
     if job.recipe.epochs and (job.data is None or not len(job.data.train)):
         raise DataError("fine-tuning needs training images: give data with a training part, or 0 epochs.")
     if job.data:
@@ -134,6 +144,8 @@ def _check(job: Job) -> None:
         got = tuple(job.data.sample_shape[1:])
         if expected is not None and expected != got:
             raise DataError(f"the data have images of shape {got}, the model takes {expected}: give --input-shape to match, or other data.")
+        with user_code("running the network on the example input", TraceError), torch.no_grad(), evaluating(job.model):
+            job.data.check(classes=logits_of(job.model(*job.example_inputs)).shape[1])
 
 
 def _asked(job: Job) -> dict[str, Any]:

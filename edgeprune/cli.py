@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import sys
-import textwrap
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,10 +17,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from edgeprune.errors import EdgepruneError, GateError, UsageError
+from edgeprune.terminal import complain, print_json, print_table, progress_bars, say
 
 if TYPE_CHECKING:
     from edgeprune.load import LoadedModel
-    from edgeprune.train import Progress
+    from edgeprune.result import Result
 
 app = typer.Typer(
     name="edgeprune",
@@ -72,11 +73,11 @@ def compress(
     batch_size: Annotated[int, typer.Option(help="images per training step")] = 128,
     flip: Annotated[bool, typer.Option(help="mirror training images at random")] = True,
     round_to: Annotated[int, typer.Option(help="widths are multiples of this")] = 8,
-    quantize: Annotated[str, typer.Option(help="none")] = "none",
+    quantize: Annotated[str, typer.Option(help="none: weights and activations stay fp32")] = "none",
     formats: Annotated[str, typer.Option("--format", help="artifact formats, comma-separated: onnx")] = "onnx",
     out: Annotated[Path | None, typer.Option(help="run folder (default: runs/<model>-<device>)")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="go on with the run in --out")] = False,
-    seed: Annotated[int, typer.Option(help="for everything random")] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="for everything random")] = 0,
     trust_pickle: TrustPickle = False,
     as_json: AsJson = False,
 ) -> None:
@@ -100,6 +101,7 @@ def compress(
 
     from edgeprune import api
     from edgeprune.data import load_data
+    from edgeprune.run import default_folder
     from edgeprune.train import Recipe
 
     if out:
@@ -110,7 +112,9 @@ def compress(
     loaded = _load(path, factory, shape, trust_pickle, sample=source.sample_shape if source else None)
     if epochs is None:
         epochs = 3 if source and len(source.train) and source.train.labelled else 0
-    with _progress() as progress:
+    folder = out or default_folder(loaded.name, target.name)
+    say(f"the run folder is {folder}")
+    with _resumable(folder), progress_bars() as progress:
         result = api.compress(
             loaded.model,
             loaded.example_inputs,
@@ -123,7 +127,7 @@ def compress(
             recover=recover,
             round_to=round_to,
             formats=[f.strip() for f in formats.split(",")],
-            out=out,
+            out=folder,
             resume=resume,
             seed=seed,
             name=loaded.name,
@@ -131,7 +135,11 @@ def compress(
             command=["edgeprune", *sys.argv[1:]],
             progress=progress,
         )
-    _tell_result(result, as_json)
+    if as_json:
+        print_json(result.to_json())
+    else:
+        _tell(result)
+    _gate(result)
 
 
 @app.command()
@@ -143,10 +151,15 @@ def demo(
     from edgeprune.demo import run_demo
 
     _must_be_writable(out)
-    with _progress() as progress:
+    with progress_bars() as progress:
         results = run_demo(out, progress)
+    if as_json:
+        print_json({result.folder.name: result.to_json() for result in results})
     for result in results:
-        _tell_result(result, as_json)
+        if not as_json:
+            _tell(result)
+    for result in results:
+        _gate(result)
 
 
 @app.command()
@@ -155,20 +168,19 @@ def inspect(
 ) -> None:
     """The groups of channels that can go, what stays and why, and where parameters and MACs are."""
     from edgeprune.graph.trace import trace
+    from edgeprune.report import quantity
 
     loaded = _load(path, factory, _shape(input_shape), trust_pickle)
     graph = trace(loaded.model, loaded.example_inputs)
     if as_json:
         groups = [{"name": g.name, "channels": g.channels, "members": len(g.members)} for g in graph.groups]
-        _print_json({"macs": graph.macs, "params": graph.params, "groups": groups, "frozen": dict(graph.frozen)})
+        print_json({"macs": graph.macs, "params": graph.params, "groups": groups, "frozen": dict(graph.frozen)})
         return
-    _table(["group", "channels", "layers it ties"], [[g.name, g.channels, len(g.members)] for g in graph.groups])
-    typer.echo(
-        f"\n{graph.macs / 1e6:.1f} M MACs, {graph.params / 1e6:.2f} M parameters, {len(graph.groups)} groups of channels can shrink."
-    )
+    print_table(["group", "channels", "parameter axes"], [[g.name, g.channels, len(g.members)] for g in graph.groups])
+    typer.echo(f"\n{quantity(graph.macs)} MACs, {quantity(graph.params)} parameters, {len(graph.groups)} group(s) of channels can shrink")
     if graph.frozen:
         typer.echo("\nStays dense:")
-        _table(["parameter axis", "reason"], [[name, reason] for name, reason in graph.frozen.items()])
+        print_table(["parameter axis", "reason"], [[name, reason] for name, reason in graph.frozen.items()])
 
 
 @app.command()
@@ -191,11 +203,11 @@ def profile(
 
         found = measure(path, target)
         if as_json:
-            _print_json(found.to_json())
+            print_json(found.to_json())
         else:
             typer.echo(
                 f"{path.name} on {target.profile}: {found.latency_ms:.3f} ms measured ({found.low_ms:.3f} to {found.high_ms:.3f}), "
-                f"p90 {found.p90_ms:.3f} ms, {found.runs} runs, {found.threads} thread(s)"
+                f"p90 {found.p90_ms:.3f} ms, {found.runs:,} runs, threads: {found.threads}"
             )
         return
     from edgeprune.api import predict
@@ -203,11 +215,13 @@ def profile(
     loaded = _load(path, factory, _shape(input_shape), trust_pickle)
     cost = predict(loaded.model, loaded.example_inputs, target)
     if as_json:
-        _print_json(asdict(cost))
+        print_json(asdict(cost))
         return
     rows = [[c.name, c.kind, f"{c.latency_ms:.3f}", f"{c.macs / 1e6:.2f}", f"{c.share:.1%}"] for c in cost.per_layer]
-    _table(["layer", "kind", "ms", "M MACs", "share"], rows)
     latency = cost.latency_ms
+    if (fixed := latency.value - sum(c.latency_ms for c in cost.per_layer)) > 0:
+        rows.append(["(once per inference)", "", f"{fixed:.3f}", "", f"{fixed / latency.value:.1%}"])
+    print_table(["layer", "kind", "ms", "M MACs", "share"], rows)
     typer.echo(f"\n{latency.value:.2f} ms ({latency.low:.2f} to {latency.high:.2f}, 90% interval); {cost.basis}")
     for note in cost.notes:
         typer.echo(f"- {note}")
@@ -232,10 +246,10 @@ def evaluate(
     model: Any = path
     if path.suffix != ".onnx":
         model = _load(path, factory, _shape(input_shape), trust_pickle, sample=source.sample_shape).model
-    with _progress() as progress:
+    with progress_bars() as progress:
         found = api.evaluate(model, source, progress=progress)
     if as_json:
-        _print_json({"accuracy": found.accuracy, "loss": found.loss, "images": found.images})
+        print_json({"accuracy": found.accuracy, "loss": found.loss, "images": found.images})
     else:
         typer.echo(f"{100 * found.accuracy:.2f}% of {found.images:,} validation images right, loss {found.loss:.4f}")
 
@@ -266,7 +280,7 @@ def device_list() -> None:
     from edgeprune.device.card import device as find_device
     from edgeprune.device.card import devices
 
-    _table(["device", "profile", "figures are", "what it is"], [
+    print_table(["device", "profile", "figures are", "what it is"], [
         [name, d.profile, "measured" if d.attached else "predicted", d.description] for name in devices() for d in [find_device(name)]
     ])  # fmt: skip
 
@@ -278,8 +292,8 @@ def device_show(name: str) -> None:
 
     found = find_device(name)
     if found.resolved:
-        typer.echo(found.resolved)
-    _print_json(found.card.model_dump(mode="json"))
+        say(found.resolved)
+    print_json(found.card.model_dump(mode="json"))
 
 
 def main() -> None:
@@ -287,15 +301,8 @@ def main() -> None:
     try:
         app()
     except EdgepruneError as error:
-        typer.echo(f"edgeprune: {_paragraph(str(error))}", err=True)
+        complain(str(error))
         sys.exit(error.exit_code)
-    except KeyboardInterrupt:
-        typer.echo("edgeprune: interrupted; --resume with the same --out goes on from the last finished stage or epoch.", err=True)
-        sys.exit(130)
-
-
-def _paragraph(text: str) -> str:
-    return textwrap.fill(" ".join(text.split()), width=110, break_long_words=False, break_on_hyphens=False)
 
 
 def _load(path: Path, factory: str | None, shape: tuple[int, ...] | None, trust_pickle: bool, sample: Any = None) -> LoadedModel:
@@ -306,14 +313,24 @@ def _load(path: Path, factory: str | None, shape: tuple[int, ...] | None, trust_
 
 def _must_be_writable(folder: Path) -> None:
     """Known before anything is loaded: the output folder can be written."""
-    from edgeprune.run import replacing
-
     existing = next(p for p in (folder.absolute(), *folder.absolute().parents) if p.exists())
     if not existing.is_dir():
         raise UsageError(f"--out {folder} cannot be a folder: {existing} is a file.")
-    with replacing(existing / ".edgeprune-write-test") as probe:
-        probe.write_bytes(b"")
-    (existing / ".edgeprune-write-test").unlink(missing_ok=True)
+    try:
+        with tempfile.TemporaryFile(dir=existing):
+            pass
+    except OSError as error:
+        raise UsageError(f"--out {folder} cannot be written ({existing}: {error.strerror}): choose another folder.") from error
+
+
+@contextmanager
+def _resumable(folder: Path) -> Iterator[None]:
+    """Ctrl-C says how to go on; typer turns it into the exit code 130."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        complain(f"interrupted; the same command with --resume --out {folder} goes on from the last finished stage or epoch.")
+        raise
 
 
 def _shape(text: str | None) -> tuple[int, ...] | None:
@@ -341,7 +358,8 @@ def _facts_of(folder: Path) -> dict[str, Any]:
     try:
         facts: dict[str, Any] = json.loads((folder / "result.json").read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise UsageError(f"{folder} holds no finished run ({error}): give the folder that compress printed.") from error
+        reason = error.strerror if isinstance(error, OSError) else f"damaged: {error}"
+        raise UsageError(f"{folder} holds no finished run (result.json: {reason}): give the folder that compress printed.") from error
     return facts
 
 
@@ -350,69 +368,31 @@ def _registry(folder: str, as_json: bool) -> None:
 
     found = entries(folder)
     if as_json:
-        _print_json({e.name: {"summary": e.summary, "needs": e.constants["NEEDS"], "source": e.constants["PAPER"]} for e in found})
-        return
+        known = {e.name: {"summary": e.summary, "needs": e.constants.get("NEEDS"), "source": e.constants.get("PAPER")} for e in found}
+        return print_json(known)
     rows = [[e.name, ", ".join(e.constants.get("NEEDS", ())) or "-", e.summary, e.constants.get("PAPER", "")] for e in found]
-    _table(["name", "needs", "what it does", "source"], rows)
+    print_table(["name", "needs", "what it does", "source"], rows)
 
 
-def _tell_result(result: Any, as_json: bool) -> None:
-    from edgeprune.report import headline
+def _tell(result: Result) -> None:
+    from edgeprune.report import headline, label
 
-    if as_json:
-        files = {p.name: str(p) for p in sorted(result.folder.iterdir()) if p.is_file()}
-        _print_json({**result.facts, "folder": str(result.folder), "files": files, "met": result.met})
-    else:
-        typer.echo(f"{result.facts['title']}: {headline(result.facts)}")
-        for budget in result.facts["budgets"]:
-            typer.echo(f"  {budget['how']}")
-        names = ", ".join(a["path"] for a in result.facts["artifacts"])
-        typer.echo(f"  {names} and report.html are in {result.folder}")
-    if not result.met:
-        missed = next(b for b in result.facts["budgets"] if not b["met"])
+    typer.echo(f"{result.facts['title']}: {headline(result.facts)}")
+    for budget in result.facts["budgets"]:
+        typer.echo(f"  {label(budget['name'])}, {budget['how']}")
+    names = ", ".join(a["path"] for a in result.facts["artifacts"])
+    typer.echo(f"  {names} and report.html are in {result.folder}")
+
+
+def _gate(result: Result) -> None:
+    missed = [b for b in result.facts["budgets"] if not b["met"]]
+    if missed:
+        worst = missed[0]
+        noise = " or try again on a quieter machine" if worst["name"] == "latency_ms" and worst["basis"] == "measured" else ""
         raise GateError(
-            f"the finished artifact misses the budget: {missed['name']} is {missed['reached']:.6g}, asked for {missed['asked']:.6g}. All "
-            f"files are in {result.folder}; ask for a little less than you need, or try again on a quieter machine."
+            f"the finished artifact misses the budget: {worst['name']} is {worst['reached']:.6g}, asked for {worst['asked']:.6g}. All "
+            f"files are in {result.folder}; ask for a little less than you need{noise}."
         )
-
-
-def _print_json(value: Any) -> None:
-    typer.echo(json.dumps(value, indent=2, default=str))
-
-
-def _table(head: list[str], rows: list[list[Any]]) -> None:
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table(*head, box=None, header_style="bold", pad_edge=False)
-    for row in rows:
-        table.add_row(*(str(cell).replace("[", r"\[") for cell in row))
-    console = Console()
-    if not console.is_terminal:
-        console.width = 200
-    console.print(table)
-
-
-@contextmanager
-def _progress() -> Iterator[Progress]:
-    """Bars with the time left, on stderr; plain lines where stderr is no terminal."""
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-    from rich.progress import Progress as Bars
-
-    console = Console(stderr=True)
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
-    with Bars(*columns, console=console, disable=not console.is_terminal) as bars:
-        tasks: dict[str, TaskID] = {}
-
-        def progress(what: str, done: int, total: int) -> None:
-            if what not in tasks:
-                tasks[what] = bars.add_task(what, total=total)
-                if not console.is_terminal:
-                    typer.echo(f"edgeprune: {what} …", err=True)
-            bars.update(tasks[what], completed=done, total=total)
-
-        yield progress
 
 
 if __name__ == "__main__":

@@ -7,6 +7,8 @@ recalibration, fine-tuning, artifact, measurement. Figures come out as plain fac
 from __future__ import annotations
 
 import hashlib
+import json
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from functools import cached_property
@@ -32,7 +34,7 @@ from edgeprune.graph.trace import trace
 from edgeprune.plan import Budget, Plan, Scores
 from edgeprune.run import Run, write_atomic, write_json
 from edgeprune.train import Epoch, Progress, Recipe
-from edgeprune.train.evaluate import Accuracy, evaluate, recalibrate
+from edgeprune.train.evaluate import Accuracy, batch_norms, evaluate, recalibrate, settled
 from edgeprune.train.finetune import finetune
 
 ROUNDS = 5
@@ -182,12 +184,15 @@ class Pipeline:
             return {"correction": choice.correction, "rounds": [asdict(r) for r in choice.rounds], "files": ["plan.json"]}
 
         def read(facts: Mapping[str, Any]) -> Choice:
-            import json
-
             plan = Plan.from_json(json.loads(self.run.path("plan.json").read_text()))
             return Choice(plan, facts["correction"], tuple(Round(**r) for r in facts["rounds"]))
 
-        inputs = {"budget": job.budget.limits(), "allocator": job.allocator, "round_to": job.round_to, "device": job.device.profile}
+        inputs = {
+            "budget": job.budget.limits(),
+            "allocator": job.allocator,
+            "round_to": job.round_to,
+            "device": [job.device.profile, job.device.card.model_dump(mode="json")],
+        }
         return self.run.cached("allocate", inputs, compute, write=write, read=read)
 
     def _allocate(self, scores: Scores, correction: float) -> Plan:
@@ -202,8 +207,16 @@ class Pipeline:
         correction = dense.latency_ms / predict_graph(graph, None, device).latency_ms.value / HEADROOM
         rounds: list[Round] = []
         best: tuple[float, Plan, float] | None = None
+        floor: Plan | None = None
         for number in range(1, ROUNDS + 1):
-            plan = self._allocate(scores, correction)
+            try:
+                plan = self._allocate(scores, correction)
+            except BudgetError as error:  # so says the prediction, perhaps corrected by one slow measurement
+                if best is not None:
+                    break
+                if error.plan is None or error.plan == floor:
+                    raise
+                plan = floor = error.plan  # the board has the last word
             raw = predict_graph(graph, widths(graph, plan), device).latency_ms.value
             got = self.measured("candidate", slim(self.job.model, graph, plan), quick=True)
             rounds.append(Round(number, raw * correction * HEADROOM, got.latency_ms, got.low_ms, got.high_ms, correction * HEADROOM))
@@ -242,7 +255,7 @@ class Pipeline:
     def recovered(self, small: nn.Module) -> nn.Module:
         """BN statistics that fit the slim network."""
         train = self.train_split
-        if train is None or self.job.recover == "none":
+        if train is None or self.job.recover == "none" or not batch_norms(small):
             return small
         return self._stored("recalibrate", {"recover": self.job.recover}, small, lambda: recalibrate(small, train))
 
@@ -253,14 +266,13 @@ class Pipeline:
             return small, ()
         if train is None:
             raise DataError("fine-tuning needs training images: give --data with training images, or --epochs 0.")
-        if job.data is not None and train.labelled:
-            job.data.check(classes=_outputs(small, job.example_inputs))
         curve: tuple[Epoch, ...] = ()
 
         def compute() -> nn.Module:
             nonlocal curve
             teacher = job.model if job.recipe.distill else None
-            key = hashlib.sha256(f"{self.run.manifest['stages'].get('prove', {}).get('key')} {job.recipe} {job.seed}".encode()).hexdigest()
+            start = [fingerprint(small), fingerprint(job.model), job.data and job.data.fingerprint, job.recipe.to_json(), job.seed]
+            key = hashlib.sha256(json.dumps(start).encode()).hexdigest()
             model, curve = finetune(
                 small,
                 teacher,
@@ -295,7 +307,7 @@ class Pipeline:
             portable.save(model, self.run.path(file))
             return {"files": [file], **extra()}
 
-        return self.run.cached(stage, inputs, compute, write=write, read=lambda _: portable.load(self.run.path(file), model=small).eval())
+        return self.run.cached(stage, inputs, compute, write=write, read=lambda _: settled(portable.load(self.run.path(file), model=small)))
 
     def exported(self, model: nn.Module, plan: Plan) -> tuple[Artifact, ...]:
         """model.safetensors and one artifact per format, each checked against the network on real images."""
@@ -364,17 +376,10 @@ def widths(graph: ChannelGraph, plan: Plan) -> NDArray[np.int64]:
 
 
 def fingerprint(model: nn.Module) -> str:
-    """Hash of a network's class, tensor names and values."""
-    digest = hashlib.sha256(type(model).__qualname__.encode())
+    """Hash of a network's class, its layers as they describe themselves (strides, activations), and its tensors' names and values."""
+    layers = re.sub(r"\bat 0x[0-9a-f]+", "", repr(model))
+    digest = hashlib.sha256(f"{type(model).__qualname__} {layers}".encode())
     for name, tensor in named_tensors(model):
         digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
         digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes() if tensor.numel() else b"")
     return digest.hexdigest()
-
-
-def _outputs(model: nn.Module, example_inputs: tuple[Any, ...]) -> int:
-    from edgeprune.graph.trace import evaluating
-    from edgeprune.train.evaluate import logits_of
-
-    with torch.no_grad(), evaluating(model):
-        return int(logits_of(model(*example_inputs)).shape[1])

@@ -37,6 +37,11 @@ class Result:
         """Whether every limit of the budget holds, by measurement where the device is attached."""
         return all(b["met"] for b in self.facts["budgets"])
 
+    def to_json(self) -> dict[str, Any]:
+        """The facts, `met`, the folder, and every file in it by its name there: what --json prints."""
+        files = {str(p.relative_to(self.folder)): str(p) for p in sorted(self.folder.rglob("*")) if p.is_file()}
+        return {**self.facts, "met": self.met, "folder": str(self.folder), "files": files}
+
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Findings:
@@ -143,9 +148,10 @@ def _basis(how: str, found: Findings, name: str) -> str:
 def _figures(found: Findings) -> list[dict[str, Any]]:
     figures = []
     reached = _reached(found)
-    dense, last = found.accuracies.get("dense"), next((a for a in reversed([*found.accuracies.values()]) if a), None)
+    dense = found.accuracies.get("dense")
+    step, last = next(((s, a) for s, a in reversed([*found.accuracies.items()]) if a), ("", None))
     if dense and last:
-        how = f"top-1 on {last.images:,} validation images, by torch, after the last epoch"
+        how = f"top-1 on {last.images:,} validation images, by torch, {step}"
         figures.append(_figure("accuracy", "%", (_value(100 * dense.accuracy), _value(100 * last.accuracy)), how, "measured"))
     if found.measurements:
         m = found.measurements["compressed"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from edgeprune.data import Split
-from edgeprune.errors import DataError, ExportError
+from edgeprune.errors import DataError, ExportError, GateError
 from edgeprune.export import Runner
 from edgeprune.graph.trace import evaluating, tensors_in
 from edgeprune.train import Progress, silent
@@ -30,7 +31,11 @@ class Accuracy:
 
 
 def evaluate(model: nn.Module, split: Split, *, batch_size: int = EVALUATION_BATCH, progress: Progress = silent) -> Accuracy:
-    """Top-1 accuracy and cross-entropy on every image of the split. Raises DataError without labels or for outputs that are no logits."""
+    """Top-1 accuracy and cross-entropy on every image of the split.
+
+    Raises DataError for images without labels, labels the network has no output for and outputs that are no logits, GateError for
+    outputs that are not finite.
+    """
     with torch.no_grad(), evaluating(model):
         return _judge(lambda x: logits_of(model(x)), split, batch_size, progress)
 
@@ -51,12 +56,23 @@ def accuracy_of(run: Runner, split: Split, *, batch_size: int = EVALUATION_BATCH
 
 def _judge(logits_for: Callable[[Tensor], Tensor], split: Split, batch_size: int, progress: Progress) -> Accuracy:
     right, loss, images = 0, 0.0, 0
+    highest = int(split.labels.max(initial=0))
     for x, y in split.batches(batch_size):
         logits = logits_for(x)
+        if highest >= logits.shape[1]:
+            raise DataError(
+                f"{split.source.name} has the label {highest} but the network has {logits.shape[1]} outputs (labels 0 to "
+                f"{logits.shape[1] - 1}): give data with the network's classes, numbered as in its training."
+            )
         right += int((logits.argmax(dim=1) == y).sum())
         loss += float(F.cross_entropy(logits, y, reduction="sum"))
         images += len(y)
         progress("evaluating", images, len(split))
+    if not math.isfinite(loss):
+        raise GateError(
+            f"the network's outputs for {split.source.name} are not finite (loss {loss}): check its weights and the preprocessing, and "
+            "after training use a smaller --lr."
+        )
     return Accuracy(right / images, loss / images, images)
 
 
@@ -72,18 +88,19 @@ def logits_of(outputs: Any) -> Tensor:
 def recalibrate(model: nn.Module, split: Split, *, images: int = 1024, batch_size: int = 128) -> nn.Module:
     """A copy whose batch norms have the statistics of the first `images` images (equal weight for every batch).
 
-    Pruning changes what flows through the network; statistics of the dense network no longer fit. Networks without batch norms
-    come back as plain copies. Images are taken in an order shuffled with a fixed seed; a last batch of one image is left out.
+    Pruning changes what flows through the network; statistics of the dense network no longer fit. Networks without batch norms,
+    and all networks where there is only one image, come back as plain copies. Images are taken in an order shuffled with a fixed
+    seed; a last batch of one image is left out.
     """
     fresh = copy.deepcopy(model)
-    norms = [m for m in fresh.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.track_running_stats]
-    if not norms:
-        return fresh
+    norms = batch_norms(fresh)
+    if not norms or min(images, len(split)) < 2:
+        return settled(fresh)
     momenta = [m.momentum for m in norms]
     for norm in norms:
         norm.reset_running_stats()
         norm.momentum = None
-    fresh.eval()
+    settled(fresh)
     for norm in norms:
         norm.train()
     with torch.no_grad():
@@ -92,4 +109,16 @@ def recalibrate(model: nn.Module, split: Split, *, images: int = 1024, batch_siz
                 fresh(x)
     for norm, momentum in zip(norms, momenta, strict=True):
         norm.momentum = momentum
-    return fresh.eval()
+    return settled(fresh)
+
+
+def batch_norms(model: nn.Module) -> list[nn.modules.batchnorm._BatchNorm]:
+    """The batch norms that keep running statistics."""
+    return [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.track_running_stats]
+
+
+def settled(model: nn.Module) -> nn.Module:
+    """The same network, now in eval mode; by the flags alone, because exported programs refuse `eval()`."""
+    for module in model.modules():
+        module.training = False
+    return model

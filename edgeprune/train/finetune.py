@@ -10,6 +10,7 @@ import copy
 import json
 import math
 import time
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,7 @@ from edgeprune.graph.slim import named_tensors
 from edgeprune.graph.trace import evaluating
 from edgeprune.run import write_atomic
 from edgeprune.train import Epoch, Progress, Recipe, silent
-from edgeprune.train.evaluate import evaluate, logits_of
+from edgeprune.train.evaluate import evaluate, logits_of, settled
 
 MOMENTUM = "momentum/"
 
@@ -67,18 +68,21 @@ def finetune(
     for epoch in range(len(curve), recipe.epochs):
         started = time.monotonic()
         torch.manual_seed(seed + 7919 * epoch)
-        loss = 0.0
-        work.train()
+        loss, seen = 0.0, 0
+        with suppress(NotImplementedError):  # an exported program: its mode was fixed at export
+            work.train()
         batches = train.batches(recipe.batch_size, shuffle_seed=seed + 7919 * epoch, augment=augment)
         for step, (x, y) in enumerate(batches):
             _set_rate(optimizer, recipe, epoch * steps + step, recipe.epochs * steps)
-            if len(x) > 1:
-                loss += _step(work, dense, optimizer, (x, y), recipe) / steps
-            progress(f"epoch {epoch + 1} of {recipe.epochs}", epoch * steps + step + 1, recipe.epochs * steps)
+            if len(x) > 1:  # batch norms cannot train on a last batch of one image
+                loss += _step(work, dense, optimizer, (x, y), recipe) * len(x)
+                seen += len(x)
+            progress("fine-tuning", epoch * steps + step + 1, recipe.epochs * steps)
+        _check_finite(work, optimizer)
         judged = evaluate(work, held) if held is not None and held.labelled else None
         figures = Epoch(
             epoch=epoch + 1,
-            train_loss=loss,
+            train_loss=loss / seen,
             val_loss=judged.loss if judged else None,
             val_accuracy=judged.accuracy if judged else None,
             lr=optimizer.param_groups[0]["lr"],
@@ -87,12 +91,12 @@ def finetune(
         curve = (*curve, figures)
         if store:
             store.save(work, optimizer, curve)
-    return _in_format(work, torch.contiguous_format).eval(), curve
+    return settled(_in_format(work, torch.contiguous_format)), curve
 
 
 def _check(train: Split, recipe: Recipe, dense: nn.Module | None) -> None:
-    if recipe.epochs and not len(train):
-        raise DataError("fine-tuning needs training images (x_train, or a train folder); with --epochs 0 none are needed.")
+    if recipe.epochs and len(train) < 2:
+        raise DataError("fine-tuning needs at least two training images (x_train, or a train folder); with --epochs 0 none are needed.")
     if recipe.epochs and not train.labelled and dense is None:
         raise DataError("fine-tuning without distillation needs labels: give labels, or leave distillation on.")
 
@@ -112,14 +116,22 @@ def _step(work: nn.Module, dense: nn.Module | None, optimizer: torch.optim.SGD, 
         loss = (1 - share) * loss + share * t * t * soft
     value = float(loss.detach())
     if not math.isfinite(value):
-        raise GateError(
-            f"the loss became {value} at a learning rate of {optimizer.param_groups[0]['lr']:.4g}: training diverged. Use a smaller --lr "
-            "and check the preprocessing; the last whole epoch is kept and --resume goes on from there."
-        )
+        raise _diverged(f"the loss became {value}", optimizer)
     optimizer.zero_grad(set_to_none=True)
     loss.backward()
     optimizer.step()
     return value
+
+
+def _check_finite(work: nn.Module, optimizer: torch.optim.SGD) -> None:
+    broken = next((n for n, t in named_tensors(work) if t.is_floating_point() and not bool(torch.isfinite(t).all())), None)
+    if broken:
+        raise _diverged(f"the values of {broken} are no longer finite", optimizer)
+
+
+def _diverged(what: str, optimizer: torch.optim.SGD) -> GateError:
+    rate = optimizer.param_groups[0]["lr"]
+    return GateError(f"{what} at a learning rate of {rate:.4g}: training diverged. Use a smaller --lr and check the preprocessing.")
 
 
 def _set_rate(optimizer: torch.optim.SGD, recipe: Recipe, step: int, total: int) -> None:

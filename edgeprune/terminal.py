@@ -1,0 +1,69 @@
+"""What commands print: JSON and tables on stdout, progress and errors on stderr."""
+
+from __future__ import annotations
+
+import json
+import sys
+import textwrap
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from edgeprune.train import Progress
+
+
+def say(text: str) -> None:
+    """One line on stderr."""
+    typer.echo(f"edgeprune: {text}", err=True)
+
+
+def complain(text: str) -> None:
+    """An error as one paragraph on stderr."""
+    words = " ".join(f"edgeprune: {text}".split())
+    typer.echo(textwrap.fill(words, width=110, break_long_words=False, break_on_hyphens=False), err=True)
+
+
+def print_json(value: Any) -> None:
+    """One JSON object on stdout."""
+    typer.echo(json.dumps(value, indent=2, default=str))
+
+
+def print_table(head: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
+    """Columns under their names; as wide as the terminal, or as wide as needed where stdout is none."""
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(*head, box=None, header_style="bold", pad_edge=False)
+    for row in rows:
+        table.add_row(*(Text(str(cell)) for cell in row))
+    console = Console()
+    if not console.is_terminal:
+        console.width = 200
+    console.print(table)
+
+
+@contextmanager
+def progress_bars() -> Iterator[Progress]:
+    """Bars with the time left, on stderr; a line for every new task where stderr is no terminal."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+    from rich.progress import Progress as Bars
+
+    console = Console(file=sys.stderr)
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
+    with Bars(*columns, console=console, disable=not console.is_terminal) as bars:
+        tasks: dict[str, TaskID] = {}
+
+        def progress(what: str, done: int, total: int) -> None:
+            if what not in tasks:
+                # What a resumed task had done before counts as done, but not as speed.
+                tasks[what] = bars.add_task(what, total=total, completed=done)
+                if not console.is_terminal:
+                    say(f"{what} …")
+            bars.update(tasks[what], completed=done, total=total)
+
+        yield progress

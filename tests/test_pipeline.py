@@ -1,0 +1,337 @@
+"""Stages: what a change makes new, how the loop of measuring and correcting ends, and what survives a kill."""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import edgeprune as ep
+from edgeprune import pipeline
+from edgeprune.device.measure import Measurement
+from edgeprune.errors import BudgetError, UsageError
+from edgeprune.pipeline import Job, Pipeline, fingerprint, widths
+from edgeprune.plan import Scores
+from edgeprune.result import Result
+from edgeprune.run import Run
+from edgeprune.train import silent
+from tests.colours import FACTORY, SIDE, colour_data, colour_net, same, weights, write_npz, write_weights
+
+EXAMPLE = torch.zeros(1, 3, SIDE, SIDE)
+LARGE = torch.zeros(1, 3, 64, 64)  # so large that arithmetic, not the calls, decides the predicted latency
+STAGES = [
+    "trace",
+    "accuracy dense",
+    "score",
+    "allocate",
+    "prove",
+    "accuracy right after pruning",
+    "recalibrate",
+    "accuracy after BN recalibration",
+    "finetune",
+    "accuracy after fine-tuning",
+    "export",
+]
+
+
+def compress(out: Path, *, resume: bool = False, model: nn.Module | None = None, **options: Any) -> Result:
+    """A run of a second or two that passes every stage of a device that is not attached."""
+    chosen: dict[str, Any] = {
+        "budget": ep.Budget(macs=0.5),
+        "device": "rpi4",
+        "data": colour_data(),
+        "recipe": ep.Recipe(epochs=2, lr=0.05, batch_size=16),
+        **options,
+    }
+    return ep.compress(model or colour_net(), EXAMPLE, out=out, resume=resume, **chosen)
+
+
+def stages(folder: Path) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((folder / "run.json").read_text())["stages"]
+    return found
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return compress(tmp_path_factory.mktemp("finished") / "run").folder
+
+
+@pytest.fixture
+def again(finished: Path, tmp_path: Path) -> Path:
+    """A copy of the finished run to resume."""
+    import shutil
+
+    return Path(shutil.copytree(finished, tmp_path / "run"))
+
+
+def recomputed(before: dict[str, Any], folder: Path) -> list[str]:
+    """The stages that were computed again: a stage's seconds are never measured alike twice, its key may be."""
+    log = (folder / "log.txt").read_text().rpartition("resumed:")[2].splitlines()[1:]
+    told = [line.split(" ", 1)[1].partition(":") for line in log]
+    assert {name for name, _, what in told if "read back" in what} <= before.keys()
+    return [name for name, _, what in told if what.endswith(" s")]
+
+
+def test_the_order_of_the_stages(finished: Path) -> None:
+    assert list(stages(finished)) == STAGES
+
+
+def test_a_finished_run_is_read_back(again: Path) -> None:
+    before, result, files = stages(again), (again / "result.json").read_text(), weights(again / "model.safetensors")
+    artifact = (again / "model.onnx").stat().st_mtime_ns
+    second = compress(again, resume=True)
+    assert recomputed(before, again) == []
+    assert stages(again) == before
+    assert (again / "model.onnx").stat().st_mtime_ns == artifact
+    assert same(weights(again / "model.safetensors"), files)
+    assert json.loads((again / "result.json").read_text()) == json.loads(result)
+    assert same(second.model.state_dict(), {**second.model.state_dict(), **files})
+
+
+CHANGES: list[tuple[dict[str, Any], str | None]] = [
+    ({"recipe": ep.Recipe(epochs=1, lr=0.05, batch_size=16)}, "finetune"),
+    ({"recover": "none"}, "finetune"),
+    ({"budget": ep.Budget(macs=0.6)}, "allocate"),
+    ({"round_to": 4}, "allocate"),
+    ({"device": "host"}, "allocate"),
+    ({"allocate": "uniform"}, "allocate"),
+    ({"criterion": "nuclear_norm"}, "score"),
+    ({"seed": 1}, "score"),
+    ({"data": colour_data(val=33)}, "accuracy dense"),
+    ({"model": colour_net(dropout=0.5)}, "trace"),
+]
+
+
+@pytest.mark.parametrize(("options", "first"), CHANGES, ids=lambda v: "-".join(v) if isinstance(v, dict) else "")
+def test_a_change_recomputes_what_depends_on_it(again: Path, options: dict[str, Any], first: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Only up to the artifact: exporting and measuring take long and are the last ones anyway."""
+    before = stages(again)
+    monkeypatch.setattr(Pipeline, "exported", _stop)
+    with pytest.raises(Stop):
+        compress(again, resume=True, **options)
+    new = recomputed(before, again)
+    expected = STAGES[STAGES.index(first) : STAGES.index("export")]
+    assert new == [name for name in expected if options.get("recover") != "none" or "recalib" not in name]
+
+
+class Stop(Exception):
+    """The test has seen enough."""
+
+
+def _stop(*_: object) -> Any:
+    raise Stop
+
+
+def test_a_changed_file_is_made_again(again: Path) -> None:
+    before = stages(again)
+    (again / "checkpoints" / "finetune.safetensors").write_bytes(b"something else")
+    result = compress(again, resume=True)
+    assert recomputed(before, again) == ["finetune"]
+    assert same(result.model.state_dict(), {**result.model.state_dict(), **weights(again / "checkpoints" / "finetune.safetensors")})
+
+
+def test_an_existing_run_is_not_overwritten(again: Path) -> None:
+    before = (again / "run.json").read_text()
+    with pytest.raises(UsageError, match="--resume"):
+        compress(again)
+    assert (again / "run.json").read_text() == before
+
+
+def test_two_processes_refuse_each_other(again: Path) -> None:
+    with Run.open(again, asked={}, command=["another"], resume=True), pytest.raises(UsageError, match="in use by another run"):
+        compress(again, resume=True)
+
+
+def test_a_fingerprint_is_of_weights_and_layers() -> None:
+    model = colour_net()
+    assert fingerprint(model) == fingerprint(copy.deepcopy(model)) == fingerprint(colour_net())
+    moved, strided, other = colour_net(), colour_net(), nn.Sequential(colour_net())
+    moved.head.bias.data[0] += 1e-6
+    strided.c.stride = (1, 1)
+    assert len({fingerprint(m) for m in (model, moved, strided, other)}) == 4
+
+
+def test_a_checkpoint_of_another_start_is_not_taken(tmp_path: Path) -> None:
+    """Killed after an epoch, then resumed without recalibration: training begins from other weights, so from the beginning."""
+    expected = compress(tmp_path / "whole", recover="none")
+
+    def killed(what: str, done: int, total: int) -> None:
+        if what == "fine-tuning" and done > total / 2:
+            raise Stop
+
+    with pytest.raises(Stop):
+        compress(tmp_path / "killed", progress=killed)
+    assert list((tmp_path / "killed" / "checkpoints" / "epochs").iterdir())
+    resumed = compress(tmp_path / "killed", resume=True, recover="none")
+    assert same(resumed.model.state_dict(), expected.model.state_dict())
+
+
+class Scripted:
+    """A board that says what the test wants: milliseconds as a function of the share of MACs that is left, one per round."""
+
+    def __init__(self, *, dense_ms: float, factors: list[float]) -> None:
+        self.dense_ms = dense_ms
+        self.factors = iter(factors)
+
+    def __call__(self, pipe: Pipeline, name: str, model: nn.Module, *, quick: bool) -> Measurement:
+        factor = 1.0 if name == "dense" else next(self.factors)
+        share = ep.trace(model, LARGE).macs / pipe.graph.macs
+        median = self.dense_ms * share * factor
+        return Measurement(
+            latency_ms=median, low_ms=0.99 * median, high_ms=1.01 * median, min_ms=median, p90_ms=median, p99_ms=median, first_ms=median,
+            load_ms=1.0, peak_memory_bytes=1, runs=60, outliers=0, process_medians_ms=(median,) * 3, threads=1, fingerprint={},
+        )  # fmt: skip
+
+
+@pytest.fixture
+def loop(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[Scripted, float], pipeline.Choice]]:
+    """choose() of a fresh job for the host, with a scripted board: loop(board, asked_ms)."""
+
+    def run(board: Scripted, asked_ms: float) -> pipeline.Choice:
+        monkeypatch.setattr(Pipeline, "measured", lambda pipe, name, model, *, quick: board(pipe, name, model, quick=quick))
+        job = Job(
+            name="x", model=colour_net(), example_inputs=(LARGE,), budget=ep.Budget(latency_ms=asked_ms), device=ep.device("host"),
+            data=None, criterion="l1", allocator="knapsack", recipe=ep.Recipe(epochs=0), recover="bn", round_to=1, formats=("onnx",),
+            seed=0, calibration_images=1,
+        )  # fmt: skip
+        with Run.open(tmp_path / "run", asked={}, command=[]) as folder:
+            pipe = Pipeline(job, folder, silent)
+            return pipe.choose(pipe.scores())
+
+    yield run
+
+
+def test_the_loop_ends_inside_the_budget(loop: Callable[[Scripted, float], pipeline.Choice]) -> None:
+    """A board that slows down by more than its network shrinks: corrected until it fits, and no round once it is close."""
+    choice = loop(Scripted(dense_ms=10.0, factors=[1.5, 1.5, 1.5, 1.5, 1.5]), 6.0)
+    fitting = [r.high_ms for r in choice.rounds if r.high_ms <= 6.0]
+    model = colour_net()
+    graph = ep.trace(model, LARGE)
+    share = ep.trace(ep.slim(model, graph, choice.plan), LARGE).macs / graph.macs
+    assert choice.rounds[0].high_ms > 6.0
+    assert [r.round for r in choice.rounds] == list(range(1, len(choice.rounds) + 1))
+    assert max(fitting) == pytest.approx(1.01 * 1.5 * 10.0 * share)
+    assert not [high for high in fitting[:-1] if high >= pipeline.CLOSE_ENOUGH * 6.0]
+
+
+def test_the_loop_keeps_what_fitted(loop: Callable[[Scripted, float], pipeline.Choice]) -> None:
+    """A first plan that is faster than asked by far, then nothing but disturbed measurements: the first plan it is."""
+    choice = loop(Scripted(dense_ms=10.0, factors=[0.3, 1e5, 1e5, 1e5, 1e5]), 6.0)
+    assert [r.high_ms <= 6.0 for r in choice.rounds] == [True, False]
+    assert choice.correction < 100
+
+
+def test_what_the_prediction_holds_impossible_is_measured(loop: Callable[[Scripted, float], pipeline.Choice]) -> None:
+    """The floor as predicted is above 0.4 ms; the board says otherwise."""
+    choice = loop(Scripted(dense_ms=10.0, factors=[1.0, 1.0, 1.0, 1.0, 1.0]), 0.4)
+    assert choice.rounds[0].predicted_ms > 0.4 >= choice.rounds[0].high_ms
+    assert any(r.high_ms <= 0.4 for r in choice.rounds)
+
+
+def test_the_loop_gives_up_with_the_fastest(loop: Callable[[Scripted, float], pipeline.Choice]) -> None:
+    with pytest.raises(BudgetError, match=r"floor|fastest took"):
+        loop(Scripted(dense_ms=10.0, factors=[3.0, 9.0, 27.0, 81.0, 243.0]), 6.0)
+
+
+def test_the_loop_needs_no_pruning_where_the_dense_network_fits(loop: Callable[[Scripted, float], pipeline.Choice]) -> None:
+    choice = loop(Scripted(dense_ms=1.0, factors=[1.0]), 6.0)
+    assert len(choice.rounds) == 1
+    assert {len(keep) for keep in choice.plan.keep.values()} == {16, 32}
+
+
+def test_widths_are_in_the_order_of_the_groups() -> None:
+    graph = ep.trace(colour_net(), EXAMPLE)
+    scores = Scores("x", {g.name: np.arange(g.channels, dtype=float) for g in graph.groups})
+    plan = ep.Plan.from_widths(graph, {g.name: n for n, g in enumerate(graph.groups, 3)}, scores)
+    backwards = ep.Plan(dict(reversed(plan.keep.items())))
+    assert widths(graph, plan).tolist() == widths(graph, backwards).tolist() == list(range(3, 3 + len(graph.groups)))
+    assert widths(graph, ep.Plan({})).tolist() == [g.channels for g in graph.groups]
+
+
+# A real process, really killed.
+
+EPOCHS = 40  # of about 50 ms: time enough to be hit in the middle
+
+
+def words(folder: Path) -> list[str]:
+    """The command of all runs below; `folder` holds its inputs."""
+    text = f"compress net.pt --model {FACTORY} --data data.npz --device rpi4 --macs 0.5 --epochs {EPOCHS} --lr 0.02 --batch-size 16"
+    return [sys.executable, "-m", "edgeprune", *text.split(), "--seed", "3", "--out", str(folder)]
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("inputs")
+    write_weights(folder / "net.pt")
+    write_npz(folder / "data.npz")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def environment() -> dict[str, str]:
+    """The checkout under test, with as many threads as here."""
+    root = str(Path(__file__).parents[1])
+    return os.environ | {"PYTHONPATH": root, "OMP_NUM_THREADS": str(torch.get_num_threads())}
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(inputs: Path, environment: dict[str, str]) -> Path:
+    subprocess.run(words(inputs / "whole"), cwd=inputs, env=environment, check=True, capture_output=True)
+    return inputs / "whole"
+
+
+def wait_for(there: Callable[[], bool], process: subprocess.Popen[str]) -> None:
+    deadline = time.monotonic() + 120
+    while not there():
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < deadline
+        time.sleep(0.002)
+
+
+@pytest.mark.parametrize(
+    ("moment", "with_signal"),
+    [("an epoch is done", signal.SIGKILL), ("batch norms are recalibrated", signal.SIGKILL), ("an epoch is done", signal.SIGINT)],
+    ids=["kill", "kill-before-the-first-checkpoint", "ctrl-c"],
+)
+def test_resume_after_a_signal(
+    moment: str, with_signal: signal.Signals, inputs: Path, environment: dict[str, str], uninterrupted: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "run"
+    log, epochs = folder / "log.txt", folder / "checkpoints" / "epochs"
+    moments = {
+        "an epoch is done": lambda: epochs.is_dir() and any(epochs.glob("epoch-*.safetensors")),
+        "batch norms are recalibrated": lambda: log.is_file() and "recalibrate:" in log.read_text(),
+    }
+    process = subprocess.Popen(words(folder), cwd=inputs, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    wait_for(moments[moment], process)
+    process.send_signal(with_signal)
+    output, errors = process.communicate(timeout=60)
+    assert "finetune" not in stages(folder), "the signal came too late to test anything"
+    assert not (folder / "model.safetensors").exists()
+    assert output == ""
+    if with_signal == signal.SIGINT:
+        assert process.returncode == 130
+        assert f"--resume --out {folder}" in " ".join(errors.split())
+        assert "Traceback" not in errors
+        assert json.loads((folder / "run.json").read_text())["status"] == "interrupted"
+    else:
+        assert process.returncode == -signal.SIGKILL
+    resumed = subprocess.run([*words(folder), "--resume"], cwd=inputs, env=environment, capture_output=True, text=True, check=False)
+    assert resumed.returncode == 0, resumed.stderr
+    assert same(weights(folder / "model.safetensors"), weights(uninterrupted / "model.safetensors"))
+    assert json.loads((folder / "run.json").read_text())["status"] == "done"
+    assert [p.name for p in folder.rglob("*") if "tmp" in p.name] == []
+    curves = [json.loads((f / "result.json").read_text())["curve"] for f in (folder, uninterrupted)]
+    assert [[e["train_loss"] for e in curve] for curve in curves][0] == [e["train_loss"] for e in curves[1]]

@@ -1,0 +1,204 @@
+import copy
+import math
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from edgeprune.data import Split
+from edgeprune.errors import DataError, GateError
+from edgeprune.train import Epoch, Recipe
+from edgeprune.train.evaluate import evaluate
+from edgeprune.train.finetune import finetune
+from tests.colours import SIDE, colour_data, colour_net, same
+
+RECIPE = Recipe(epochs=3, lr=0.05, batch_size=16, flip=True, crop_padding=1)
+
+
+class Killed(Exception):
+    """Stands for a crash in the middle of an epoch."""
+
+
+def killed_after(steps: int) -> Callable[[str, int, int], None]:
+    def progress(what: str, done: int, total: int) -> None:
+        if done > steps:
+            raise Killed
+
+    return progress
+
+
+def train(
+    model: nn.Module, split: Split, recipe: Recipe = RECIPE, *, dense: nn.Module | None = None, seed: int = 0
+) -> tuple[dict[str, Tensor], tuple[Epoch, ...]]:
+    trained, curve = finetune(model, dense, split, None, recipe, seed=seed)
+    return trained.state_dict(), curve
+
+
+def test_training_learns_and_leaves_its_inputs_alone() -> None:
+    data, model, dense = colour_data(), colour_net(), colour_net()
+    before = copy.deepcopy(model.state_dict())
+    trained, curve = finetune(model, dense, data.train, data.val, RECIPE)
+    assert same(model.state_dict(), before)
+    assert same(dense.state_dict(), before)
+    assert not trained.training
+    assert [e.epoch for e in curve] == [1, 2, 3]
+    last = evaluate(trained, data.val)
+    assert curve[-1].val_accuracy == last.accuracy
+    assert curve[-1].val_loss == pytest.approx(last.loss, rel=1e-5)
+    labels_alone, _ = finetune(model, None, data.train, None, RECIPE)
+    assert evaluate(labels_alone, data.val).accuracy == 1 > evaluate(model, data.val).accuracy
+
+
+def test_a_seed_gives_the_same_weights_twice() -> None:
+    data, model = colour_data(), colour_net(dropout=0.3)
+    first, curve = train(model, data.train, seed=4)
+    torch.rand(5)  # what else was drawn does not matter
+    second, again = train(model, data.train, seed=4)
+    other, _ = train(model, data.train, seed=5)
+    assert same(first, second)
+    assert [e.train_loss for e in curve] == [e.train_loss for e in again]
+    assert not same(first, other)
+
+
+@pytest.mark.parametrize("steps", [0, 7, 12, 17])
+def test_resume_after_a_crash(tmp_path: Path, steps: int) -> None:
+    """6 steps an epoch: before the first checkpoint, in the second epoch, right after it, in the third."""
+    data, model, dense = colour_data(), colour_net(dropout=0.3), colour_net()
+    whole, curve = finetune(model, dense, data.train, data.val, RECIPE, seed=2)
+    with pytest.raises(Killed):
+        finetune(model, dense, data.train, data.val, RECIPE, seed=2, checkpoints=tmp_path, key="k", progress=killed_after(steps))
+    done = len(list(tmp_path.glob("epoch-*")))
+    assert done == (steps >= 6)
+    starts: list[int] = []
+    resumed, again = finetune(
+        model, dense, data.train, data.val, RECIPE, seed=2, checkpoints=tmp_path, key="k", progress=lambda w, d, t: starts.append(d)
+    )
+    assert starts[0] == 6 * (steps // 6) + 1
+    assert same(resumed.state_dict(), whole.state_dict())
+    assert [e.train_loss for e in again] == [e.train_loss for e in curve]
+
+
+def test_one_checkpoint_is_kept_and_it_counts_for_its_key_only(tmp_path: Path) -> None:
+    data, model = colour_data(), colour_net()
+    finetune(model, None, data.train, None, RECIPE, checkpoints=tmp_path, key="k")
+    assert [p.name for p in tmp_path.iterdir()] == ["epoch-0003.safetensors"]
+    steps: list[int] = []
+    finetune(model, None, data.train, None, RECIPE, checkpoints=tmp_path, key="k", progress=lambda w, d, t: steps.append(d))
+    assert steps == []
+    finetune(model, None, data.train, None, RECIPE, checkpoints=tmp_path, key="other", progress=lambda w, d, t: steps.append(d))
+    assert steps == list(range(1, 19))
+
+
+def test_a_damaged_checkpoint_is_passed_over(tmp_path: Path) -> None:
+    data, model = colour_data(), colour_net()
+    whole, _ = finetune(model, None, data.train, None, RECIPE, checkpoints=tmp_path, key="k")
+    file = tmp_path / "epoch-0003.safetensors"
+    file.write_bytes(file.read_bytes()[:100])
+    again, curve = finetune(model, None, data.train, None, RECIPE, checkpoints=tmp_path, key="k")
+    assert same(again.state_dict(), whole.state_dict())
+    assert len(curve) == 3
+
+
+def test_distillation_needs_no_labels() -> None:
+    data, dense = colour_data(labelled=False), colour_net()
+    model = copy.deepcopy(dense)
+    with torch.no_grad():
+        model.head.weight.mul_(0.1)
+
+    def gap(net: nn.Module) -> float:
+        x, _ = next(iter(data.val.batches(30)))
+        with torch.no_grad():
+            return float((net(x).softmax(1) - dense(x).softmax(1)).abs().mean())
+
+    trained, curve = finetune(model, dense, data.train, data.val, Recipe(epochs=4, lr=0.02, batch_size=16, flip=False, crop_padding=0))
+    assert gap(trained) < 0.5 * gap(model)
+    assert all(e.val_accuracy is None and e.val_loss is None for e in curve)
+    with pytest.raises(DataError, match="needs labels"):
+        finetune(model, None, data.train, None, RECIPE)
+
+
+def test_the_loss_is_the_documented_mix() -> None:
+    """A step so small that the weights stay: the loss reported is that of the start, by the formula."""
+    data, dense = colour_data(train=16), colour_net()
+    model = nn.Sequential(nn.Flatten(), nn.Linear(3 * SIDE * SIDE, 3))
+    recipe = Recipe(epochs=1, lr=1e-30, batch_size=16, flip=False, crop_padding=0, temperature=3.0, distill_weight=0.6)
+    x, y = next(iter(data.train.batches(16)))
+    with torch.no_grad():
+        student, teacher = model(x).double(), dense(x).double()
+    hard = -student.log_softmax(1)[torch.arange(16), y].mean()
+    p, q = (teacher / 3).softmax(1), (student / 3).log_softmax(1)
+    soft = (p * (p.log() - q)).sum(1).mean()
+    _, (epoch,) = finetune(model, dense, data.train, None, recipe)
+    assert epoch.train_loss == pytest.approx(float(0.4 * hard + 0.6 * 9 * soft), rel=1e-4)
+
+
+def test_the_rate_warms_up_and_falls_to_zero_as_a_cosine(monkeypatch: pytest.MonkeyPatch) -> None:
+    rates: list[float] = []
+    plain = torch.optim.SGD.step
+
+    def step(self: torch.optim.SGD) -> None:
+        rates.append(self.param_groups[0]["lr"])
+        plain(self)
+
+    monkeypatch.setattr(torch.optim.SGD, "step", step)
+    recipe = Recipe(epochs=2, lr=0.4, batch_size=8, warmup_share=0.25, flip=False, crop_padding=0)
+    train(colour_net(), colour_data(train=64).train, recipe)
+    warm = [0.1, 0.2, 0.3, 0.4]
+    cosine = [0.2 * (1 + math.cos(math.pi * k / 12)) for k in range(1, 13)]
+    assert rates == pytest.approx([*warm, *cosine], abs=1e-12)
+
+
+@pytest.mark.parametrize("count", [2, 5, 17])
+def test_small_sets_and_a_last_batch_of_one(count: int) -> None:
+    """Fewer images than a batch; 17 leaves one image alone, which batch norms cannot train on."""
+    split = colour_data(train=30).train.subset(range(count))
+    weights, curve = train(colour_net(), split)
+    assert all(bool(torch.isfinite(t).all()) for t in weights.values())
+    assert not same(weights, colour_net().state_dict())
+    assert all(e.train_loss > 0 for e in curve)
+
+
+def test_the_loss_is_a_mean_over_the_images_trained_on() -> None:
+    """The image left alone does not count as a loss of zero."""
+    split, model = colour_data(train=30).train, nn.Sequential(nn.Flatten(), nn.Linear(3 * SIDE * SIDE, 3))
+    recipe = Recipe(epochs=1, lr=1e-30, batch_size=16, flip=False, crop_padding=0)
+    _, (whole,) = train(model, split.subset([0] * 16), recipe)
+    _, (with_one_left,) = train(model, split.subset([0] * 17), recipe)
+    assert with_one_left.train_loss == pytest.approx(whole.train_loss, rel=1e-5)
+
+
+@pytest.mark.parametrize("count", [0, 1])
+def test_too_few_images(count: int) -> None:
+    with pytest.raises(DataError, match="at least two training images"):
+        train(colour_net(), colour_data(train=30).train.subset(range(count)))
+
+
+class Steep(nn.Module):
+    """Gradients so large that one step of the largest rate leaves float32."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(3 * SIDE * SIDE, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(n, 3, 8, 8) -> (n, 3)."""
+        return 1000 * self.linear(x.flatten(1))  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize(("count", "what"), [(16, "values of linear"), (64, "loss became")])
+def test_divergence_is_an_error(count: int, what: str, tmp_path: Path) -> None:
+    """Seen in the loss, or after the very last step in the weights; no broken checkpoint is written."""
+    split = colour_data(train=64).train.subset(range(count))
+    recipe = Recipe(epochs=1, lr=1e38, batch_size=16, warmup_share=0.9, distill=False)
+    with pytest.raises(GateError, match=rf"{what}.*diverged.*smaller --lr"):
+        finetune(Steep(), None, split, None, recipe, checkpoints=tmp_path, key="k")
+    assert not list(tmp_path.iterdir())
+
+
+def test_no_epochs_is_a_copy() -> None:
+    model = colour_net()
+    trained, curve = finetune(model, None, colour_data().train, None, Recipe(epochs=0))
+    assert curve == ()
+    assert same(trained.state_dict(), model.state_dict())
