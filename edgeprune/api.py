@@ -30,7 +30,7 @@ from edgeprune.train import Progress, Recipe, silent
 from edgeprune.train.evaluate import Accuracy, accuracy_of, logits_of, settled
 from edgeprune.train.evaluate import evaluate as evaluate_module
 
-RECOVERIES = ("none", "bn")
+RECOVERIES = {"none": "", "bn": "after BN recalibration", "reconstruct": "after reconstruction"}
 
 
 def compress(
@@ -103,8 +103,9 @@ def _stages(job: Job, run: Run, command: str, progress: Progress) -> Result:
     small = settled(slim(job.model, graph, choice.plan))
     proof = stages.proof(small, choice.plan)
     accuracies["right after pruning"] = stages.accuracy("right after pruning", small)
-    if (recovered := stages.recovered(small)) is not small:
-        accuracies["after BN recalibration"] = stages.accuracy("after BN recalibration", recovered)
+    if (recovered := stages.recovered(small, choice.plan)) is not small:
+        step = RECOVERIES[job.recover]
+        accuracies[step] = stages.accuracy(step, recovered)
     final, curve = stages.trained(recovered)
     if curve:
         accuracies["after fine-tuning"] = stages.accuracy("after fine-tuning", final)

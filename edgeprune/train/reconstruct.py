@@ -33,6 +33,7 @@ from edgeprune.train import Progress, silent
 
 POSITIONS = 48
 PATCH_BYTES = 256 << 20
+MEMORY_BYTES = 3 << 30
 
 
 def reconstruct(
@@ -49,12 +50,12 @@ def reconstruct(
     """A copy of `small` whose convs and linears were refitted to the dense network's outputs; the inputs are untouched.
 
     `ridge` pulls towards the present weights, as a share of the mean variance of the inputs. Needs images only, no labels.
-    Raises DataError when there are none.
+    At most as many images as their feature maps fit into 3 GB. Raises DataError when there are none.
     """
     targets = _targets(graph, plan)
     if not targets:
         return copy.deepcopy(small)
-    batch = _batch(split, images)
+    batch = _batch(split, min(images, _affordable(graph)))
     fitted = copy.deepcopy(small)
     recorder = _Recorder(targets)
     with _frozen(dense), recorder:
@@ -110,6 +111,12 @@ def _beside(graph: ChannelGraph, op: Op) -> int | None:
             same = other is not None and graph.activations[other].shape == graph.activations[op.output].shape
             return made if same else None
     return None
+
+
+def _affordable(graph: ChannelGraph) -> int:
+    """Images whose feature maps fit into the memory bound: a handful of the largest ones are alive at once."""
+    largest = max(int(np.prod(a.shape)) for a in graph.activations)
+    return max(32, MEMORY_BYTES // (4 * 6 * largest))
 
 
 def _batch(split: Split, images: int) -> Tensor:
