@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from edgeprune.data import Data, load_data
 from edgeprune.device.card import Device
 from edgeprune.device.card import device as find_device
 from edgeprune.device.cost import Cost, predict_graph
-from edgeprune.errors import DataError, TraceError, UsageError
+from edgeprune.errors import DataError, EdgepruneError, TraceError, UsageError
 from edgeprune.export import formats as known_formats
 from edgeprune.export import load_artifact
 from edgeprune.graph.slim import slim
@@ -89,9 +90,15 @@ def compress(
     _check(job)
     folder = Path(out) if out else default_folder(job.name, target.name)
     words = list(command) or ["edgeprune.compress", job.name]
-    with Run.open(folder, asked=_asked(job), command=words, resume=resume) as run:
-        run.record("inputs", {"model": fingerprint(job.model), "data": source.fingerprint if source else None})
-        return _stages(job, run, shlex.join(words), progress)
+    new = not folder.exists()
+    try:
+        with Run.open(folder, asked=_asked(job), command=words, resume=resume) as run:
+            run.record("inputs", {"model": fingerprint(job.model), "data": source.fingerprint if source else None})
+            return _stages(job, run, shlex.join(words), progress)
+    except EdgepruneError:
+        if new and not (folder / "plan.json").exists():  # nothing worth going on from
+            shutil.rmtree(folder, ignore_errors=True)
+        raise
 
 
 def _stages(job: Job, run: Run, command: str, progress: Progress) -> Result:

@@ -235,8 +235,19 @@ def test_unreadable_image_is_named(tmp_path: Path) -> None:
     image_folder(tmp_path, {"cat": 4, "dog": 4})
     broken = tmp_path / "dog" / "01.png"
     broken.write_bytes(broken.read_bytes()[:40])
-    data = load_data(tmp_path, size=8)
     with pytest.raises(DataError, match=r"dog/01\.png cannot be read"):
+        load_data(tmp_path, size=8)
+
+
+def test_an_image_that_breaks_off_is_named_when_it_is_decoded(tmp_path: Path) -> None:
+    image_folder(tmp_path, {"cat": 4, "dog": 4})
+    whole = tmp_path / "dog" / "01.png"
+    broken = whole.with_suffix(".bmp")
+    Image.open(whole).save(broken)
+    whole.unlink()
+    broken.write_bytes(broken.read_bytes()[:-40])
+    data = load_data(tmp_path, size=8)
+    with pytest.raises(DataError, match=r"dog/01\.bmp cannot be read"):
         everything(data.train), everything(data.val)
 
 
