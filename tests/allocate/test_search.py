@@ -22,7 +22,7 @@ FIGURES = [("macs",), ("params",), ("latency_ms",), ("size_bytes",), ("peak_memo
 
 @pytest.mark.parametrize("name", NETWORKS)
 @pytest.mark.parametrize("method", ALLOCATORS)
-@pytest.mark.parametrize("fraction", [0.3, 0.6, 0.9])
+@pytest.mark.parametrize("fraction", [0.3, 0.7])
 def test_macs_of_the_slim_network_never_exceed_the_budget(method: str, name: str, fraction: float) -> None:
     _, graph, scores = problem(name)
     try:
@@ -35,7 +35,7 @@ def test_macs_of_the_slim_network_never_exceed_the_budget(method: str, name: str
     assert is_full(graph, scores, Budget(macs=fraction), plan, 1)
 
 
-@pytest.mark.parametrize("name", ["residual", "mobile", "inception", "shuffle", "dense", "two_in_two_out", "attention"])
+@pytest.mark.parametrize("name", ["residual", "mobile", "shuffle", "dense"])
 @pytest.mark.parametrize("method", ALLOCATORS)
 @pytest.mark.parametrize("figures", FIGURES, ids="+".join)
 @pytest.mark.parametrize("share", [0.3, 0.7])
