@@ -33,7 +33,7 @@ class Entry:
 def entries(folder: str) -> tuple[Entry, ...]:
     """What `edgeprune/<folder>` and the entry points `edgeprune.<group>` offer, by name.
 
-    The group of folder criteria is edgeprune.criteria, of allocate edgeprune.allocators, of export edgeprune.formats.
+    The group of folder criteria is edgeprune.criteria, of allocate edgeprune.allocators.
     """
     found = []
     for path in sorted((PACKAGE / folder).glob("*.py")):

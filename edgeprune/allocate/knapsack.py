@@ -3,12 +3,16 @@
 Every group takes one of its allowed widths; its value is the logarithm of the share of importance it keeps, weighted by the
 group's channels, so that no group is starved. A cost that depends on two widths at once (a conv reads one group and writes
 another) is linearised around the current choice, exactly for every change of a single group, and solved again until the choice
-repeats; then the true costs are repaired, filled and improved by exchanging steps between pairs of groups.
+repeats; then the true costs are repaired, filled and improved by exchanging steps between pairs of groups. Networks with few choices
+are searched whole.
 Cost: a few integer programs of (groups * widths) variables with HiGHS. Source: the latency knapsack of Shen et al. (HALP),
 NeurIPS 2022; we differ in: values are logarithmic, both widths of a conv count, any budgeted figure is a constraint.
 """
 
 from __future__ import annotations
+
+import math
+from typing import NamedTuple
 
 import numpy as np
 from scipy.optimize import Bounds, LinearConstraint, milp
@@ -23,6 +27,7 @@ from edgeprune.plan import Budget, Plan, Scores
 NEEDS = ()
 PAPER = "after Shen et al., Structural Pruning via Latency-Saliency Knapsack, NeurIPS 2022"
 ROUNDS = 12
+EXHAUSTIVE = 20_000  # up to so many choices all are tried
 SOLVER_SECONDS = 2.0
 
 
@@ -42,9 +47,26 @@ def allocate(
     search = Search(graph, scores, budget, cost, round_to=round_to, min_keep=min_keep, normalise=normalise, concave=concave)
     search.check()
     values = search.values
-    start = search.fill(search.shrink(search.top, lambda saved: saved))
-    best = start
-    levels, seen = start, {tuple(start.tolist())}
+    if math.prod(len(v) for v in values) <= EXHAUSTIVE:
+        best = _all_choices(search, values)
+    else:
+        best = _exchange(search, values, _rounds(search, values, search.fill(search.shrink(search.top, lambda saved: saved))))
+    return search.plan(search.from_levels(best))
+
+
+def _all_choices(search: Search, values: tuple[Floats, ...]) -> Widths:
+    """The best of all choices that fit, the cheapest by every figure among equals."""
+    levels = np.stack([grid.reshape(-1) for grid in np.meshgrid(*(np.arange(len(v)) for v in values), indexing="ij")], axis=1)
+    use = search.use(search.from_levels(levels))
+    fitting = np.flatnonzero((use <= 1).all(axis=1))
+    worth = sum((v[levels[fitting, g]] for g, v in enumerate(values)), np.zeros(len(fitting)))
+    return np.asarray(levels[fitting[np.lexsort((use[fitting].sum(axis=1), -worth))[0]]])
+
+
+def _rounds(search: Search, values: tuple[Floats, ...], start: Widths) -> Widths:
+    """Solve, linearise there, solve again, until the choice repeats; the best fitting choice on the way."""
+    best = levels = start
+    seen = {tuple(start.tolist())}
     for _ in range(ROUNDS):
         levels = _solve(search, values, levels)
         fitting = search.fill(search.shrink(levels, lambda saved: saved))
@@ -52,7 +74,7 @@ def allocate(
         if tuple(levels.tolist()) in seen:
             break
         seen.add(tuple(levels.tolist()))
-    return search.plan(search.from_levels(_exchange(search, values, best)))
+    return best
 
 
 def _total(values: tuple[Floats, ...], levels: Widths) -> float:
@@ -82,23 +104,40 @@ def _solve(search: Search, values: tuple[Floats, ...], levels: Widths) -> Widths
 
 
 def _exchange(search: Search, values: tuple[Floats, ...], levels: Widths) -> Widths:
-    """Narrow one group by a step and widen another while that raises the value and fits; then fill."""
+    """Narrow one group and widen another, by 1, 2, 4 … levels each, while that raises the value and fits; then fill."""
     while True:
-        down = np.flatnonzero(levels > 0)
-        up = np.flatnonzero(levels < search.top)
-        lost = np.array([values[g][levels[g]] - values[g][levels[g] - 1] for g in down])
-        won = np.array([values[g][levels[g] + 1] - values[g][levels[g]] for g in up])
-        gain = won[None, :] - lost[:, None] if len(down) and len(up) else np.zeros((0, 0))
-        pairs = np.argwhere(gain > 1e-9)
+        down, up = _steps(values, levels, -1), _steps(values, levels, 1)
+        gain = up.change[None, :] + down.change[:, None]
+        pairs = np.argwhere((gain > 1e-9) & (down.group[:, None] != up.group[None, :]))
         pairs = pairs[np.argsort(-gain[tuple(pairs.T)], kind="stable")]
         for start in range(0, len(pairs), 256):
-            chunk = pairs[start : start + 256]
-            moved = np.repeat(levels[None], len(chunk), axis=0)
-            moved[np.arange(len(chunk)), down[chunk[:, 0]]] -= 1
-            moved[np.arange(len(chunk)), up[chunk[:, 1]]] += 1
+            narrower, wider = pairs[start : start + 256].T
+            moved = np.repeat(levels[None], len(narrower), axis=0)
+            rows = np.arange(len(narrower))
+            moved[rows, down.group[narrower]] = down.level[narrower]
+            moved[rows, up.group[wider]] = up.level[wider]
             fits = np.flatnonzero(search.fits(search.from_levels(moved)))
             if len(fits):
                 levels = search.fill(moved[fits[0]])
                 break
         else:
             return levels
+
+
+class _Steps(NamedTuple):
+    """Moves of single groups: which, to what level, and by how much the value changes."""
+
+    group: Widths
+    level: Widths
+    change: Floats
+
+
+def _steps(values: tuple[Floats, ...], levels: Widths, sign: int) -> _Steps:
+    found = [
+        (g, int(level), float(v[level] - v[levels[g]]))
+        for g, v in enumerate(values)
+        for power in range(len(v).bit_length())
+        if 0 <= (level := levels[g] + sign * 2**power) < len(v)
+    ]
+    columns = np.array(found, dtype=np.float64).reshape(-1, 3).T
+    return _Steps(columns[0].astype(np.int64), columns[1].astype(np.int64), columns[2])

@@ -192,7 +192,7 @@ def removed_positions(graph: ChannelGraph, plan: Plan) -> dict[tuple[str, int], 
         )
     gone: dict[tuple[str, int], NDArray[np.bool_]] = {}
     for group in graph.groups:
-        keep = np.asarray(plan.keep.get(group.name, range(group.channels)), dtype=np.int64)
+        keep = np.unique(np.asarray(plan.keep.get(group.name, range(group.channels)), dtype=np.int64))
         if len(keep) == group.channels:
             continue
         if not len(keep) or keep.min() < 0 or keep.max() >= group.channels:

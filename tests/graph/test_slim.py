@@ -1,6 +1,9 @@
 from __future__ import annotations
 
 import copy
+import runpy
+import warnings
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -10,12 +13,13 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
+from edgeprune.device.kernels import kernels
 from edgeprune.errors import SlimError
 from edgeprune.graph import ChannelGraph
 from edgeprune.graph.slim import mask, prove, slim
 from edgeprune.graph.trace import trace
 from edgeprune.plan import Plan
-from tests.networks import NETWORKS, build, gap, images, outputs, random_plan, traced
+from tests.networks import NETWORKS, build, gap, images, outputs, random_plan, settle, traced
 
 TOLERANCE = 1e-10
 
@@ -182,6 +186,12 @@ def test_foreign_and_impossible_plans_are_refused() -> None:
             slim(model, graph, Plan({name: bad}))
 
 
+def test_a_channel_that_is_named_twice_stays_once() -> None:
+    model, graph = traced("plain")
+    twice: Any = slim(model, graph, Plan({graph.groups[0].name: (5, 1) * 4}))
+    assert twice.body[0][0].weight.shape[0] == 2
+
+
 class Uncopyable(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -235,3 +245,39 @@ def test_inputs_are_not_written_to() -> None:
     plan = Plan.uniform(graph, 0.5)
     assert prove(model, graph, plan, slim(model, graph, plan), x).max_relative_error <= TOLERANCE
     assert torch.equal(x, before)
+
+
+PEERS = ["resnet18", "mobilenet_v2", "efficientnet_b0", "googlenet", "shufflenet_v2_x1_0", "densenet121"]
+TIMM = ["ghostnet_100", "mixnet_s", "res2net50_26w_4s"]
+
+
+@pytest.fixture(scope="module")
+def torchvision(data_dir: Path) -> Any:
+    """torchvision; its CPU shim first, where the wheel was built for another torch."""
+    shim = data_dir / "peers" / "torchvision_cpu_shim.py"
+    if not shim.is_file():
+        pytest.skip(f"no {shim.name} in {shim.parent}")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        runpy.run_path(str(shim))
+        return pytest.importorskip("torchvision")
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("name", [*PEERS, *TIMM])
+def test_public_networks_are_slimmed_exactly(name: str, torchvision: Any) -> None:
+    if name in TIMM:
+        model = pytest.importorskip("timm").create_model(name)
+    else:
+        model = getattr(torchvision.models, name)(weights=None, **({"init_weights": False} if name == "googlenet" else {}))
+    x, y, batch = (torch.randn(n, 3, 64, 64, dtype=torch.float64) for n in (1, 1, 4))
+    settle(model.double(), batch)
+    graph = trace(model, x)
+    plan = half_random(graph, 0)
+    small = slim(model, graph, plan)
+    assert gap(mask(model, graph, plan), small, (x,), (y,)) <= TOLERANCE
+    thin = trace(small, x)
+    widths = np.array([len(plan.keep[g.name]) for g in graph.groups])
+    assert (kernels(graph).macs(widths)[0], kernels(graph).params(widths)[0]) == (thin.macs, thin.params)
+    assert thin.macs < graph.macs

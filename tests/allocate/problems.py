@@ -1,0 +1,64 @@
+"""Allocation problems on tiny networks: scores, budgets between floor and dense, and what a plan really costs."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from torch import nn
+
+from edgeprune import criteria
+from edgeprune.allocate.search import Search
+from edgeprune.device.card import device
+from edgeprune.device.cost import CostModel, predict_graph
+from edgeprune.graph import ChannelGraph
+from edgeprune.graph.slim import slim
+from edgeprune.graph.trace import trace
+from edgeprune.plan import Budget, Plan, Scores
+from edgeprune.registry import entries
+from tests.networks import images, traced
+
+ALLOCATORS = [e.name for e in entries("allocate")]
+COST = CostModel(device("rpi4"))
+
+
+def problem(name: str) -> tuple[nn.Module, ChannelGraph, Scores]:
+    model, graph = traced(name)
+    return model, graph, criteria.score(graph, model, "l1")
+
+
+def between(graph: ChannelGraph, scores: Scores, share: float, *figures: str, round_to: int = 1) -> Budget:
+    """A budget that lies `share` of the way from the smallest allowed network to the dense one, in each figure."""
+    any_budget = Budget(**dict.fromkeys(figures, 1e9))
+    search = Search(graph, scores, any_budget, COST, round_to=round_to)
+    low, high = (search.figures(np.atleast_2d(w)) for w in (search.smallest, graph.dense_widths))
+    return Budget(**{f: float(low[f][0] + share * (high[f][0] - low[f][0])) for f in figures})
+
+
+def widths(graph: ChannelGraph, plan: Plan) -> Any:
+    return np.array([len(plan.keep[g.name]) for g in graph.groups])
+
+
+def real_figures(name: str, plan: Plan) -> dict[str, float]:
+    """Every figure of the network that `slim` makes, traced anew."""
+    model, graph = traced(name)
+    thin = trace(slim(model, graph, plan), images(name))
+    cost = predict_graph(thin, None, COST.device)
+    return {
+        "macs": thin.macs,
+        "params": thin.params,
+        "latency_ms": cost.latency_ms.high,
+        "size_bytes": cost.size_bytes,
+        "peak_memory_bytes": cost.peak_memory_bytes,
+    }
+
+
+def is_full(graph: ChannelGraph, scores: Scores, budget: Budget, plan: Plan, round_to: int) -> bool:
+    """No group can be widened by one step without breaking a limit."""
+    search = Search(graph, scores, budget, COST, round_to=round_to)
+    now = widths(graph, plan)
+    for g, allowed in enumerate(search.allowed):
+        wider = [w for w in allowed if w > now[g]]
+        if wider and search.fits(np.concatenate([now[:g], wider[:1], now[g + 1 :]])[None])[0]:
+            return False
+    return True

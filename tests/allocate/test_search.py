@@ -1,0 +1,193 @@
+"""What every allocator must do; one that joins the registry is tested by being there."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from edgeprune.allocate import allocate
+from edgeprune.allocate.search import NORMALISERS, Search
+from edgeprune.errors import BudgetError, UsageError
+from edgeprune.graph.trace import trace
+from edgeprune.plan import Budget, Plan, Scores
+from tests.allocate.problems import ALLOCATORS, COST, between, is_full, problem, real_figures, widths
+from tests.networks import NETWORKS, traced
+
+FIGURES = [("macs",), ("params",), ("latency_ms",), ("size_bytes",), ("peak_memory_bytes",), ("macs", "params", "latency_ms")]
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+@pytest.mark.parametrize("method", ALLOCATORS)
+@pytest.mark.parametrize("fraction", [0.3, 0.7])
+def test_macs_of_the_slim_network_never_exceed_the_budget(method: str, name: str, fraction: float) -> None:
+    _, graph, scores = problem(name)
+    try:
+        plan = allocate(graph, scores, Budget(macs=fraction), method=method, round_to=1)
+    except BudgetError as refused:
+        assert refused.plan is not None
+        assert real_figures(name, refused.plan)["macs"] > fraction * graph.macs
+        return
+    assert real_figures(name, plan)["macs"] <= fraction * graph.macs
+    assert is_full(graph, scores, Budget(macs=fraction), plan, 1)
+
+
+@pytest.mark.parametrize("name", ["residual", "mobile", "shuffle", "dense"])
+@pytest.mark.parametrize("method", ALLOCATORS)
+@pytest.mark.parametrize("figures", FIGURES, ids="+".join)
+@pytest.mark.parametrize("share", [0.3, 0.7])
+def test_every_limit_holds_on_the_slim_network(method: str, name: str, figures: tuple[str, ...], share: float) -> None:
+    _, graph, scores = problem(name)
+    budget = between(graph, scores, share, *figures)
+    plan = allocate(graph, scores, budget, method=method, cost=COST, round_to=1)
+    real = real_figures(name, plan)
+    for figure, limit in budget.absolute({"macs": graph.macs, "params": graph.params}).items():
+        assert real[figure] <= limit * (1 + 1e-9), figure
+    assert is_full(graph, scores, budget, plan, 1)
+
+
+@pytest.mark.parametrize("round_to", [1, 2, 4, 8])
+@pytest.mark.parametrize("method", ALLOCATORS)
+@pytest.mark.parametrize("name", ["mobile", "shuffle", "grouped", "dense"])
+def test_widths_are_allowed_and_the_best_scored_channels_stay(name: str, method: str, round_to: int) -> None:
+    _, graph, scores = problem(name)
+    plan = allocate(graph, scores, between(graph, scores, 0.5, "macs", round_to=round_to), method=method, round_to=round_to)
+    assert set(plan.keep) == {g.name for g in graph.groups}
+    for group in graph.groups:
+        kept = plan.keep[group.name]
+        span = group.members[0].indices.shape[1]
+        assert len(kept) >= 1 and list(kept) == sorted(set(kept))
+        assert len(kept) == group.channels or len(kept) * span % round_to == 0
+        values = scores.values[group.name]
+        gone = np.setdiff1d(np.arange(group.channels), kept)
+        assert not len(gone) or values[list(kept)].min() >= values[gone].max()
+
+
+def stack() -> nn.Module:
+    """Nine convs each of 16, 32 and 64 channels: as wide as ResNet-56, and nothing tied."""
+    layers: list[nn.Module] = []
+    before = 3
+    for width in (16, 32, 64):
+        for block in range(9):
+            layers += [nn.Conv2d(before, width, 3, 2 if block == 0 and width > 16 else 1, 1), nn.ReLU()]
+            before = width
+    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(64, 10))
+
+
+@pytest.fixture(scope="module")
+def deep() -> tuple[Any, Scores]:
+    graph = trace(stack(), torch.zeros(1, 3, 16, 16))
+    rng = np.random.default_rng(0)
+    return graph, Scores("random", {g.name: rng.lognormal(size=g.channels) for g in graph.groups})
+
+
+@pytest.mark.parametrize("method", ALLOCATORS)
+@pytest.mark.parametrize("budget", [Budget(macs=0.3), Budget(macs=0.5), Budget(macs=0.9), Budget(params=0.5), Budget(macs=0.5, params=0.4)])
+@pytest.mark.parametrize("round_to", [1, 8])
+def test_the_budget_is_used_to_two_percent(deep: tuple[Any, Scores], method: str, budget: Budget, round_to: int) -> None:
+    graph, scores = deep
+    plan = allocate(graph, scores, budget, method=method, round_to=round_to)
+    use = Search(graph, scores, budget, None).use(widths(graph, plan)[None])[0].max()
+    assert 0.98 < use <= 1
+
+
+@pytest.mark.parametrize("method", ALLOCATORS)
+def test_a_budget_of_everything_removes_nothing(method: str) -> None:
+    for name in ("residual", "shuffle"):
+        _, graph, scores = problem(name)
+        for budget in (Budget(macs=1.0), Budget(params=1.0), Budget(macs=10 * graph.macs)):
+            assert allocate(graph, scores, budget, method=method, round_to=1) == Plan.uniform(graph, 1.0)
+
+
+@pytest.mark.parametrize("method", ALLOCATORS)
+def test_what_cannot_be_reached_is_a_budget_error_with_the_floor(method: str) -> None:
+    _, graph, scores = problem("residual")
+    with pytest.raises(BudgetError, match=r"the floor is .* M MACs.*round_to 1 and min_keep 0 would go down to") as refused:
+        allocate(graph, scores, Budget(macs=0.001), method=method, round_to=4, min_keep=0.5)
+    assert refused.value.exit_code == 3
+    assert refused.value.plan is not None
+    assert widths(graph, refused.value.plan).tolist() == [4, 4, 4]
+    with pytest.raises(BudgetError, match=f"ms on {COST.device.profile}: the floor is"):
+        allocate(graph, scores, Budget(latency_ms=1e-6), method=method, cost=COST)
+    model = nn.Linear(3, 2)
+    frozen = trace(model, torch.zeros(1, 3))
+    with pytest.raises(BudgetError, match="everything in it is frozen"):
+        allocate(frozen, Scores("l1", {}), Budget(macs=0.5), method=method)
+
+
+@pytest.mark.parametrize("method", ALLOCATORS)
+def test_min_keep_is_kept(method: str) -> None:
+    _, graph, scores = problem("inception")
+    plan = allocate(graph, scores, Budget(macs=0.5), method=method, round_to=1, min_keep=0.5)
+    assert all(2 * len(plan.keep[g.name]) >= g.channels for g in graph.groups)
+
+
+@pytest.mark.parametrize("method", ALLOCATORS)
+@pytest.mark.parametrize("normalise", NORMALISERS)
+def test_every_normaliser_works_and_dead_groups_do_not_break_it(method: str, normalise: str) -> None:
+    _, graph, scores = problem("residual")
+    dead = Scores("dead", {n: np.zeros_like(v) if i else v for i, (n, v) in enumerate(scores.values.items())})
+    for given in (scores, dead):
+        plan = allocate(graph, given, Budget(macs=0.5), method=method, round_to=1, normalise=normalise)
+        assert real_figures("residual", plan)["macs"] <= 0.5 * graph.macs
+
+
+@pytest.mark.parametrize("method", ALLOCATORS)
+def test_allocation_is_deterministic_and_ignores_the_scale_of_scores(method: str) -> None:
+    _, graph, scores = problem("inception")
+    scaled = Scores("l1", {n: 1e6 * v for n, v in scores.values.items()})
+    plans = [allocate(graph, s, Budget(macs=0.5), method=method, round_to=1) for s in (scores, scores, scaled)]
+    assert plans[0] == plans[1] == plans[2]
+
+
+def test_unknown_methods_options_and_missing_devices_are_usage_errors() -> None:
+    _, graph, scores = problem("residual")
+    with pytest.raises(UsageError, match=r"no allocator named 'knapsak'\. Did you mean knapsack"):
+        allocate(graph, scores, Budget(macs=0.5), method="knapsak")
+    with pytest.raises(UsageError, match="uniform has no option concave; it has: round_to, min_keep, normalise"):
+        allocate(graph, scores, Budget(macs=0.5), method="uniform", concave=True)
+    with pytest.raises(UsageError, match="latency_ms needs a device"):
+        allocate(graph, scores, Budget(latency_ms=1))
+    for wrong in ({"round_to": 0}, {"min_keep": 1.5}, {"normalise": "l7"}):
+        with pytest.raises(UsageError, match=next(iter(wrong))):
+            allocate(graph, scores, Budget(macs=0.5), **wrong)
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_figures_of_many_choices_equal_those_of_the_real_networks(name: str) -> None:
+    """At least two channels each: one channel turns a depthwise conv into a plain one, a grouped one into a depthwise one."""
+    _, graph, scores = problem(name)
+    rng = np.random.default_rng(0)
+    search = Search(graph, scores, Budget(macs=1, params=1, latency_ms=1, size_bytes=1, peak_memory_bytes=1), COST, round_to=1)
+    choices = np.stack([rng.integers(2, g.channels + 1, size=3) for g in graph.groups], axis=1)
+    figures = search.figures(choices)
+    for row, choice in enumerate(choices):
+        plan = Plan.from_widths(graph, {g.name: int(w) for g, w in zip(graph.groups, choice, strict=True)})
+        for figure, value in real_figures(name, plan).items():
+            assert figures[figure][row] == pytest.approx(value, rel=1e-9), figure
+
+
+def test_values_are_the_importance_that_a_width_keeps() -> None:
+    _, graph = traced("residual")
+    scores = Scores("x", {g.name: np.arange(1.0, 9.0) for g in graph.groups})
+    plain = Search(graph, scores, Budget(macs=0.5), None, round_to=4)
+    stream, inner = graph.groups[0], graph.groups[1]
+    assert (stream.producing, inner.producing) == (3, 1)
+    np.testing.assert_allclose(plain.values[1], [(8 + 7 + 6 + 5) / 36, 1])
+    np.testing.assert_allclose(plain.values[0], 3 * plain.values[1])
+    concave = Search(graph, scores, Budget(macs=0.5), None, round_to=4, concave=True)
+    np.testing.assert_allclose(concave.values[1], [np.log(26 / 36), 0], atol=1e-12)
+
+
+def test_fill_and_shrink_meet_the_budget_from_both_sides() -> None:
+    _, graph, scores = problem("inception")
+    search = Search(graph, scores, Budget(macs=0.4), None, round_to=1)
+    small = search.shrink(search.top, lambda saved: saved)
+    assert search.fits(search.from_levels(small)[None])[0]
+    full = search.fill(np.zeros_like(search.top))
+    assert search.fits(search.from_levels(full)[None])[0]
+    assert (search.fill(full) == full).all()
+    assert (search.shrink(full) == full).all()
