@@ -22,8 +22,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 DATA = Path(os.environ.get("EDGEPRUNE_DATA") or Path(__file__).resolve().parents[2] / "shared" / "data") / "latency"
 
 # What ONNX Runtime computes inside the conv before it (SiLU and hard swish are not among them).
-_FUSABLE = {"relu", "relu_", "hardtanh", "hardtanh_", "clamp", "leaky_relu", "leaky_relu_", "sigmoid", "sigmoid_", "hardsigmoid"}
-_ELEMENTWISE = {"silu", "silu_", "hardswish", "hardswish_", "gelu", "add", "add_", "mul", "mul_", "sub", "div", "hardsigmoid_"}
+_FUSABLE = {"relu", "hardtanh", "clamp", "leaky_relu", "sigmoid", "hardsigmoid", "tanh"}
+_ELEMENTWISE = _FUSABLE | {"silu", "hardswish", "gelu", "add", "mul", "sub", "div"}
 _POOLS = {"max_pool2d_with_indices", "avg_pool2d", "_adaptive_avg_pool2d", "mean", "adaptive_max_pool2d", "sum"}
 _COPIES = {"cat": "cat", "upsample_nearest2d": "resize", "upsample_bilinear2d": "resize", "constant_pad_nd": "other", "stack": "other"}
 # Recurrent and MLP networks of the timm table: not what a CNN cost model is for.
@@ -156,6 +156,13 @@ def timm_rows() -> list[Row]:
     return rows
 
 
+def count_layers(model: torch.nn.Module, side: int) -> tuple[Layer, ...]:
+    """Kernels of a model on the meta device asked for one (3, side, side) image; independent of edgeprune's own trace."""
+    with torch.no_grad(), _Counter() as counter:
+        model.eval()(torch.zeros(1, 3, side, side, device="meta"))
+    return tuple(counter.layers)
+
+
 @cache
 def timm_layers(name: str, side: int) -> tuple[Layer, ...] | None:
     """Kernels of a timm network, counted on meta tensors (no arithmetic, no weights); None where it cannot run on those."""
@@ -167,15 +174,17 @@ def timm_layers(name: str, side: int) -> tuple[Layer, ...] | None:
 
     try:
         with torch.device("meta"):
-            model = create_model(name).eval()
-        with torch.no_grad(), _Counter() as counter:
-            model(torch.zeros(1, 3, side, side, device="meta"))
+            model = create_model(name)
+    except NotImplementedError:
+        # RegNets compute their widths with tensors, which meta tensors cannot: build those for real.
+        model = create_model(name).to("meta")
+    try:
+        return count_layers(model, side)
     except (NotImplementedError, RuntimeError):
         return None
-    return tuple(counter.layers)
 
 
-class _Counter(TorchDispatchMode):  # type: ignore[no-untyped-call]
+class _Counter(TorchDispatchMode):
     """Records one Layer per kernel a runtime would launch."""
 
     def __init__(self) -> None:
@@ -189,7 +198,7 @@ class _Counter(TorchDispatchMode):  # type: ignore[no-untyped-call]
         out = result[0] if isinstance(result, tuple | list) else result
         if isinstance(out, torch.Tensor):
             self._alive.append(out)
-            self._record(func.__name__.split(".")[0], args, out)
+            self._record(func.__name__.split(".")[0].rstrip("_"), args, out)
         return result
 
     def _record(self, name: str, args: Any, out: Any) -> None:
@@ -205,11 +214,19 @@ class _Counter(TorchDispatchMode):  # type: ignore[no-untyped-call]
             x, weight = args[-2:]
             self.layers.append(Layer("linear", x.shape[0] * weight.numel(), x.numel(), writes, weight.numel()))
         elif not (follows_conv and (name in _FUSABLE or "batch_norm" in name)):
-            kind = "elementwise" if name in _ELEMENTWISE | _FUSABLE else "norm" if "_norm" in name else "pool" if name in _POOLS else None
-            if kind or name in _COPIES:
-                self.layers.append(Layer(kind or _COPIES[name], 0, reads, writes, 0))
+            self._stands_alone(name, args, reads, writes)
+            # In-place operations return their input: it is no longer what the conv left.
+            self._conv_outputs.discard(id(out))
             return
         self._conv_outputs.add(id(out))
+
+    def _stands_alone(self, name: str, args: Any, reads: int, writes: int) -> None:
+        if "batch_norm" in name:
+            self.layers.append(Layer("norm", 0, args[0].numel(), writes, 4 * args[1].numel()))
+            return
+        kind = "elementwise" if name in _ELEMENTWISE else "norm" if "_norm" in name else "pool" if name in _POOLS else _COPIES.get(name)
+        if kind:
+            self.layers.append(Layer(kind, 0, reads, writes, 0))
 
 
 def _conv_kind(weight: Any, args: Any) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from edgeprune.data import Data, load_data
 from edgeprune.device.card import Device
 from edgeprune.device.card import device as find_device
 from edgeprune.device.cost import Cost, predict_graph
-from edgeprune.errors import DataError, TraceError, UsageError
+from edgeprune.errors import DataError, EdgepruneError, TraceError, UsageError
 from edgeprune.export import formats as known_formats
 from edgeprune.export import load_artifact
 from edgeprune.graph.slim import slim
@@ -30,7 +31,7 @@ from edgeprune.train import Progress, Recipe, silent
 from edgeprune.train.evaluate import Accuracy, accuracy_of, logits_of, settled
 from edgeprune.train.evaluate import evaluate as evaluate_module
 
-RECOVERIES = ("none", "bn")
+RECOVERIES = {"none": "", "bn": "after BN recalibration", "reconstruct": "after reconstruction"}
 
 
 def compress(
@@ -89,9 +90,15 @@ def compress(
     _check(job)
     folder = Path(out) if out else default_folder(job.name, target.name)
     words = list(command) or ["edgeprune.compress", job.name]
-    with Run.open(folder, asked=_asked(job), command=words, resume=resume) as run:
-        run.record("inputs", {"model": fingerprint(job.model), "data": source.fingerprint if source else None})
-        return _stages(job, run, shlex.join(words), progress)
+    new = not folder.exists()
+    try:
+        with Run.open(folder, asked=_asked(job), command=words, resume=resume) as run:
+            run.record("inputs", {"model": fingerprint(job.model), "data": source.fingerprint if source else None})
+            return _stages(job, run, shlex.join(words), progress)
+    except EdgepruneError:
+        if new and not (folder / "plan.json").exists():  # nothing worth going on from
+            shutil.rmtree(folder, ignore_errors=True)
+        raise
 
 
 def _stages(job: Job, run: Run, command: str, progress: Progress) -> Result:
@@ -103,8 +110,9 @@ def _stages(job: Job, run: Run, command: str, progress: Progress) -> Result:
     small = settled(slim(job.model, graph, choice.plan))
     proof = stages.proof(small, choice.plan)
     accuracies["right after pruning"] = stages.accuracy("right after pruning", small)
-    if (recovered := stages.recovered(small)) is not small:
-        accuracies["after BN recalibration"] = stages.accuracy("after BN recalibration", recovered)
+    if (recovered := stages.recovered(small, choice.plan)) is not small:
+        step = RECOVERIES[job.recover]
+        accuracies[step] = stages.accuracy(step, recovered)
     final, curve = stages.trained(recovered)
     if curve:
         accuracies["after fine-tuning"] = stages.accuracy("after fine-tuning", final)

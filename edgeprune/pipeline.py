@@ -36,6 +36,7 @@ from edgeprune.run import Run, write_atomic, write_json
 from edgeprune.train import Epoch, Progress, Recipe
 from edgeprune.train.evaluate import Accuracy, batch_norms, evaluate, recalibrate, settled
 from edgeprune.train.finetune import finetune
+from edgeprune.train.reconstruct import reconstruct
 
 ROUNDS = 5
 HEADROOM = 0.97  # of the asked latency: what a measurement a few minutes later must still meet
@@ -252,12 +253,18 @@ class Pipeline:
 
         return self.run.cached("prove", {}, compute, write=asdict, read=lambda facts: Proof(**facts))
 
-    def recovered(self, small: nn.Module) -> nn.Module:
-        """BN statistics that fit the slim network."""
-        train = self.train_split
-        if train is None or self.job.recover == "none" or not batch_norms(small):
+    def recovered(self, small: nn.Module, plan: Plan) -> nn.Module:
+        """What can be had back without training: batch norm statistics, or all layers refitted to the dense network."""
+        job, train = self.job, self.train_split
+        if train is None or job.recover == "none" or (job.recover == "bn" and not batch_norms(small)):
             return small
-        return self._stored("recalibrate", {"recover": self.job.recover}, small, lambda: recalibrate(small, train))
+        if job.recover == "bn":
+            return self._stored("recalibrate", {}, small, lambda: recalibrate(small, train))
+
+        def refit() -> nn.Module:
+            return reconstruct(small, job.model, self.graph, plan, train, progress=self.progress)
+
+        return self._stored("reconstruct", {}, small, refit)
 
     def trained(self, small: nn.Module) -> tuple[nn.Module, tuple[Epoch, ...]]:
         """Fine-tuned, with the figures of every epoch."""

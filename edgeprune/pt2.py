@@ -33,8 +33,8 @@ _TENSOR_FILE = re.compile(r"data/(weights|constants)/(weight|tensor)_\d+")
 _JSON_FILE = re.compile(r"models/model\.json|data/(weights|constants)/model_(weights|constants)_config\.json")
 _PLAIN_FILES = ("archive_format", "archive_version", "byteorder", ".data/version", ".data/serialization_id")
 _SAMPLE_INPUTS = "data/sample_inputs/model.pt"
-# No brackets, quotes, commas or line ends: nothing that could call anything when it ends up in generated source.
-_PLAIN_TEXT = re.compile(r"[\w.\-+:/ ]*")
+# No brackets, quotes, = or line ends: nothing that could call anything when it ends up in generated source. einsum needs , and >.
+_PLAIN_TEXT = re.compile(r"[\w.\-+:/,> ]*")
 _SYMPY_NAME = re.compile(
     r"Symbol|Integer|Rational|Float|Add|Mul|Pow|Mod|Max|Min|Abs|Eq|Ne|Lt|Le|Gt|Ge|And|Or|Not|true|false|oo|int_oo|Where"
     r"|FloorDiv|CleanDiv|CeilDiv|PythonMod|ModularIndexing|FloorToInt|CeilToInt|TruncToInt|ToFloat|IntTrueDiv|FloatTrueDiv"

@@ -7,11 +7,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import zipfile
-from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -19,15 +16,13 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from PIL import Image, ImageOps
 
 from edgeprune.errors import DataError
+from edgeprune.images import Files, spread
 from edgeprune.load import resolve, user_code
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
 VAL_NAMES = ("val", "valid", "validation", "test")
-SAMPLES = 64  # images whose content enters the fingerprint
-THREADS = min(8, os.cpu_count() or 1)
 
 Labels = NDArray[np.int64]
 Chunks = Sequence[NDArray[np.int64]]
@@ -94,57 +89,7 @@ class Arrays:
     def describe(self) -> Iterator[bytes]:
         """Type, shape and every so-many-th image."""
         yield f"{self.x.dtype} {self.x.shape}".encode()
-        yield np.ascontiguousarray(self.x[_spread(len(self))]).tobytes()
-
-
-@dataclass(frozen=True, eq=False)
-class Files:
-    """Image files, decoded when read: shorter side resized, centre cropped, RGB or grey."""
-
-    name: str
-    root: Path
-    paths: tuple[Path, ...]
-    shape: tuple[int, ...]
-    preprocessed: bool = False
-
-    def __len__(self) -> int:
-        return len(self.paths)
-
-    def read(self, chunks: Chunks) -> Iterator[NDArray[Any]]:
-        """Decodes on a few threads, one batch ahead of the reader."""
-        pool = ThreadPoolExecutor(THREADS)
-        ahead: deque[list[Any]] = deque()
-        try:
-            for chunk in chunks:
-                ahead.append([pool.submit(self._decode, self.paths[i]) for i in chunk])
-                if len(ahead) > 1:
-                    yield np.stack([image.result() for image in ahead.popleft()])
-            for images in ahead:
-                yield np.stack([image.result() for image in images])
-        finally:
-            pool.shutdown(cancel_futures=True)
-
-    def describe(self) -> Iterator[bytes]:
-        """Every name and size, the content of some files."""
-        for path in self.paths:
-            yield f"{path.relative_to(self.root).as_posix()} {path.stat().st_size}".encode()
-        for i in _spread(len(self)):
-            yield self.paths[i].read_bytes()
-
-    def _decode(self, path: Path) -> NDArray[np.uint8]:
-        channels, height, width = self.shape
-        try:
-            with Image.open(path) as file:
-                # Photos of phones lie on their side until their EXIF orientation is applied.
-                image = ImageOps.exif_transpose(file).convert("RGB" if channels == 3 else "L")
-        except (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError) as error:
-            raise DataError(f"the image {path} cannot be read ({error}): repair or remove it.") from error
-        scale = max(height / image.height, width / image.width)
-        large = (max(width, round(image.width * scale)), max(height, round(image.height * scale)))
-        if large != image.size:
-            image = image.resize(large, Image.Resampling.BILINEAR)
-        left, top = (large[0] - width) // 2, (large[1] - height) // 2
-        return np.asarray(image.crop((left, top, left + width, top + height))).reshape(height, width, channels)
+        yield np.ascontiguousarray(self.x[spread(len(self))]).tobytes()
 
 
 @dataclass(frozen=True, eq=False)
@@ -166,7 +111,7 @@ class Items:
     def describe(self) -> Iterator[bytes]:
         """The length and some images."""
         yield f"{type(self.dataset).__qualname__} {len(self)}".encode()
-        for i in _spread(len(self)):
+        for i in spread(len(self)):
             yield np.ascontiguousarray(self._image(int(i))).tobytes()
 
     def _image(self, i: int) -> NDArray[Any]:
@@ -257,26 +202,24 @@ def _folder_part(folder: Path, names: Sequence[str], size: tuple[int, int], chan
     if not paths:
         raise DataError(f"{folder} holds no images ({', '.join(SUFFIXES)}): give a folder with one folder of images per class.")
     labels = np.array([label for _, label in found], np.int64) if names else None
-    if labels is not None and (empty := sorted(set(range(len(names))) - set(labels.tolist()))) and (folder / names[empty[0]]).is_dir():
-        raise DataError(f"the class folder {folder / names[empty[0]]} holds no images: fill or remove it.")
-    return Files(f"the folder {folder}", folder, paths, (channels, *size)), labels
+    filled = {label for _, label in found}
+    if empty := [folder / name for label, name in enumerate(names) if label not in filled and (folder / name).is_dir()]:
+        raise DataError(f"the class folder {empty[0]} holds no images: fill or remove it.")
+    files = Files(f"the folder {folder}", folder, paths, (channels, *size))
+    files.check()
+    return files, labels
 
 
 def _any_part(value: Any, name: str) -> Part | None:
     if value is None:
         return None
-    if (
-        isinstance(value, tuple | list)
-        and len(value) == 2
-        and _is_array(value[0])
-        and (value[1] is None or _is_array(value[1]) or np.ndim(value[1]) == 1)
-    ):
+    if _is_pair(value):
         return _array_part(_to_numpy(value[0]), None if value[1] is None else _to_numpy(value[1]), name)
+    if isinstance(value, str | dict) or _is_array(value) or not (isinstance(value, Iterable) or hasattr(value, "__getitem__")):
+        raise DataError(f"{name} is {type(value).__name__}: give (x, y) arrays, a dataset of (image, label), or batches of (x, y).")
     if hasattr(value, "__getitem__") and hasattr(value, "__len__") and len(value) and not _is_batch(value[0]):
         return _dataset_part(value, name)
-    if isinstance(value, Iterable) and not _is_array(value) and not isinstance(value, str | dict):
-        return _batches_part(value, name)
-    raise DataError(f"{name} is {type(value).__name__}: give (x, y) arrays, a dataset of (image, label), or batches of (x, y).")
+    return _batches_part(value, name)
 
 
 def _dataset_part(dataset: Any, name: str) -> Part:
@@ -367,6 +310,13 @@ def _is_array(value: object) -> bool:
     return isinstance(value, np.ndarray | torch.Tensor)
 
 
+def _is_pair(value: Any) -> bool:
+    """Whether this is (x array, y array, list of numbers or None)."""
+    if not (isinstance(value, tuple | list) and len(value) == 2 and _is_array(value[0])):
+        return False
+    return value[1] is None or _is_array(value[1]) or np.ndim(value[1]) == 1
+
+
 def _is_batch(item: Any) -> bool:
     return isinstance(item, tuple | list) and len(item) == 2 and _is_array(item[0]) and item[0].ndim == 4
 
@@ -378,7 +328,3 @@ def _to_numpy(value: Any) -> NDArray[Any]:
     if array.dtype == object:
         raise DataError("the data holds Python objects where numbers are needed: images of one part must have one shape.")
     return array
-
-
-def _spread(n: int) -> NDArray[np.int64]:
-    return np.unique(np.linspace(0, n - 1, min(n, SAMPLES)).astype(np.int64))

@@ -128,7 +128,7 @@ class Ragged(nn.Module):
 
     def forward(self, x: Tensor) -> dict[str, Any]:
         y = self.conv(x) * self.scale + torch.tensor([1.0])
-        return {"flat": y.view(x.shape[0], -1), "pair": [y, y.mean()]}
+        return {"flat": y.view(x.shape[0], -1), "pair": [torch.einsum("bc,cd->bd", y.mean((2, 3)), torch.eye(4)), y]}
 
 
 def test_dynamic_program(tmp_path: Path) -> None:

@@ -100,9 +100,8 @@ def test_a_run_is_never_overwritten(tmp_path: Path) -> None:
 
 
 def test_two_runs_refuse_each_other(tmp_path: Path) -> None:
-    with start(tmp_path):
-        with pytest.raises(UsageError, match=f"in use.*{os.getpid()}"):
-            start(tmp_path, resume=True)
+    with start(tmp_path), pytest.raises(UsageError, match=f"in use.*{os.getpid()}"):
+        start(tmp_path, resume=True)
     start(tmp_path, resume=True).close()
 
 

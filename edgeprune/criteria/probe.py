@@ -43,8 +43,8 @@ class Probe:
     def observe_maps(self, observer: Observer) -> int:
         """Call `observer(group, tap number, maps)` for every feature map of every batch; returns the number of images.
 
-        maps: float (n, channels, h, w); vectors and flattened maps arrive as (n, channels, 1, k). Raises DataError for no data
-        or for maps that are not finite.
+        maps: float (n, channels, h, w); vectors and flattened maps arrive as (n, channels, 1, k). The inputs of a network that
+        takes several are a tuple. Raises DataError for no data.
         """
         wanted: dict[int, list[tuple[ChannelGroup, int, Tap]]] = {}
         for group in self.graph.groups:
@@ -54,9 +54,10 @@ class Probe:
         with torch.no_grad(), evaluating(self.model):
             for batch in self._data or ():
                 inputs = batch[0] if isinstance(batch, (tuple, list)) else batch
-                images += len(inputs)
+                inputs = tuple(inputs) if isinstance(inputs, (tuple, list)) else (inputs,)
+                images += len(next(tensors_in(inputs), ()))
                 with _Watch(wanted, observer):
-                    self.model(inputs)
+                    self.model(*inputs)
         if not images:
             raise DataError("the calibration data are empty: give at least one batch of images.")
         return images
@@ -84,7 +85,7 @@ def channel_maps(tensor: Tensor, tap: Tap) -> Tensor:
     """The group's channels of one output as (n, channels, h, w)."""
     moved = tensor.movedim(tap.axis, 1) if tap.axis else tensor[None].movedim(tap.axis + 1, 1)
     index: NDArray[np.int64] = tap.indices
-    maps = moved.index_select(1, torch.from_numpy(index.reshape(-1)))
+    maps = moved.index_select(1, torch.from_numpy(index.reshape(-1)).to(moved.device))
     n, channels, spread = maps.shape[0], index.shape[0], index.shape[1]
     if maps.ndim == 4 and spread == 1:
         return maps

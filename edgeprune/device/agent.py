@@ -130,13 +130,16 @@ def measure(
     first_ms = (time.perf_counter_ns() - started) / 1e6
     warmup = _loop(infer, steps["warmup_runs"], steps["warmup_seconds"])
     before = machine_state()
+    started, started_cpu = time.perf_counter_ns(), time.thread_time_ns()
     times_ns = _loop(infer, max(1, steps["min_runs"]), steps["min_seconds"])
+    cpu_share = (time.thread_time_ns() - started_cpu) / (time.perf_counter_ns() - started)
     after = machine_state()
     return {
         "times_ns": times_ns,
         "first_ms": first_ms,
         "load_ms": load_ms,
         "warmup_runs": len(warmup),
+        "cpu_share": cpu_share,  # how much of the time the calling thread had a CPU: well below 1, others had it
         "peak_memory_bytes": peak_memory_bytes(),
         "before": before,
         "after": after,
@@ -184,14 +187,12 @@ def _session(artifact: str, threads: int, inputs: Json | None, seed: int) -> tup
     except errors as error:
         raise RequestError("bad_artifact", str(error)) from error
     load_ms = (time.perf_counter_ns() - started) / 1e6
-    signature = {
-        i.name: {"shape": [d if isinstance(d, int) else 1 for d in i.shape], "dtype": _TYPES[i.type]} for i in session.get_inputs()
-    }
+    signature: dict[str, Json] = {}
+    for node in session.get_inputs():
+        signature[node.name] = {"shape": [d if isinstance(d, int) else 1 for d in node.shape], "dtype": _TYPES[node.type]}
     signature.update(inputs or {})
     random = np.random.default_rng(seed)
-    feed: Json = {
-        name: (random.random(s["shape"]) * (1 if "float" in s["dtype"] else 100)).astype(s["dtype"]) for name, s in signature.items()
-    }
+    feed = {name: _random_input(random, **tensor) for name, tensor in signature.items()}
 
     def infer() -> None:
         try:
@@ -200,6 +201,11 @@ def _session(artifact: str, threads: int, inputs: Json | None, seed: int) -> tup
             raise RequestError("bad_artifact", str(error)) from error
 
     return infer, load_ms, signature
+
+
+def _random_input(random: Any, shape: list[int], dtype: str) -> Any:
+    """Uniform in [0, 1), or whole numbers below 100."""
+    return (random.random(shape) * (1 if "float" in dtype else 100)).astype(dtype)
 
 
 def _loop(infer: Callable[[], None], min_runs: float, min_seconds: float) -> list[int]:

@@ -36,14 +36,16 @@ class _Table(BaseModel):
 class Rate(_Table):
     """What one kernel costs: mac_ns * MACs + byte_ns * activation bytes read and written + weight_byte_ns * weight bytes + call_us.
 
-    `basis`: "fitted" to measurements of this profile, or "borrowed" from another board and scaled, which widens the interval.
+    `seen_share` (0..1): the largest part of a fitted network's time that kernels of this kind took; 0 means that the constants are
+    borrowed from another board. Networks that spend more of their time here than that get a wider interval. Kinds that do no
+    MACs share their constants and their share.
     """
 
     mac_ns: Nonnegative = 0.0
     byte_ns: Nonnegative = 0.0
     weight_byte_ns: Nonnegative = 0.0
     call_us: Nonnegative = 0.0
-    basis: Literal["fitted", "borrowed"]
+    seen_share: Annotated[float, Field(ge=0, le=1)]
 
 
 class Fit(_Table):

@@ -17,16 +17,18 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from edgeprune.device.card import Device
+from edgeprune.device.card import Device, KernelKind
 from edgeprune.device.kernels import FLOAT_BYTES, Floats, KernelsAt, kernels
 from edgeprune.errors import UsageError
 from edgeprune.graph.channels import ChannelGraph
 
-# Widening of the interval, as a share of the prediction. Borrowed constants: one speed factor between boards and situations left
-# 5 to 95 % of small networks within 0.45 to 1.44 of the prediction (benchmarks/results/cost_models.md, transfer). Out of range:
-# for each doubling of the distance from what the fit has seen.
-BORROWED_WIDENING = 0.5
+# Widening of the interval, as a share of the prediction: per share of the time in kernels that the fitted networks spent less time
+# in (all of it for kinds they had none of), and per doubling of the distance from the latencies they had. The evidence is in
+# benchmarks/results/cost_models.md (transfer).
+UNSEEN_WIDENING = 0.5
 RANGE_WIDENING = 0.15
+# Kernels that only move memory have one set of constants, so they count as one kind.
+MEMORY_KINDS = frozenset({"elementwise", "pool", "cat", "resize", "norm", "other"})
 _NOTABLE_SHARE = 0.02
 
 
@@ -98,12 +100,12 @@ class CostModel:
     def interval_ms(self, at: KernelsAt) -> tuple[Floats, Floats]:
         """The 90 % interval around `total_ms`: (low, high), each (plans,). A latency budget must hold for `high`.
 
-        Both rise with every width: the widening is a sum of kernel times and a slowly falling function of the total.
+        `high` rises with every width, as `total_ms` does: the widening is a small part of a sum of kernel times.
         """
-        per_kernel = self.latency_ms(at)
+        per_kernel, fit = self.latency_ms(at), self.device.constants.fit
         total = per_kernel.sum(axis=1) + self.network_ms
-        extra = BORROWED_WIDENING * per_kernel[:, self._borrowed(at.kinds)].sum(axis=1) / total + RANGE_WIDENING * self._doublings(total)
-        fit = self.device.constants.fit
+        unseen = sum(self._unseen(at.kinds, per_kernel, total).values(), np.zeros(len(total)))
+        extra = UNSEEN_WIDENING * unseen + RANGE_WIDENING * self._doublings(total)
         return total * fit.low_factor / (1 + extra), total * fit.high_factor * (1 + extra)
 
     def energy_mj(self, at: KernelsAt) -> Floats:
@@ -115,18 +117,21 @@ class CostModel:
 
     def notes(self, at: KernelsAt) -> tuple[str, ...]:
         """Why the interval of the first plan is wider than the fit's own, in words."""
-        constants, per_kernel = self.device.constants, self.latency_ms(at)[0]
-        total = float(per_kernel.sum()) + self.network_ms
-        borrowed = self._borrowed(at.kinds)
-        share = float(per_kernel[borrowed].sum()) / total
-        found = []
-        if share > _NOTABLE_SHARE:
-            kinds = sorted({kind for kind, is_borrowed in zip(at.kinds, borrowed, strict=True) if is_borrowed})
-            found.append(
-                f"{share:.0%} of the predicted time is in kernels that the fit of {self.device.profile} has not seen "
-                f"({', '.join(kinds)}); their constants come from another board: interval widened by {BORROWED_WIDENING * share:.0%}."
+        constants, per_kernel = self.device.constants, self.latency_ms(at)[:1]
+        totals = per_kernel.sum(axis=1) + self.network_ms
+        total, found = float(totals[0]), []
+        unseen = {kind: float(share[0]) for kind, share in self._unseen(at.kinds, per_kernel, totals).items()}
+        if (share := sum(unseen.values())) > _NOTABLE_SHARE:
+            kinds = ", ".join(
+                f"{kind} {100 * part:.0f} %{'' if constants.kernels[kind].seen_share else ', constants from another board'}"
+                for kind, part in unseen.items()
+                if part > _NOTABLE_SHARE / 2
             )
-        doublings = float(self._doublings(np.array([total]))[0])
+            found.append(
+                f"{share:.0%} of the predicted time is more than any network in the fit of {self.device.profile} spent in such kernels "
+                f"({kinds}): interval widened by {UNSEEN_WIDENING * share:.0%}."
+            )
+        doublings = float(self._doublings(totals)[0])
         if doublings > 0:
             low, high = constants.fit.latency_ms
             found.append(
@@ -144,9 +149,14 @@ class CostModel:
         rates = self.device.constants.kernels
         return {kind: np.array([r.mac_ns, r.byte_ns, r.weight_byte_ns, r.call_us]) for kind, r in rates.items()}
 
-    def _borrowed(self, kinds: tuple[str, ...]) -> NDArray[np.bool_]:
-        rates = {str(kind): rate for kind, rate in self.device.constants.kernels.items()}
-        return np.array([rates[kind].basis == "borrowed" for kind in kinds], dtype=np.bool_)
+    def _unseen(self, kinds: tuple[str, ...], per_kernel: Floats, total: Floats) -> dict[KernelKind, Floats]:
+        """Share of the time that each kind takes beyond what it took in any fitted network, (plans,) each."""
+        shares: dict[KernelKind, Floats] = {}
+        lumped = np.array(["elementwise" if kind in MEMORY_KINDS else kind for kind in kinds])
+        for kind, rate in self.device.constants.kernels.items():
+            if (mine := lumped == kind).any():
+                shares[kind] = np.maximum(per_kernel[:, mine].sum(axis=1) / total - rate.seen_share, 0.0)
+        return shares
 
     def _doublings(self, total_ms: Floats) -> Floats:
         low, high = self.device.constants.fit.latency_ms

@@ -5,7 +5,9 @@ process, not the run: the interval comes from a bootstrap over processes, and in
 (neighbouring runs are alike). Three to five processes are few, which makes a plain bootstrap too narrow; its deviations are
 widened by the t quantile and sqrt(n / (n - 1)) (Hesterberg, "What Teachers Should Know About the Bootstrap", 2015, section
 4.4.2, there applied to the percentile's level, which cannot help with three values). The interval speaks of the minutes in
-which it was measured; what happened around them is in the fingerprint.
+which it was measured. No statistics repair a machine that was shared: when other programs took the CPU (on 2 cores with 7
+runnable processes a 2.3 ms network was measured at 6.6 ms), that is a problem on record, and the interval reaches down to the
+fastest run, because the idle machine's latency lies somewhere in between.
 """
 
 from __future__ import annotations
@@ -30,6 +32,7 @@ from edgeprune.errors import DeviceError, Unreachable
 
 _BLOCKS = 16  # of consecutive runs per process
 _RESAMPLES = 2000
+_LEAST_CPU_SHARE = 0.9
 _START_SECONDS = 60.0  # for a process to import and load, on a loaded machine
 
 
@@ -72,7 +75,7 @@ class Measurement:
 
     outliers: runs beyond the upper quartile by more than 3 interquartile ranges; they count in every figure. first_ms, load_ms:
     medians over processes. peak_memory_bytes: the largest process, Python and runtime included. problems: why the figures
-    must not be used to calibrate (throttling, a falling frequency); empty when they are valid.
+    must not be used to calibrate (throttling, a falling frequency, other programs on the CPU); empty when they are valid.
     """
 
     latency_ms: float
@@ -142,21 +145,21 @@ def measure_host(
 
 
 def median_interval_ms(processes_ms: Sequence[NDArray[np.float64]]) -> tuple[float, float, float]:
-    """(median, low, high) of run times grouped by process: the median of block medians, with its 95 % interval (see the top)."""
+    """(median, low, high) of run times grouped by process: the median of all runs with its 95 % interval (see the top)."""
     from scipy.special import stdtrit
 
     count = len(processes_ms)
-    block_count = min(_BLOCKS, *map(len, processes_ms))
-    blocks = np.array([[np.median(b) for b in np.array_split(runs, block_count)] for runs in processes_ms])
+    per_process = max(1, min(_BLOCKS, min(len(runs) for runs in processes_ms) // 3))
+    blocks = np.array([[np.median(block) for block in np.array_split(runs, per_process)] for runs in processes_ms])
     random = np.random.default_rng(0)
     chosen = random.integers(count, size=(_RESAMPLES, count))
-    columns = random.integers(blocks.shape[1], size=(_RESAMPLES, count, blocks.shape[1]))
+    columns = random.integers(per_process, size=(_RESAMPLES, count, per_process))
     medians = np.median(blocks[chosen[:, :, None], columns].reshape(_RESAMPLES, -1), axis=1)
-    center = float(np.median(blocks))
+    low, high = (float(q - np.median(blocks)) for q in np.percentile(medians, (2.5, 97.5)))
     widen = float(stdtrit(count - 1, 0.975)) / 1.959964 * math.sqrt(count / (count - 1))
-    low, high = (float(q) for q in np.percentile(medians, (2.5, 97.5)))
+    median = float(np.median(np.concatenate(processes_ms)))
     fastest = min(float(runs.min()) for runs in processes_ms)  # no median lies below the fastest run
-    return center, max(fastest, center - widen * (center - low)), center + widen * (high - center)
+    return median, max(fastest, median + widen * min(0.0, low)), median + widen * max(0.0, high)
 
 
 def _summarized(replies: Sequence[Mapping[str, Any]], *, load_before: float) -> Measurement:
@@ -165,7 +168,9 @@ def _summarized(replies: Sequence[Mapping[str, Any]], *, load_before: float) -> 
     lower, upper = np.percentile(runs_ms, (25, 75))
     latency_ms, low_ms, high_ms = median_interval_ms(processes_ms)
     last = replies[-1]
-    states = [{"before": reply["before"], "after": reply["after"]} for reply in replies]
+    states = [{key: reply[key] for key in ("before", "after", "cpu_share")} for reply in replies]
+    if min(reply["cpu_share"] for reply in replies) < _LEAST_CPU_SHARE:
+        low_ms = float(runs_ms.min())
     facts = ("artifact_sha256", "runtime", "cpus", "inputs", "warmup_runs")
     fingerprint = agent.hello() | {key: last[key] for key in facts}
     return Measurement(
@@ -187,8 +192,8 @@ def _summarized(replies: Sequence[Mapping[str, Any]], *, load_before: float) -> 
     )
 
 
-def _problems(states: Sequence[Mapping[str, Mapping[str, Any]]]) -> tuple[str, ...]:
-    """What DEVICES.md calls invalid: throttled now or since the start, or a frequency that fell by more than 5 %."""
+def _problems(states: Sequence[Mapping[str, Any]]) -> tuple[str, ...]:
+    """Why the figures are invalid: throttled now or since the start, a frequency that fell by more than 5 %, a CPU that was shared."""
     found = []
     for state in states:
         before, after = state["before"], state["after"]
@@ -198,6 +203,9 @@ def _problems(states: Sequence[Mapping[str, Mapping[str, Any]]]) -> tuple[str, .
         pairs = zip(before.get("frequencies_khz", ()), after.get("frequencies_khz", ()), strict=False)
         if any(late < 0.95 * early for early, late in pairs):
             found.append("a CPU's frequency fell during the runs")
+    share = min(state["cpu_share"] for state in states)
+    if share < _LEAST_CPU_SHARE:
+        found.append(f"other programs used the CPU: the network had it for {share:.0%} of the time")
     return tuple(dict.fromkeys(found))
 
 
@@ -205,7 +213,7 @@ def _ask(request: Mapping[str, Any], plan: Schedule) -> Mapping[str, Any]:
     """The reply of a fresh agent to one request; its process group is gone when this returns or raises."""
     limit_seconds = _START_SECONDS + 10 * (plan["warmup_seconds"] + plan["min_seconds"])
     environment = os.environ | {"OMP_NUM_THREADS": str(request["threads"]), "PYTHONHASHSEED": "0"}
-    process = subprocess.Popen(
+    with subprocess.Popen(
         [sys.executable, agent.__file__],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
@@ -213,17 +221,16 @@ def _ask(request: Mapping[str, Any], plan: Schedule) -> Mapping[str, Any]:
         text=True,
         env=environment,
         start_new_session=True,
-    )
-    try:
-        output, errors = process.communicate(json.dumps(request) + "\n", timeout=limit_seconds)
-    except subprocess.TimeoutExpired as error:
-        raise Unreachable(
-            f"the measuring process gave no result within {limit_seconds:.0f} s and was stopped: is the machine overloaded?"
-        ) from error
-    finally:  # also on KeyboardInterrupt
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
+    ) as process:
+        try:
+            output, errors = process.communicate(json.dumps(request) + "\n", timeout=limit_seconds)
+        except subprocess.TimeoutExpired as error:
+            raise Unreachable(
+                f"the measuring process gave no result within {limit_seconds:.0f} s and was stopped: is the machine overloaded?"
+            ) from error
+        finally:  # also on KeyboardInterrupt
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
     return _checked(output, errors, process.returncode)
 
 

@@ -61,24 +61,30 @@ def quiet_torch() -> Iterator[None]:
         yield
 
 
-class _Readers(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Counts how many operations read each watched storage, functional calls included."""
+class _Readers(TorchDispatchMode):
+    """Who reads each watched storage: one entry per operation, functional calls included, but only one per call of a watched module."""
 
-    def __init__(self) -> None:
+    def __init__(self, modules: Sequence[nn.Module]) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self.counts: dict[int, int] = {}
+        self.inside: object | None = None  # the call of a watched module that is running
+        self._readers: dict[int, set[object]] = {}
         self._alive: list[Tensor] = []  # a freed storage's address would be handed out again
+        for module in modules:
+            for tensor in _tensors(module):
+                self.watch(tensor)
 
     def watch(self, tensor: Tensor) -> None:
         self._alive.append(tensor)
-        self.counts[_storage(tensor)] = 0
+        self._readers[_storage(tensor)] = set()
 
     def read(self, values: object) -> None:
-        for storage in {_storage(v) for v in tree_leaves(values) if isinstance(v, Tensor)} & self.counts.keys():
-            self.counts[storage] += 1
+        reader = self.inside or object()
+        for value in tree_leaves(values):
+            if isinstance(value, Tensor) and _storage(value) in self._readers:
+                self._readers[_storage(value)].add(reader)
 
     def once(self, tensors: Sequence[Tensor]) -> bool:
-        return all(self.counts[_storage(t)] == 1 for t in tensors)
+        return all(len(self._readers[_storage(t)]) == 1 for t in tensors)
 
     def __torch_dispatch__(
         self, func: Callable[..., Any], types: Sequence[type], args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
@@ -89,43 +95,35 @@ class _Readers(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 def _pairs(model: nn.Module, args: tuple[Any, ...]) -> list[tuple[nn.Module, _BatchNorm]]:
     """The (layer, norm) pairs of one run in which only the norm reads the layer's output and both ran exactly once."""
-    layers = [m for m in model.modules() if _is_plain_layer(m)]
-    norms = [m for m in model.modules() if _is_plain_norm(m)]
-    readers = _Readers()
+    modules = [m for m in model.modules() if _is_plain_layer(m) or _is_plain_norm(m)]
+    readers = _Readers(modules)
     made: dict[int, tuple[nn.Module, Tensor]] = {}
     met: list[tuple[nn.Module, _BatchNorm, Tensor]] = []
 
-    def after_layer(layer: nn.Module, _: object, output: Tensor) -> None:
-        readers.watch(output)
-        made[_storage(output)] = (layer, output)
+    def before(module: nn.Module, inputs: tuple[Any, ...]) -> None:
+        readers.inside = object()
+        if isinstance(module, _BatchNorm) and inputs:
+            layer, output = made.get(_storage(inputs[0]), (None, None))
+            if layer is not None and output is inputs[0]:
+                met.append((layer, module, output))
 
-    def before_norm(norm: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        layer, output = made.get(_storage(inputs[0]), (None, None))
-        if layer is not None and output is inputs[0] and isinstance(norm, _BatchNorm):
-            met.append((layer, norm, output))
+    def after(module: nn.Module, _: object, output: Tensor) -> None:
+        readers.inside = None
+        if not isinstance(module, _BatchNorm):
+            readers.watch(output)
+            made[_storage(output)] = (module, output)
 
-    with _hooked(layers, norms, after_layer, before_norm), torch.no_grad():
-        for module in (*layers, *norms):
-            for tensor in _tensors(module):
-                readers.watch(tensor)
-        with readers:
-            outputs = model(*args)
-        readers.read(outputs)
-    return [
-        (layer, norm) for layer, norm, output in met if _fits(layer, output) and readers.once((output, *_tensors(layer), *_tensors(norm)))
-    ]
-
-
-@contextmanager
-def _hooked(
-    layers: Sequence[nn.Module], norms: Sequence[nn.Module], after_layer: Callable[..., None], before_norm: Callable[..., None]
-) -> Iterator[None]:
-    handles = [m.register_forward_hook(after_layer) for m in layers] + [m.register_forward_pre_hook(before_norm) for m in norms]
+    handles = [m.register_forward_pre_hook(before) for m in modules] + [m.register_forward_hook(after) for m in modules]
     try:
-        yield
+        with torch.no_grad(), readers:
+            outputs = model(*args)
     finally:
         for handle in handles:
             handle.remove()
+    readers.read(outputs)
+    return [
+        (layer, norm) for layer, norm, output in met if _fits(layer, output) and readers.once((output, *_tensors(layer), *_tensors(norm)))
+    ]
 
 
 def _is_plain_layer(module: nn.Module) -> bool:

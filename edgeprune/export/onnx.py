@@ -13,6 +13,7 @@ import logging
 import os
 import re
 import tempfile
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -34,7 +35,7 @@ from edgeprune.export.fold import as_args, fold_batchnorm, frozen_copy, quiet_to
 
 # onnxruntime's errors share no base class of their own
 _RUNTIME_ERRORS = tuple(e for e in vars(ort_state).values() if isinstance(e, type) and issubclass(e, Exception))
-_EXPORT_ERRORS = (torch.onnx.OnnxExporterError, RuntimeError, ValueError, TypeError, NotImplementedError)
+_EXPORT_ERRORS = (torch.onnx.OnnxExporterError, RuntimeError, ValueError, TypeError, AssertionError)
 _CONTENT_HASH = "content_sha256"
 
 
@@ -76,7 +77,7 @@ def export_onnx(
     The batch dimension is dynamic where the network allows it, else that of the example. Inputs are named input (or input_0,
     input_1 …), outputs output. Parity is checked on `samples` (tensors, batch first; default: the example inputs), as one
     batch and as the first sample alone. `metadata`: text as it is, anything else as JSON; edgeprune_version and content_sha256
-    are added. `model` is not changed. Prints nothing; takes 1 s for a tiny network, 3 s for ResNet-56.
+    are added. `model` is not changed. Prints nothing; takes 1 s for a tiny network, 4 s for ResNet-56 on one idle core.
     Raises UnsupportedOp, ParityError (relative error above `tolerance`), ExportError; nothing is left on disk then.
     """
     target = Path(path)
@@ -84,13 +85,13 @@ def export_onnx(
     reference = frozen_copy(model).cpu()
     try:
         lean = _without_inplace(fold_batchnorm(reference, args), args)
-    except RuntimeError as error:
+    except _EXPORT_ERRORS as error:
         shapes = ", ".join(str(tuple(a.shape)) for a in args)
         raise ExportError(f"cannot export: the model does not run on the example input of shape {shapes}: {_first_line(error)}.") from error
     proto = _simplified(_stripped(_convert(lean, args)))
     _describe(proto, metadata or {})
     batch = proto.graph.input[0].type.tensor_type.shape.dim[0]
-    fixed_batch = 0 if batch.dim_param else batch.dim_value
+    fixed_batch = batch.dim_value  # 0 where it is dynamic
     inputs = args if samples is None else tuple(s.detach().cpu() for s in as_args(samples))
 
     def verify(file: Path) -> Artifact:
@@ -190,10 +191,12 @@ def _convert(model: nn.Module, args: tuple[Tensor, ...]) -> onnx.ModelProto:
 
 
 def _export(model: nn.Module, args: tuple[Tensor, ...], dynamic: tuple[dict[int, Any], ...] | None) -> onnx.ModelProto:
-    with torch.no_grad():
-        outputs = len(tree_leaves(model(*(a.clone() for a in args))))
     try:
+        with torch.no_grad():
+            outputs = len(tree_leaves(model(*(a.clone() for a in args))))
         with _silence(), quiet_torch():
+            # several inputs share the one axis name, which is the point
+            warnings.filterwarnings("ignore", message="# The axis name: batch will not be used", category=UserWarning)
             program = torch.onnx.export(
                 model,
                 args,

@@ -29,7 +29,7 @@ def slim(model: nn.Module, graph: ChannelGraph, plan: Plan) -> nn.Module:
     Same class and forward signature, same output shapes, trainable further. Raises SlimError when the plan does not belong to
     this graph or the network cannot be copied.
     """
-    gone = _removed(graph, plan)
+    gone = removed_positions(graph, plan)
     tensors = dict(named_tensors(model))
     resized: dict[int, Any] = {}
     for name in {name for name, _ in gone}:
@@ -51,7 +51,7 @@ def mask(model: nn.Module, graph: ChannelGraph, plan: Plan) -> nn.Module:
     zeroed = _copied(model)
     tensors = dict(named_tensors(zeroed))
     with torch.no_grad():
-        for (name, axis), positions in _removed(graph, plan).items():
+        for (name, axis), positions in removed_positions(graph, plan).items():
             tensors[name].index_fill_(axis, torch.from_numpy(np.flatnonzero(positions)).to(tensors[name].device), 0)
     return zeroed
 
@@ -183,7 +183,7 @@ def aliases_of(module: nn.Module) -> dict[str, list[str]]:
     return names
 
 
-def _removed(graph: ChannelGraph, plan: Plan) -> dict[tuple[str, int], NDArray[np.bool_]]:
+def removed_positions(graph: ChannelGraph, plan: Plan) -> dict[tuple[str, int], NDArray[np.bool_]]:
     """For every parameter axis that loses something: which positions go, (length of the axis,)."""
     known = {g.name for g in graph.groups}
     if unknown := sorted(set(plan.keep) - known):

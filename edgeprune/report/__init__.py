@@ -151,10 +151,12 @@ def _reached(budget: Mapping[str, Any], result: Mapping[str, Any]) -> str:
 
 
 def _digits(value: float) -> str:
-    """One decimal from 1 up, three significant digits below; no decimals for whole numbers."""
+    """Three significant digits below 100, one decimal above; no decimals for whole numbers."""
     if value == round(value):
         return f"{value:,.0f}"
-    return f"{value:,.1f}" if abs(value) >= 1 else f"{value:.3g}"
+    if abs(value) >= 99.95:
+        return f"{value:,.1f}"
+    return f"{value:#.3g}" if abs(value) >= 1 else f"{value:.3g}"
 
 
 def _small(value: object) -> str:

@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from edgeprune.device.card import device, devices
-from edgeprune.device.cost import BORROWED_WIDENING, CostModel, predict_graph
+from edgeprune.device.cost import UNSEEN_WIDENING, CostModel, predict_graph
 from edgeprune.device.kernels import FLOAT_BYTES, KernelsAt, kernels
 from edgeprune.errors import UsageError
 from tests.device.test_kernels import tiny
@@ -49,24 +49,29 @@ def test_a_batch_gives_what_single_plans_give() -> None:
     assert together.tolist() == pytest.approx([float(model.total_ms(MADE.at(p))[0]) for p in plans])
 
 
-def test_in_range_the_interval_is_the_fit_s_own() -> None:
+def test_like_the_fitted_networks_the_interval_is_the_fit_s_own() -> None:
     model, fit = CostModel(device("rpi4")), device("rpi4").constants.fit
-    at = one_kernel("conv3x3", 2e9)
-    low, high = model.interval_ms(at)
-    assert high[0] / model.total_ms(at)[0] == pytest.approx(fit.high_factor)
-    assert low[0] / model.total_ms(at)[0] == pytest.approx(fit.low_factor)
-    assert model.notes(at) == ()
+    mix = KernelsAt(("a", "b", "c"), ("conv1x1", "conv3x3", "conv_other"), *np.array([[[1.2e9, 2.9e9, 9.5e8]], *np.zeros((3, 1, 3))]))
+    low, high = model.interval_ms(mix)
+    assert high[0] / model.total_ms(mix)[0] == pytest.approx(fit.high_factor)
+    assert low[0] / model.total_ms(mix)[0] == pytest.approx(fit.low_factor)
+    assert model.notes(mix) == ()
 
 
-def test_unseen_kinds_and_sizes_widen_and_say_why() -> None:
+def test_unlike_them_it_is_wider_and_says_why() -> None:
     model, fit = CostModel(device("rpi4")), device("rpi4").constants.fit
     depthwise = one_kernel("depthwise", 1e8)
     ratio = model.interval_ms(depthwise)[1][0] / model.total_ms(depthwise)[0]
-    assert ratio == pytest.approx(fit.high_factor * (1 + BORROWED_WIDENING), rel=0.01)
-    assert "depthwise" in model.notes(depthwise)[0]
+    assert ratio == pytest.approx(fit.high_factor * (1 + UNSEEN_WIDENING), rel=0.01)
+    assert "depthwise 100 %, constants from another board" in model.notes(depthwise)[0]
+    pointwise = one_kernel("conv1x1", 3e9)
+    seen = device("rpi4").constants.kernels["conv1x1"].seen_share
+    ratio = model.interval_ms(pointwise)[1][0] / model.total_ms(pointwise)[0]
+    assert ratio == pytest.approx(fit.high_factor * (1 + UNSEEN_WIDENING * (1 - seen)), rel=0.01)
+    assert "another board" not in model.notes(pointwise)[0]
     small = one_kernel("conv3x3", 1e6)
-    assert model.interval_ms(small)[1][0] > model.total_ms(small)[0] * fit.high_factor * 1.2
-    assert "outside" in model.notes(small)[0]
+    assert model.interval_ms(small)[1][0] > model.total_ms(small)[0] * fit.high_factor * 1.5
+    assert "outside" in model.notes(small)[-1]
 
 
 def test_a_correction_scales_everything_but_not_the_range() -> None:

@@ -11,11 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from report_samples import PREDICTED, Facts, full, hostile, large, minimal
 
 from edgeprune import report
 from edgeprune.errors import UsageError
 from edgeprune.report import MINUS
+from tests.report.report_samples import PREDICTED, Facts, full, hostile, large, minimal
 
 
 class Page(HTMLParser):
@@ -61,8 +61,8 @@ def written(facts: Facts, folder: Path) -> tuple[Page, str]:
     ("value", "unit", "words"),
     [
         (125_485_706, "", "125.5 M"), (853_018, "", "853.0 k"), (999_990, "", "1 M"), (512, "", "512"),
-        (1.2e9, "MACs", "1.2 G MACs"),
-        (3_412_000, "bytes", "3.4 MB"), (999, "bytes", "999 B"), (29.6, "ms", "29.6 ms"), (30.0, "ms", "30 ms"),
+        (1.2e9, "MACs", "1.20 G MACs"),
+        (3_412_000, "bytes", "3.41 MB"), (999, "bytes", "999 B"), (29.6, "ms", "29.6 ms"), (30.0, "ms", "30 ms"),
         (1250.25, "ms", "1,250.2 ms"),
         (0.4213, "ms", "0.421 ms"), (93.39, "%", "93.39%"), (0, "", "0"), (None, "ms", "not given"), (True, "", "not given"),
     ],
@@ -104,7 +104,7 @@ def test_every_fact_is_in_both_files(tmp_path: Path) -> None:
     page, markdown = written(full(), tmp_path)
     plain = re.sub(r"\\(.)", r"\1", markdown)
     for fact in (
-        "resnet56 for rpi4", "29.6 ms", "125.5 M", "61.5 M", "853.0 k", "3.4 MB", f"{MINUS}49%", "93.39%", "92.81%",
+        "resnet56 for rpi4", "29.6 ms", "125.5 M", "61.5 M", "853.0 k", "3.45 MB", f"{MINUS}49%", "93.39%", "92.81%",
         "64.12%", "85.77%", f"{MINUS}0.58 points",
         "26.4 ms to 29.6 ms", "layer3.8.conv1",
         "33.1 ms", "32.5 ms to 33.9 ms", "fc.weight[0]", "Output of the network", "9f86d081884c7d65", "1.1e-06",

@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from report_samples import EVIL, Facts, full, hostile, large, minimal
 
 from edgeprune import report
+from tests.report.report_samples import EVIL, Facts, full, hostile, large, minimal
 
 
 class Browser:

@@ -1,0 +1,275 @@
+"""Recovery without training or labels: the weights that remain are refitted so that layers compute what they computed before.
+
+Every conv and linear behind the first cut is fitted by ridge regression to the dense network's output of the same layer on
+calibration images, in the order in which they run, each on inputs that the already refitted network gives it. One run of the dense
+network records its outputs at random positions, one run of the slim network stops at each layer, solves, and goes on with the new
+weights: two forward passes in all. A layer that writes into a residual sum is fitted to what the sum lacks, so errors of earlier
+blocks are mended by later ones. What the fit cannot give back to a weight (the intercept) goes into the layer's bias or into the
+running mean of the batch norm behind it; the other statistics stay, because in the least-squares sense they fit.
+Source: reconstruction by least squares after He, Zhang, Sun, "Channel Pruning for Accelerating Very Deep Neural Networks", ICCV 2017.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from edgeprune.data import Split
+from edgeprune.errors import DataError
+from edgeprune.graph import ChannelGraph, Op
+from edgeprune.graph.slim import named_tensors, removed_positions
+from edgeprune.graph.trace import evaluating
+from edgeprune.plan import Plan
+from edgeprune.train import Progress, silent
+
+POSITIONS = 48
+PATCH_BYTES = 256 << 20
+MEMORY_BYTES = 3 << 30
+
+
+def reconstruct(
+    small: nn.Module,
+    dense: nn.Module,
+    graph: ChannelGraph,
+    plan: Plan,
+    split: Split,
+    *,
+    images: int = 1024,
+    ridge: float = 1e-3,
+    progress: Progress = silent,
+) -> nn.Module:
+    """A copy of `small` whose convs and linears were refitted to the dense network's outputs; the inputs are untouched.
+
+    `ridge` pulls towards the present weights, as a share of the mean variance of the inputs. Needs images only, no labels.
+    At most as many images as their feature maps fit into 3 GB. Raises DataError when there are none.
+    """
+    targets = _targets(graph, plan)
+    if not targets:
+        return copy.deepcopy(small)
+    batch = _batch(split, min(images, _affordable(graph)))
+    fitted = copy.deepcopy(small)
+    recorder = _Recorder(targets)
+    with _frozen(dense), recorder:
+        for part in batch.split(128):
+            recorder.calls = 0
+            dense(part)
+    with _frozen(fitted), _Refitter(targets, recorder.outputs(), dict(named_tensors(fitted)), ridge, progress):
+        fitted(batch)
+    return fitted
+
+
+@dataclass(frozen=True, eq=False)
+class _Target:
+    """One layer to refit: its operation, the outputs that stay, the batch norm behind it, and the call whose result is added to it."""
+
+    op: Op
+    kept: Tensor
+    norm: str | None
+    places: Tensor
+    beside: int | None
+
+
+def _targets(graph: ChannelGraph, plan: Plan) -> dict[int, _Target]:
+    """By call number, every conv and linear from the first narrowed one on that is not depthwise."""
+    gone = removed_positions(graph, plan)
+    norms = {op.inputs[0]: op.weight for op in graph.ops if op.kind == "norm" and op.inputs and op.weight}
+    seen: set[str] = set()
+    targets: dict[int, _Target] = {}
+    for op in graph.ops:
+        if op.kind not in ("conv", "linear") or op.weight is None or op.weight in seen:
+            continue
+        seen.add(op.weight)
+        shape = graph.shapes[op.weight]
+        if (not targets and (op.weight, 1) not in gone) or op.name == "bmm" or (op.groups > 1 and shape[1] == 1):
+            continue
+        lost = gone.get((op.weight, 0), np.zeros(shape[0], dtype=bool))
+        norm = norms.get(op.output)
+        norm = norm if norm and norm.removesuffix("weight") + "running_mean" in graph.shapes else None
+        spatial = int(np.prod(graph.activations[op.output].shape[2:])) if op.kind == "conv" else 1
+        generator = torch.Generator().manual_seed(op.call)
+        places = torch.randperm(spatial, generator=generator)[:POSITIONS].sort().values
+        targets[op.call] = _Target(op, torch.from_numpy(np.flatnonzero(~lost)), norm, places, _beside(graph, op))
+    return targets
+
+
+def _beside(graph: ChannelGraph, op: Op) -> int | None:
+    """The call that made the other operand of the residual sum this layer writes into (through its norm), if it ran before."""
+    outputs = {op.output, *(n.output for n in graph.ops if n.kind == "norm" and n.inputs and n.inputs[0] == op.output)}
+    for add in graph.ops:
+        if add.kind == "add" and len(add.inputs) == 2 and outputs & set(add.inputs):
+            other = next((a for a in add.inputs if a not in outputs), None)
+            made = next((o.call for o in reversed(graph.ops) if o.output == other and o.call < op.call), None)
+            same = other is not None and graph.activations[other].shape == graph.activations[op.output].shape
+            return made if same else None
+    return None
+
+
+def _affordable(graph: ChannelGraph) -> int:
+    """Images whose feature maps fit into the memory bound: a handful of the largest ones are alive at once."""
+    largest = max(int(np.prod(a.shape)) for a in graph.activations)
+    return max(32, MEMORY_BYTES // (4 * 6 * largest))
+
+
+def _batch(split: Split, images: int) -> Tensor:
+    if not len(split):
+        raise DataError("reconstruction needs calibration images: give data with a training part.")
+    return torch.cat([x for x, _ in split.batches(128, shuffle_seed=0, limit=images)])
+
+
+@contextmanager
+def _frozen(model: nn.Module) -> Iterator[None]:
+    with torch.no_grad(), evaluating(model):
+        yield
+
+
+class _Recorder(TorchDispatchMode):
+    """Keeps the outputs of the target layers at their sampled places."""
+
+    def __init__(self, targets: Mapping[int, _Target]) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.calls = 0
+        self._wanted: dict[int, list[tuple[str, _Target]]] = {}
+        for target in targets.values():
+            self._wanted.setdefault(target.op.call, []).append(("output", target))
+            if target.beside is not None:
+                self._wanted.setdefault(target.beside, []).append(("beside", target))
+        self._found: dict[tuple[str, int], list[Tensor]] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:
+        """Run the operation and look at its output."""
+        out = func(*args, **(kwargs or {}))
+        for role, target in self._wanted.get(self.calls, ()):
+            self._found.setdefault((role, target.op.call), []).append(_at_places(out, target)[:, target.kept])
+        self.calls += 1
+        return out
+
+    def outputs(self) -> dict[tuple[str, int], Tensor]:
+        """By role ("output", "beside") and call number of the layer, (images, outputs that stay, places)."""
+        return {key: torch.cat(parts) for key, parts in self._found.items()}
+
+
+def _at_places(out: Tensor, target: _Target) -> Tensor:
+    return out.flatten(2)[:, :, target.places] if target.op.kind == "conv" else out[:, :, None]
+
+
+class _Refitter(TorchDispatchMode):
+    """Before a target layer runs, its weights are replaced by those that fit the recorded outputs best."""
+
+    def __init__(
+        self,
+        targets: Mapping[int, _Target],
+        wanted: Mapping[tuple[str, int], Tensor],
+        tensors: Mapping[str, Tensor],
+        ridge: float,
+        progress: Progress,
+    ) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._targets, self._wanted, self._tensors = targets, wanted, tensors
+        self._ridge, self._progress = ridge, progress
+        self._calls = self._done = 0
+        self._beside: dict[int, list[_Target]] = {}
+        for target in targets.values():
+            if target.beside is not None:
+                self._beside.setdefault(target.beside, []).append(target)
+        self._sums: dict[int, Tensor] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:
+        """Refit if this is a target, then run the operation."""
+        call, self._calls = self._calls, self._calls + 1
+        if (target := self._targets.get(call)) is not None:
+            self._refit(target, args)
+            self._done += 1
+            self._progress("reconstructing layers", self._done, len(self._targets))
+        out = func(*args, **(kwargs or {}))
+        for waiting in self._beside.get(call, ()):
+            self._sums[waiting.op.call] = _at_places(out, waiting)
+        return out
+
+    def _refit(self, target: _Target, args: tuple[Any, ...]) -> None:
+        wanted = self._wanted["output", target.op.call]
+        if target.beside is not None:
+            lacking = self._wanted["beside", target.op.call] - self._sums.pop(target.op.call)
+            wanted = wanted + lacking * self._gain(target)[:, None]
+        outputs = wanted.movedim(1, 2).reshape(-1, wanted.shape[1])
+        weight = self._tensors[target.op.weight or ""]
+        bias = args[2] if target.op.kind == "conv" else (args[0] if target.op.name == "addmm" else None)
+        mean = self._tensors[target.norm.removesuffix("weight") + "running_mean"] if target.norm and bias is None else None
+        groups = target.op.groups
+        moments = _Moments(groups, weight.shape[1:].numel(), weight.shape[0] // groups)
+        for x, y in _chunks(target, args, outputs):
+            moments.add(x, y)
+        free = bias is not None or mean is not None
+        solved, intercept = moments.solve(weight.reshape(groups, weight.shape[0] // groups, -1), self._ridge, free=free)
+        weight.copy_(solved.reshape(weight.shape))
+        if bias is not None:
+            bias.copy_(intercept)
+        elif mean is not None:
+            mean.sub_(intercept.to(mean.dtype))
+
+    def _gain(self, target: _Target) -> Tensor:
+        """How much a layer's output must change for its norm's output to change by one, (outputs that stay,)."""
+        if target.norm is None:
+            return torch.ones(len(target.kept))
+        scale = self._tensors[target.norm]
+        spread = (self._tensors[target.norm.removesuffix("weight") + "running_var"] + 1e-5).sqrt()
+        return torch.where(scale.abs() > 1e-3, spread / scale, torch.zeros_like(scale))
+
+
+def _chunks(target: _Target, args: tuple[Any, ...], outputs: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    """Rows of inputs (rows, groups, values) and wanted outputs (rows, groups, outputs), a bounded number of images at a time."""
+    groups = target.op.groups
+    if target.op.kind == "linear":
+        x = args[-2]
+        yield x[:, None], outputs[:, None]
+        return
+    x, weight, _, stride, padding, dilation = args[:6]
+    kernel = weight.shape[2:]
+    places = len(target.places)
+    per_image = 4 * x.shape[1] * kernel.numel() * int(np.prod(x.shape[2:]))
+    step = max(1, PATCH_BYTES // max(1, per_image))
+    for start in range(0, len(x), step):
+        patches = F.unfold(x[start : start + step], kernel, dilation=dilation, padding=padding, stride=stride)[:, :, target.places]
+        rows = patches.movedim(1, 2).reshape(patches.shape[0] * places, groups, -1)
+        yield rows, outputs[start * places : start * places + len(rows)].reshape(len(rows), groups, -1)
+
+
+class _Moments:
+    """First and second moments of inputs and wanted outputs, float64, one set per conv group."""
+
+    def __init__(self, groups: int, values: int, outputs: int) -> None:
+        self.n = 0
+        self.sum_x = torch.zeros(groups, values, dtype=torch.float64)
+        self.sum_y = torch.zeros(groups, outputs, dtype=torch.float64)
+        self.xx = torch.zeros(groups, values, values, dtype=torch.float64)
+        self.xy = torch.zeros(groups, values, outputs, dtype=torch.float64)
+
+    def add(self, x: Tensor, y: Tensor) -> None:
+        """Rows x (rows, groups, values), y (rows, groups, outputs)."""
+        a, b = x.double().movedim(0, 1), y.double().movedim(0, 1)
+        self.n += x.shape[0]
+        self.sum_x += a.sum(1)
+        self.sum_y += b.sum(1)
+        self.xx += a.transpose(1, 2) @ a
+        self.xy += a.transpose(1, 2) @ b
+
+    def solve(self, present: Tensor, ridge: float, *, free: bool) -> tuple[Tensor, Tensor]:
+        """Weights (groups, outputs, values) and intercept (outputs of all groups,); `free`: the intercept may be anything, else 0."""
+        mean_x, mean_y = self.sum_x / self.n, self.sum_y / self.n
+        xx, xy = self.xx / self.n, self.xy / self.n
+        if free:
+            xx = xx - mean_x[:, :, None] * mean_x[:, None, :]
+            xy = xy - mean_x[:, :, None] * mean_y[:, None, :]
+        pull = ridge * xx.diagonal(dim1=1, dim2=2).mean(1).clamp(min=1e-12)
+        eye = torch.eye(xx.shape[1], dtype=torch.float64)
+        solved = torch.linalg.solve(xx + pull[:, None, None] * eye, xy + pull[:, None, None] * present.double().transpose(1, 2))
+        intercept = mean_y - (mean_x[:, None, :] @ solved)[:, 0] if free else torch.zeros_like(mean_y)
+        return solved.transpose(1, 2), intercept.reshape(-1)
