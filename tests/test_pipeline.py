@@ -20,6 +20,7 @@ from torch import nn
 
 import edgeprune as ep
 from edgeprune import pipeline
+from edgeprune.cli import main
 from edgeprune.device.measure import Measurement
 from edgeprune.errors import BudgetError, UsageError
 from edgeprune.pipeline import Job, Pipeline, fingerprint, widths
@@ -154,6 +155,23 @@ def test_two_processes_refuse_each_other(again: Path) -> None:
         compress(again, resume=True)
 
 
+def test_a_refused_process_removes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another process makes the folder between our look and our lock."""
+    plain = Run.open
+    others: list[Run] = []
+
+    def open_late(folder: Path, **options: Any) -> Run:
+        if not others:
+            others.append(plain(folder, asked={}, command=["another"]))
+        return plain(folder, **options)
+
+    monkeypatch.setattr(Run, "open", open_late)
+    with pytest.raises(UsageError, match="in use by another run"):
+        compress(tmp_path / "run")
+    assert (tmp_path / "run" / "run.json").exists()
+    others[0].close()
+
+
 def test_a_fingerprint_is_of_weights_and_layers() -> None:
     model = colour_net()
     assert fingerprint(model) == fingerprint(copy.deepcopy(model)) == fingerprint(colour_net())
@@ -271,11 +289,10 @@ def words(folder: Path) -> list[str]:
     return [sys.executable, "-m", "edgeprune", *text.split(), "--seed", "3", "--out", str(folder)]
 
 
-def start(folder: Path, inputs: Path, *more: str) -> subprocess.Popen[str]:
+def start(folder: Path, inputs: Path) -> subprocess.Popen[str]:
     """The checkout under test, with as many threads as here."""
     environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1]), "OMP_NUM_THREADS": str(torch.get_num_threads())}
-    command = [*words(folder), *more]
-    return subprocess.Popen(command, cwd=inputs, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    return subprocess.Popen(words(folder), cwd=inputs, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
 @pytest.fixture(scope="module")
@@ -288,10 +305,17 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def uninterrupted(inputs: Path) -> Path:
-    process = start(inputs / "whole", inputs)
-    _, errors = process.communicate()
-    assert process.returncode == 0, errors
+    finish(inputs / "whole", inputs)
     return inputs / "whole"
+
+
+def finish(folder: Path, inputs: Path, *more: str) -> None:
+    """The same command in this process, to its end."""
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit) as end:
+        patch.chdir(inputs)
+        patch.setattr(sys, "argv", ["edgeprune", *words(folder)[3:], *more])
+        main()
+    assert not end.value.code
 
 
 def wait_for(there: Callable[[], bool], process: subprocess.Popen[str]) -> None:
@@ -328,9 +352,7 @@ def test_resume_after_a_signal(moment: str, with_signal: signal.Signals, inputs:
         assert json.loads((folder / "run.json").read_text())["status"] == "interrupted"
     else:
         assert process.returncode == -signal.SIGKILL
-    resumed = start(folder, inputs, "--resume")
-    _, errors = resumed.communicate()
-    assert resumed.returncode == 0, errors
+    finish(folder, inputs, "--resume")
     assert same(weights(folder / "model.safetensors"), weights(uninterrupted / "model.safetensors"))
     assert json.loads((folder / "run.json").read_text())["status"] == "done"
     assert [p.name for p in folder.rglob("*") if "tmp" in p.name] == []

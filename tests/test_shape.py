@@ -43,6 +43,7 @@ TESTED_ELSEWHERE: dict[str, str] = {
     "edgeprune/graph/rehearse.py": "tests/graph/test_trace.py",
     "edgeprune/graph/rules.py": "tests/graph/test_trace.py",
     "edgeprune/graph/running.py": "tests/graph/test_trace.py",
+    "edgeprune/images.py": "tests/test_data.py",
     "edgeprune/sources.py": "tests/test_data.py",
     "edgeprune/train/__init__.py": "tests/train/test_recipe.py",
 }
