@@ -90,13 +90,14 @@ def compress(
     _check(job)
     folder = Path(out) if out else default_folder(job.name, target.name)
     words = list(command) or ["edgeprune.compress", job.name]
-    new = not folder.exists()
+    new, ours = not folder.exists(), False
     try:
         with Run.open(folder, asked=_asked(job), command=words, resume=resume) as run:
+            ours = new
             run.record("inputs", {"model": fingerprint(job.model), "data": source.fingerprint if source else None})
             return _stages(job, run, shlex.join(words), progress)
     except EdgepruneError:
-        if new and not (folder / "plan.json").exists():  # nothing worth going on from
+        if ours and not (folder / "plan.json").exists():  # nothing worth going on from
             shutil.rmtree(folder, ignore_errors=True)
         raise
 

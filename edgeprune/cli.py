@@ -66,9 +66,7 @@ def compress(
     std: Numbers = None,
     criterion: Annotated[str, typer.Option(help="importance of channels, see `edgeprune criteria`")] = "l1",
     allocator: Annotated[str, typer.Option("--allocate", help="how much of each layer stays, see `edgeprune allocators`")] = "knapsack",
-    recover: Annotated[
-        str, typer.Option(help="before training: none, bn (recalibrate batch norms) or reconstruct (refit every layer; no labels needed)")
-    ] = "bn",
+    recover: Annotated[str, typer.Option(help="before training: none, bn (batch norms) or reconstruct (refit every layer)")] = "bn",
     epochs: Annotated[int | None, typer.Option(help="epochs of fine-tuning (default: 3 with labelled training images)")] = None,
     distill: Annotated[bool, typer.Option(help="fine-tune towards the dense network's answers too")] = True,
     lr: Annotated[float, typer.Option(help="largest learning rate of the cosine schedule")] = 0.01,

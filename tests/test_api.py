@@ -185,7 +185,7 @@ def test_this_machine_is_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     """No word about speed: either the upper end of what was measured fits, or the answer is no."""
     monkeypatch.setattr(pipeline, "QUICK", BRIEF)
     monkeypatch.setattr(pipeline, "FULL", BRIEF)
-    monkeypatch.setattr(pipeline, "ROUNDS", 3)
+    monkeypatch.setattr(pipeline, "ROUNDS", 2)
     model, example = colour_net(), torch.zeros(1, 3, 64, 64)
     dense = ep.measure(ep.export(model, example, tmp_path / "dense.onnx").path, ep.device("host"), **BRIEF)
     asked = 0.8 * dense.latency_ms
@@ -193,7 +193,7 @@ def test_this_machine_is_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         result = ep.compress(model, example, budget=ep.Budget(latency_ms=asked), device="host", out=tmp_path / "run")
     except BudgetError as error:
         assert re.search(r"rounds|floor", str(error))
-        assert json.loads((tmp_path / "run" / "run.json").read_text())["status"] == "failed"
+        assert not (tmp_path / "run").exists()
         return
     measured = read(result, "measurements.json")
     assert result.met == (measured["compressed"]["high_ms"] <= asked)
@@ -293,7 +293,7 @@ def test_refused_before_anything_is_written(
 def test_a_network_that_does_not_run(tmp_path: Path, model: ColourNet) -> None:
     with pytest.raises(ModelError, match="does not run"):
         ep.compress(model, torch.zeros(1, 4, SIDE, SIDE), budget=ep.Budget(macs=0.5), device="rpi4", out=tmp_path / "run")
-    assert json.loads((tmp_path / "run" / "run.json").read_text())["status"] == "failed"
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_batch_of_examples_and_a_network_in_training_mode(tmp_path: Path) -> None:

@@ -20,6 +20,7 @@ from torch import nn
 
 import edgeprune as ep
 from edgeprune import pipeline
+from edgeprune.cli import main
 from edgeprune.device.measure import Measurement
 from edgeprune.errors import BudgetError, UsageError
 from edgeprune.pipeline import Job, Pipeline, fingerprint, widths
@@ -154,6 +155,23 @@ def test_two_processes_refuse_each_other(again: Path) -> None:
         compress(again, resume=True)
 
 
+def test_a_refused_process_removes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another process makes the folder between our look and our lock."""
+    plain = Run.open
+    others: list[Run] = []
+
+    def open_late(folder: Path, **options: Any) -> Run:
+        if not others:
+            others.append(plain(folder, asked={}, command=["another"]))
+        return plain(folder, **options)
+
+    monkeypatch.setattr(Run, "open", open_late)
+    with pytest.raises(UsageError, match="in use by another run"):
+        compress(tmp_path / "run")
+    assert (tmp_path / "run" / "run.json").exists()
+    others[0].close()
+
+
 def test_a_fingerprint_is_of_weights_and_layers() -> None:
     model = colour_net()
     assert fingerprint(model) == fingerprint(copy.deepcopy(model)) == fingerprint(colour_net())
@@ -255,20 +273,26 @@ def test_widths_are_in_the_order_of_the_groups() -> None:
     graph = ep.trace(colour_net(), EXAMPLE)
     scores = Scores("x", {g.name: np.arange(g.channels, dtype=float) for g in graph.groups})
     plan = ep.Plan.from_widths(graph, {g.name: n for n, g in enumerate(graph.groups, 3)}, scores)
-    backwards = ep.Plan(dict(reversed(plan.keep.items())))
+    backwards = ep.Plan(dict(reversed([*plan.keep.items()])))
     assert widths(graph, plan).tolist() == widths(graph, backwards).tolist() == list(range(3, 3 + len(graph.groups)))
     assert widths(graph, ep.Plan({})).tolist() == [g.channels for g in graph.groups]
 
 
 # A real process, really killed.
 
-EPOCHS = 40  # of about 50 ms: time enough to be hit in the middle
+EPOCHS = 20  # of about 50 ms: time enough to be hit in the middle
 
 
 def words(folder: Path) -> list[str]:
     """The command of all runs below; `folder` holds its inputs."""
     text = f"compress net.pt --model {FACTORY} --data data.npz --device rpi4 --macs 0.5 --epochs {EPOCHS} --lr 0.02 --batch-size 16"
     return [sys.executable, "-m", "edgeprune", *text.split(), "--seed", "3", "--out", str(folder)]
+
+
+def start(folder: Path, inputs: Path) -> subprocess.Popen[str]:
+    """The checkout under test, with as many threads as here."""
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1]), "OMP_NUM_THREADS": str(torch.get_num_threads())}
+    return subprocess.Popen(words(folder), cwd=inputs, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
 @pytest.fixture(scope="module")
@@ -280,16 +304,18 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def environment() -> dict[str, str]:
-    """The checkout under test, with as many threads as here."""
-    root = str(Path(__file__).parents[1])
-    return os.environ | {"PYTHONPATH": root, "OMP_NUM_THREADS": str(torch.get_num_threads())}
-
-
-@pytest.fixture(scope="module")
-def uninterrupted(inputs: Path, environment: dict[str, str]) -> Path:
-    subprocess.run(words(inputs / "whole"), cwd=inputs, env=environment, check=True, capture_output=True)
+def uninterrupted(inputs: Path) -> Path:
+    finish(inputs / "whole", inputs)
     return inputs / "whole"
+
+
+def finish(folder: Path, inputs: Path, *more: str) -> None:
+    """The same command in this process, to its end."""
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit) as end:
+        patch.chdir(inputs)
+        patch.setattr(sys, "argv", ["edgeprune", *words(folder)[3:], *more])
+        main()
+    assert not end.value.code
 
 
 def wait_for(there: Callable[[], bool], process: subprocess.Popen[str]) -> None:
@@ -305,16 +331,14 @@ def wait_for(there: Callable[[], bool], process: subprocess.Popen[str]) -> None:
     [("an epoch is done", signal.SIGKILL), ("batch norms are recalibrated", signal.SIGKILL), ("an epoch is done", signal.SIGINT)],
     ids=["kill", "kill-before-the-first-checkpoint", "ctrl-c"],
 )
-def test_resume_after_a_signal(
-    moment: str, with_signal: signal.Signals, inputs: Path, environment: dict[str, str], uninterrupted: Path, tmp_path: Path
-) -> None:
+def test_resume_after_a_signal(moment: str, with_signal: signal.Signals, inputs: Path, uninterrupted: Path, tmp_path: Path) -> None:
     folder = tmp_path / "run"
     log, epochs = folder / "log.txt", folder / "checkpoints" / "epochs"
     moments = {
         "an epoch is done": lambda: epochs.is_dir() and any(epochs.glob("epoch-*.safetensors")),
         "batch norms are recalibrated": lambda: log.is_file() and "recalibrate:" in log.read_text(),
     }
-    process = subprocess.Popen(words(folder), cwd=inputs, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process = start(folder, inputs)
     wait_for(moments[moment], process)
     process.send_signal(with_signal)
     output, errors = process.communicate(timeout=60)
@@ -328,10 +352,9 @@ def test_resume_after_a_signal(
         assert json.loads((folder / "run.json").read_text())["status"] == "interrupted"
     else:
         assert process.returncode == -signal.SIGKILL
-    resumed = subprocess.run([*words(folder), "--resume"], cwd=inputs, env=environment, capture_output=True, text=True, check=False)
-    assert resumed.returncode == 0, resumed.stderr
+    finish(folder, inputs, "--resume")
     assert same(weights(folder / "model.safetensors"), weights(uninterrupted / "model.safetensors"))
     assert json.loads((folder / "run.json").read_text())["status"] == "done"
     assert [p.name for p in folder.rglob("*") if "tmp" in p.name] == []
-    curves = [json.loads((f / "result.json").read_text())["curve"] for f in (folder, uninterrupted)]
-    assert [[e["train_loss"] for e in curve] for curve in curves][0] == [e["train_loss"] for e in curves[1]]
+    curve, expected = (json.loads((f / "result.json").read_text())["curve"] for f in (folder, uninterrupted))
+    assert [e["train_loss"] for e in curve] == [e["train_loss"] for e in expected]

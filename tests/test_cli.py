@@ -1,0 +1,440 @@
+"""The commands as a user meets them: exit codes, what is printed where, and what is left behind."""
+
+from __future__ import annotations
+
+import gc
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from edgeprune.cli import main
+from tests.colours import FACTORY, arrays, colour_net, images, weights, write_npz, write_weights
+
+ROOT = Path(__file__).parents[1]
+NET = ["net.pt", "--model", FACTORY]
+QUICK = [*NET, "--data", "data.npz", "--device", "rpi4", "--epochs", "0"]
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a command ended."""
+
+    code: int
+    out: str
+    err: str
+
+    @property
+    def message(self) -> str:
+        """The one paragraph of an error: what comes after the lines of progress."""
+        assert "Traceback" not in self.err
+        lines = self.err.strip().splitlines()
+        begin = max(n for n, line in enumerate(lines) if line.startswith("edgeprune: "))
+        assert not any(line.startswith(" ") for line in lines[begin:])
+        assert max(map(len, lines[begin:])) < 200
+        return " ".join(lines[begin:])
+
+
+Command = Callable[..., Outcome]
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """net.pt and data.npz."""
+    folder = tmp_path_factory.mktemp("inputs")
+    write_weights(folder / "net.pt")
+    write_npz(folder / "data.npz")
+    return folder
+
+
+@pytest.fixture
+def here(tmp_path: Path, inputs: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A fresh working directory with the inputs in it."""
+    for file in inputs.iterdir():
+        (tmp_path / file.name).symlink_to(file)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    return tmp_path
+
+
+@pytest.fixture
+def edgeprune(here: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Command:
+    """The command, in this process (which has torch already)."""
+
+    def run(*words: str) -> Outcome:
+        monkeypatch.setattr(sys, "argv", ["edgeprune", *map(str, words)])
+        capfd.readouterr()
+        with pytest.raises(SystemExit) as end:
+            main()
+        out, err = capfd.readouterr()
+        return Outcome(int(end.value.code or 0), out, err)
+
+    return run
+
+
+def nothing_new(here: Path, *allowed: str) -> bool:
+    left = {p.name for p in here.iterdir()} - {"net.pt", "data.npz", "__pycache__", *allowed}
+    assert not left, left
+    return True
+
+
+# compress
+
+
+def test_compress_tells_what_was_reached(edgeprune: Command, here: Path) -> None:
+    done = edgeprune("compress", *QUICK, "--macs", "0.5")
+    assert (done.code, Path("runs/net-rpi4/model.onnx").is_file()) == (0, True)
+    lines = done.out.splitlines()
+    assert lines[0].startswith("net for rpi4: Asked for MACs of at most")
+    assert "Accuracy went from" in lines[0]
+    assert lines[1] == "  MACs, counted: multiply-accumulates of conv and linear layers, one image"
+    assert lines[2] == "  model.onnx and report.html are in runs/net-rpi4"
+    assert len(lines) == 3
+    assert "edgeprune: the run folder is runs/net-rpi4" in done.err.splitlines()
+    assert all(line.startswith("edgeprune: ") for line in done.err.splitlines())
+    again = edgeprune("compress", *QUICK, "--macs", "0.5")
+    assert "runs/net-rpi4-2" in again.out
+
+
+def test_a_prediction_is_called_so(edgeprune: Command) -> None:
+    done = edgeprune("compress", *QUICK, "--latency-ms", "2", "--out", "run")
+    assert done.code == 0
+    assert "predicted, not measured" in done.out
+
+
+def test_json_is_one_object_with_every_file(edgeprune: Command, here: Path) -> None:
+    options = ["--epochs", "1", "--batch-size", "16", "--lr", "0.05", "--no-flip", "--no-distill", "--seed", "5"]
+    done = edgeprune("compress", *QUICK, "--macs", "0.5", "--out", "run", "--json", *options)
+    assert done.code == 0
+    found = json.loads(done.out)
+    on_disk = {str(p.relative_to("run")) for p in Path("run").rglob("*") if p.is_file()}
+    assert set(found["files"]) == on_disk
+    assert all(Path(p).is_file() for p in found["files"].values())
+    assert (found["met"], found["folder"], found["seed"], len(found["curve"])) == (True, "run", 5, 1)
+    recipe = json.loads(Path("run/run.json").read_text())["asked"]["recipe"]
+    assert recipe["epochs"] == 1
+    assert (recipe["batch_size"], recipe["lr"], recipe["flip"], recipe["distill"]) == (16, 0.05, False, False)
+    assert "edgeprune: fine-tuning" in done.err
+
+
+def test_resume_goes_on(edgeprune: Command, here: Path) -> None:
+    command = ["compress", *QUICK, "--macs", "0.5", "--out", "run"]
+    assert edgeprune(*command).code == 0
+    refused = edgeprune(*command)
+    assert refused.code == 2
+    assert "run already holds a run" in refused.message
+    before = weights(Path("run/model.safetensors"))
+    assert edgeprune(*command, "--resume").code == 0
+    assert weights(Path("run/model.safetensors")).keys() == before.keys()
+    lost = edgeprune("compress", *QUICK, "--macs", "0.5", "--resume")
+    assert lost.code == 2
+    assert "--resume needs --out" in lost.message
+
+
+def test_a_missed_budget_is_a_failed_gate(edgeprune: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The artifact turns out larger than the plan promised."""
+    from edgeprune import result
+
+    def larger(found: Any) -> dict[str, tuple[float, str]]:
+        return {
+            "macs": (9e9, "counted"),
+            "latency_ms": (1.0, "x"),
+            "params": (1, "x"),
+            "size_bytes": (1, "x"),
+            "peak_memory_bytes": (1, "x"),
+        }
+
+    monkeypatch.setattr(result, "_reached", larger)
+    done = edgeprune("compress", *QUICK, "--macs", "0.5", "--out", "run", "--json")
+    assert done.code == 1
+    assert json.loads(done.out)["met"] is False
+    assert "misses the budget: macs is 9e+09" in done.message
+    assert "quieter machine" not in done.message
+
+
+def test_an_impossible_budget_says_the_floor(edgeprune: Command, here: Path) -> None:
+    done = edgeprune("compress", *QUICK, "--macs", "0.001", "--out", "run")
+    assert done.code == 3
+    assert "the floor is" in done.message
+    assert nothing_new(here)
+    Path("mine").mkdir()
+    assert edgeprune("compress", *QUICK, "--macs", "0.001", "--out", "mine").code == 3
+    assert json.loads(Path("mine/run.json").read_text())["status"] == "failed"
+    assert edgeprune("compress", *QUICK, "--macs", "0.5", "--out", "mine", "--resume").code == 0
+
+
+EARLY: list[tuple[list[str], int, str]] = [
+    (QUICK, 2, "no budget given"),
+    ([*QUICK, "--macs", "0"], 2, "positive number"),
+    ([*QUICK, "--macs", "nan"], 2, "positive number"),
+    ([*QUICK, "--macs", "0.5", "--device", "rpi9"], 4, "'rpi9'. Did you mean rpi4"),
+    ([*QUICK, "--macs", "0.5", "--criterion", "l3"], 2, "'l3'"),
+    ([*QUICK, "--macs", "0.5", "--allocate", "best"], 2, "'best'"),
+    ([*QUICK, "--macs", "0.5", "--recover", "magic"], 2, "'magic'"),
+    ([*QUICK, "--macs", "0.5", "--format", "tflight"], 2, "'tflight'"),
+    ([*QUICK, "--macs", "0.5", "--quantize", "int8"], 2, "int8"),
+    ([*QUICK, "--macs", "0.5", "--round-to", "0"], 2, "round_to"),
+    ([*QUICK, "--macs", "0.5", "--epochs", "-1"], 2, "epochs cannot be -1"),
+    ([*QUICK, "--macs", "0.5", "--batch-size", "1"], 2, "batch_size cannot be 1"),
+    ([*QUICK, "--macs", "0.5", "--lr", "nan"], 2, "lr cannot be nan"),
+    ([*QUICK, "--macs", "0.5", "--mean", "a,b"], 2, "--mean and --std"),
+    ([*QUICK, "--macs", "0.5", "--mean", "0.5,0.5,0.5"], 2, "give both or neither"),
+    ([*QUICK, "--macs", "0.5", "--input-shape", "1,3,x"], 2, "'1,3,x'"),
+    ([*QUICK, "--macs", "0.5", "--input-shape", "1,3,16,16"], 6, "(3, 8, 8), the model takes (3, 16, 16)"),
+    ([*QUICK, "--macs", "0.5", "--input-shape", "1,4,8,8"], 6, "expected input[1, 4, 8, 8] to have 3 channels"),
+    ([*QUICK, "--macs", "0.5", "--data", "none.npz"], 6, "none.npz"),
+    ([*QUICK, "--macs", "0.5", "--data", "net.pt"], 6, "net.pt"),
+    ([*QUICK, "--macs", "0.5", "--out", "net.pt"], 2, "net.pt is a file"),
+    ([*QUICK, "--macs", "0.5", "--out", "net.pt/run"], 2, "net.pt is a file"),
+    ([*QUICK, "--macs", "0.5", "--out", "/proc/x"], 2, "--out /proc/x cannot be written"),
+    (["none.pt", "--model", FACTORY, "--macs", "0.5", "--device", "rpi4"], 6, "none.pt does not exist"),
+    (["net.pt", "--macs", "0.5", "--device", "rpi4"], 2, "--model pkg.mod:factory"),
+    (["net.pt", "--model", "nowhere:net", "--macs", "0.5", "--device", "rpi4"], 2, "nowhere"),
+    ([*NET, "--macs", "0.5", "--device", "rpi4", "--input-shape", "1,3,8,8", "--epochs", "1"], 6, "training images"),
+]
+
+
+@pytest.mark.parametrize(("words", "code", "text"), EARLY, ids=[" ".join(case[0][-2:]).replace("/", "_")[-40:] for case in EARLY])
+def test_refused_before_anything_is_written(edgeprune: Command, here: Path, words: list[str], code: int, text: str) -> None:
+    done = edgeprune("compress", *words, *([] if "--out" in words else ["--out", "run"]))
+    assert (done.code, done.out) == (code, "")
+    assert text in done.message
+    assert nothing_new(here)
+
+
+def test_usage_errors_of_the_parser(edgeprune: Command, here: Path) -> None:
+    for words in (["compress"], ["compress", *QUICK, "--macs", "half"], ["compress", *QUICK, "--macs", "0.5", "--seed", "-1"], ["fly"]):
+        done = edgeprune(*words)
+        assert (done.code, done.out) == (2, "")
+        assert "Usage:" in done.err
+    assert nothing_new(here)
+
+
+class Bomb:
+    """Writes a file when it is unpickled."""
+
+    def __reduce__(self) -> tuple[Callable[..., Any], tuple[Any, ...]]:
+        return os.mkdir, ("exploded",)
+
+
+def save_labels(path: Path) -> None:
+    np.savez(path, allow_pickle=False, **{**arrays(), "y_val": arrays()["y_val"] + 3})
+
+
+def save_objects(path: Path) -> None:
+    np.savez(path, allow_pickle=True, **{**arrays(), "x_val": np.array([Bomb(), Bomb()], dtype=object)})
+
+
+def save_one_class(path: Path) -> None:
+    (path / "only").mkdir(parents=True)
+    for number, image in enumerate(images(6)[0]):
+        Image.fromarray(image).save(path / "only" / f"{number}.png")
+
+
+def save_unreadable(path: Path) -> None:
+    for name in ("a", "b"):
+        (path / name).mkdir(parents=True)
+        for number, image in enumerate(images(6)[0]):
+            Image.fromarray(image).save(path / name / f"{number}.png")
+    (path / "a" / "0.png").write_bytes(b"\x89PNG\r\n\x1a\n and then nothing")
+
+
+def save_short(path: Path) -> None:
+    path.write_bytes((path.parent / "data.npz").read_bytes()[:500])
+
+
+def save_grey(path: Path) -> None:
+    np.savez(path, allow_pickle=False, **{k: a[..., :1] if k.startswith("x") else a for k, a in arrays().items()})
+
+
+DATA: list[tuple[Callable[[Path], None], str, str]] = [
+    (save_labels, "bad.npz", "label 5"),
+    (save_objects, "bad.npz", "Python objects"),
+    (save_one_class, "bad", "only one class"),
+    (save_unreadable, "bad", "0.png"),
+    (save_short, "bad.npz", "bad.npz"),
+    (save_grey, "bad.npz", "1,1,8,8"),
+]
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+@pytest.mark.parametrize(("save", "name", "text"), DATA, ids=[case[0].__name__ for case in DATA])
+def test_bad_data(edgeprune: Command, here: Path, save: Callable[[Path], None], name: str, text: str) -> None:
+    save(here / name)
+    shape = ["--input-shape", "1,3,8,8"] if (here / name).is_dir() else []
+    done = edgeprune("compress", *QUICK, "--data", name, "--macs", "0.5", "--out", "run", *shape)
+    assert (done.code, done.out) == (6, "")
+    assert text in done.message
+    if save is save_unreadable:  # found when it is decoded
+        assert not [p for p in here.rglob("*") if "tmp" in p.name or p.suffix == ".onnx"]
+    else:
+        assert nothing_new(here, name)
+        assert edgeprune("evaluate", *NET, "--data", name, *shape).code == 6
+    gc.collect()  # numpy leaves the file of a damaged .npz to the garbage collector
+
+
+def test_a_pickle_is_not_run_unless_trusted(edgeprune: Command, here: Path) -> None:
+    torch.save({"net": colour_net(), "bomb": Bomb()}, here / "pickled.pt")
+    done = edgeprune("compress", "pickled.pt", "--macs", "0.5", "--device", "rpi4", "--input-shape", "1,3,8,8", "--out", "run")
+    assert (done.code, done.out) == (6, "")
+    assert "--trust-pickle" in done.message
+    assert "executes code" in done.message
+    assert nothing_new(here, "pickled.pt")
+    torch.save(colour_net(), here / "trusted.pt")
+    done = edgeprune("inspect", "trusted.pt", "--input-shape", "1,3,8,8", "--trust-pickle")
+    assert done.code == 0
+
+
+def test_weights_that_do_not_fit(edgeprune: Command, here: Path) -> None:
+    torch.save({"layer.weight": torch.zeros(3)}, here / "other.pt")
+    done = edgeprune("compress", "other.pt", "--model", FACTORY, "--macs", "0.5", "--device", "rpi4", "--out", "run")
+    assert done.code == 6
+    assert "do not fit together" in done.message
+    assert nothing_new(here, "other.pt")
+
+
+def test_diverged_training(edgeprune: Command, here: Path) -> None:
+    done = edgeprune("compress", *QUICK, "--macs", "0.5", "--epochs", "2", "--batch-size", "16", "--lr", "1e12", "--out", "run")
+    assert (done.code, done.out) == (1, "")
+    assert "smaller --lr" in done.message
+    assert not Path("run/model.safetensors").exists()
+    assert json.loads(Path("run/run.json").read_text())["status"] == "failed"
+    resumed = edgeprune("compress", *QUICK, "--macs", "0.5", "--epochs", "1", "--lr", "0.01", "--out", "run", "--resume")
+    assert resumed.code == 0
+
+
+@pytest.mark.filterwarnings("ignore:.*LeafSpec.*:FutureWarning")  # torch copying its own exported program
+def test_an_exported_program(edgeprune: Command, here: Path) -> None:
+    batch = torch.export.Dim("batch")
+    program = torch.export.export(colour_net(), (torch.zeros(2, 3, 8, 8),), dynamic_shapes=({0: batch},))
+    torch.export.save(program, here / "net.pt2")
+    done = edgeprune("compress", "net.pt2", *QUICK[3:], "--macs", "0.5", "--out", "run", "--epochs", "1", "--batch-size", "16")
+    assert done.code == 0, done.err
+    assert done.out.startswith("net for rpi4: ")
+
+
+# the other commands
+
+
+def test_inspect(edgeprune: Command) -> None:
+    done = edgeprune("inspect", *NET, "--input-shape", "1,3,8,8")
+    assert done.code == 0
+    assert done.out.splitlines()[0].split() == ["group", "channels", "parameter", "axes"]
+    assert "2 group(s) of channels can shrink" in done.out
+    assert "head.weight[0]" in done.out
+    found = json.loads(edgeprune("inspect", *NET, "--input-shape", "1,3,8,8", "--json").out)
+    assert {g["channels"] for g in found["groups"]} == {16, 32}
+    assert list(found["frozen"]) == ["head.weight[0]"]
+
+
+def test_profile_of_a_model_is_a_prediction(edgeprune: Command) -> None:
+    words = ["profile", *NET, "--input-shape", "1,3,8,8", "--device", "rpi4"]
+    done = edgeprune(*words)
+    assert done.code == 0
+    assert "predicted, not measured" in done.out
+    assert {"a", "b", "c", "head"} <= {line.split()[0] for line in done.out.splitlines() if line}
+    found = json.loads(edgeprune(*words, "--json").out)
+    shares = [float(line.split()[-1].rstrip("%")) for line in done.out.splitlines() if line.endswith(("%", "% "))]
+    assert sum(shares) == pytest.approx(100, abs=1)
+    assert found["latency_ms"]["low"] < found["latency_ms"]["value"] < found["latency_ms"]["high"]
+
+
+def test_profile_of_an_artifact_is_a_measurement(edgeprune: Command, here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import edgeprune as ep
+    from edgeprune.device import measure
+
+    ep.export(colour_net(), torch.zeros(1, 3, 8, 8), here / "net.onnx")
+    monkeypatch.setattr(measure, "FULL", {"processes": 3, "min_runs": 10, "min_seconds": 0.0, "warmup_runs": 1, "warmup_seconds": 0.0})
+    done = edgeprune("profile", "net.onnx")
+    assert done.code == 0
+    assert "ms measured" in done.out
+    found = json.loads(edgeprune("profile", "net.onnx", "--json").out)
+    assert found["low_ms"] <= found["latency_ms"] <= found["high_ms"]
+    refused = edgeprune("profile", "net.onnx", "--device", "rpi4")
+    assert refused.code == 4
+    assert "predicted" in refused.message
+
+
+def test_evaluate(edgeprune: Command, here: Path) -> None:
+    import edgeprune as ep
+
+    expected = ep.evaluate(colour_net(), here / "data.npz")
+    done = edgeprune("evaluate", *NET, "--data", "data.npz")
+    assert done.out == f"{100 * expected.accuracy:.2f}% of 30 validation images right, loss {expected.loss:.4f}\n"
+    ep.export(colour_net(), torch.zeros(1, 3, 8, 8), here / "net.onnx")
+    found = json.loads(edgeprune("evaluate", "net.onnx", "--data", "data.npz", "--json").out)
+    assert (found["accuracy"], found["images"]) == (expected.accuracy, 30)
+
+
+def test_report_is_written_again(edgeprune: Command, here: Path) -> None:
+    assert edgeprune("compress", *QUICK, "--macs", "0.5", "--out", "run").code == 0
+    page = Path("run/report.html")
+    before = page.read_text()
+    page.unlink()
+    done = edgeprune("report", "run")
+    assert (done.code, done.out.strip()) == (0, "run/report.html")
+    assert page.read_text() == before
+    nothing = edgeprune("report", "nowhere")
+    assert nothing.code == 2
+    assert nothing.message.startswith("edgeprune: nowhere holds no finished run")
+    Path("run/result.json").write_text("{")
+    assert "damaged" in edgeprune("report", "run").message
+
+
+@pytest.mark.parametrize(("command", "names"), [("criteria", ["l1", "nuclear_norm"]), ("allocators", ["uniform", "global", "knapsack"])])
+def test_registries(edgeprune: Command, command: str, names: list[str]) -> None:
+    done = edgeprune(command)
+    assert set(names) <= {line.split()[0] for line in done.out.splitlines()}
+    found = json.loads(edgeprune(command, "--json").out)
+    assert set(names) <= found.keys()
+    assert all(entry["summary"] and entry["source"] for entry in found.values())
+
+
+def test_devices(edgeprune: Command) -> None:
+    done = edgeprune("device", "list")
+    assert {("host", "measured"), ("rpi4", "predicted")} <= {(w[0], w[2]) for w in map(str.split, done.out.splitlines()[1:])}
+    shown = edgeprune("device", "show", "rpi4")
+    assert json.loads(shown.out)["board"]["soc"].startswith("Broadcom")
+    assert "rpi4-ort" in shown.err
+    assert edgeprune("device", "show", "rpi9").code == 4
+
+
+LIGHT = [["--help"], ["compress", "--help"], ["criteria"], ["allocators"], ["device", "list"], ["device", "show", "rpi4"]]
+
+
+def test_light_commands_import_nothing_heavy(tmp_path: Path) -> None:
+    """In one process of their own, one after the other."""
+    code = f"""
+import sys
+from edgeprune.cli import main
+for words in {LIGHT!r}:
+    sys.argv = ["edgeprune", *words]
+    try:
+        main()
+    except SystemExit as end:
+        assert not end.code, (words, end.code)
+    heavy = {{"torch", "onnx", "onnxruntime", "plotly", "scipy", "sklearn"}} & sys.modules.keys()
+    assert not heavy, (words, heavy)
+"""
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "knapsack" in done.stdout
+
+
+def test_the_module_is_the_command(tmp_path: Path) -> None:
+    words = [sys.executable, "-m", "edgeprune", "device", "show", "rpi9"]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run(words, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (4, "")
+    assert done.stderr.startswith("edgeprune: no device is called 'rpi9'.")
+    assert "Traceback" not in done.stderr
