@@ -149,15 +149,17 @@ def demo(
 ) -> None:
     """The main job on data and a small network that need no download: train, compress for rpi4 and for this machine, report."""
     from edgeprune.demo import run_demo
+    from edgeprune.report import headline
 
     _must_be_writable(out)
     with progress_bars() as progress:
         results = run_demo(out, progress)
     if as_json:
         print_json({result.folder.name: result.to_json() for result in results})
-    for result in results:
-        if not as_json:
-            _tell(result)
+    else:
+        for result in results:
+            typer.echo(f"{result.facts['title']}: {headline(result.facts)}")
+        typer.echo(f"Reports: {' and '.join(str(result.folder / 'report.html') for result in results)}")
     for result in results:
         _gate(result)
 
