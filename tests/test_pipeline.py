@@ -246,7 +246,7 @@ def test_the_loop_ends_inside_the_budget(loop: Callable[[Scripted, float], pipel
 
 def test_the_loop_keeps_what_fitted(loop: Callable[[Scripted, float], pipeline.Choice]) -> None:
     """A first plan that is faster than asked by far, then nothing but disturbed measurements: the first plan it is."""
-    choice = loop(Scripted(dense_ms=10.0, factors=[0.3, 1e5, 1e5, 1e5, 1e5]), 6.0)
+    choice = loop(Scripted(dense_ms=10.0, factors=[0.75, 1e5, 1e5, 1e5, 1e5]), 6.0)
     assert [r.high_ms <= 6.0 for r in choice.rounds] == [True, False]
     assert choice.correction < 100
 
