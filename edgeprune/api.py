@@ -132,7 +132,7 @@ def _stages(job: Job, run: Run, command: str, progress: Progress) -> Result:
         artifacts=artifacts,
         measurements=measurements,
     )
-    words = facts(found, run.manifest, command)
+    words = facts(found, run.manifest, run.used, command)
     write_json(run.path("result.json"), words)
     report.write(words, run.folder)
     return Result(run.folder, final, choice.plan, words)

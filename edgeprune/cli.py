@@ -148,8 +148,7 @@ def demo(
     as_json: AsJson = False,
 ) -> None:
     """The main job on data and a small network that need no download: train, compress for rpi4 and for this machine, report."""
-    from edgeprune.demo import run_demo
-    from edgeprune.report import headline
+    from edgeprune.demo import run_demo, summary
 
     _must_be_writable(out)
     with progress_bars() as progress:
@@ -157,9 +156,7 @@ def demo(
     if as_json:
         print_json({result.folder.name: result.to_json() for result in results})
     else:
-        for result in results:
-            typer.echo(f"{result.facts['title']}: {headline(result.facts)}")
-        typer.echo(f"Reports: {' and '.join(str(result.folder / 'report.html') for result in results)}")
+        typer.echo(summary(results))
     for result in results:
         _gate(result)
 
@@ -282,9 +279,9 @@ def device_list() -> None:
     from edgeprune.device.card import device as find_device
     from edgeprune.device.card import devices
 
-    print_table(["device", "profile", "figures are", "what it is"], [
-        [name, d.profile, "measured" if d.attached else "predicted", d.description] for name in devices() for d in [find_device(name)]
-    ])  # fmt: skip
+    found = [find_device(name) for name in devices() if not find_device(name).resolved]
+    rows = [[d.name, d.profile, "measured" if d.attached else "predicted", d.description] for d in found]
+    print_table(["board", "profile", "figures are", "what it is"], rows)
 
 
 @devices_app.command("show")

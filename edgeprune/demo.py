@@ -6,6 +6,7 @@ network at 32x32 so that it has work that is worth saving.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +19,7 @@ from edgeprune.device.card import device
 from edgeprune.device.measure import QUICK, measure
 from edgeprune.export import export
 from edgeprune.plan import Budget
+from edgeprune.report import headline
 from edgeprune.result import Result
 from edgeprune.train import Progress, Recipe
 from edgeprune.train.finetune import finetune
@@ -101,6 +103,12 @@ def run_demo(out: Path, progress: Progress) -> tuple[Result, Result]:
         for name, limit in budgets.items()
     ]
     return results[0], results[1]
+
+
+def summary(results: Sequence[Result]) -> str:
+    """Three lines: what was asked and reached on each device, and where the reports are."""
+    lines = [f"{result.facts['title']}: {headline(result.facts)}" for result in results]
+    return "\n".join([*lines, f"Reports: {' and '.join(str(result.folder / 'report.html') for result in results)}"])
 
 
 def _free(folder: Path) -> Path:

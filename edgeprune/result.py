@@ -59,8 +59,8 @@ class Findings:
     measurements: Mapping[str, Measurement]
 
 
-def facts(found: Findings, manifest: Mapping[str, Any], command: str) -> dict[str, Any]:
-    """The report's JSON object."""
+def facts(found: Findings, manifest: Mapping[str, Any], used: Mapping[str, bool], command: str) -> dict[str, Any]:
+    """The report's JSON object; `used` names the stages of this process and says which were read back."""
     job, device = found.job, found.job.device
     return {
         "title": f"{job.name} for {device.name}",
@@ -96,7 +96,7 @@ def facts(found: Findings, manifest: Mapping[str, Any], command: str) -> dict[st
             for a in found.artifacts
         ],
         "proof": asdict(found.proof),
-        "stages": [{"name": name, "seconds": entry["seconds"], "cached": False} for name, entry in manifest["stages"].items()],
+        "stages": [{"name": name, "seconds": manifest["stages"][name]["seconds"], "cached": cached} for name, cached in used.items()],
         "environment": {**manifest["versions"], "platform": manifest["platform"]},
         "preprocessing": job.data.preprocessing.to_json() if job.data else None,
         "notes": [*job.notes, *([device.resolved] if device.resolved else []), *found.cost.notes],

@@ -46,6 +46,7 @@ class Run:
         self.manifest = manifest
         self._lock = lock
         self._upstream = ""
+        self.used: dict[str, bool] = {}  # the stages of this process in order, and whether each was read back
 
     @classmethod
     def open(cls, folder: str | Path, *, asked: Mapping[str, Any], command: list[str], resume: bool = False) -> Run:
@@ -119,7 +120,9 @@ class Run:
         entry = self.manifest["stages"].get(name)
         if entry is not None and entry["key"] == key and self._intact(entry):
             self.log(f"{name}: read back")
+            self.used[name] = True
             return read(entry["facts"])
+        self.used[name] = False
         start = time.monotonic()
         value = compute()
         facts = dict(write(value))

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgeprune.device.cost import CostModel
-from edgeprune.device.kernels import kernels
+from edgeprune.device.kernels import Kernels, kernels
 from edgeprune.errors import BudgetError, UsageError
 from edgeprune.graph import ChannelGraph
 from edgeprune.plan import Budget, Plan, Scores
@@ -136,19 +136,25 @@ class Search:
         if not missed:
             return
         name = missed[0]
-        unit, scale = UNITS.get(name, ("bytes", 1.0))
-        floor, asked = figures[name][0] * scale, self.limits[name] * scale
-        help_text = f"Ask for at least {floor * 1.02:.4g} {unit}"
-        if self.round_to > 1 or self.min_keep > 0:
-            free = Search(self.graph, self.scores, self.budget, self.cost, round_to=1, min_keep=0.0)
-            lower = free.figures(free.smallest[None])[name][0] * scale
-            help_text += f", or allow narrower layers (round_to 1 and min_keep 0 would go down to {lower:.4g} {unit})"
+        floor, asked = float(figures[name][0]), self.limits[name]
         where = f" on {self.cost.device.profile}" if self.cost and name in ("latency_ms", "energy_mj") else ""
+        help_text = f"Ask for at least {self._worded(name, 1.02 * floor)}"
+        if self.round_to > 1:
+            free = Search(self.graph, self.scores, self.budget, self.cost, round_to=1, min_keep=self.min_keep)
+            lower = float(free.figures(free.smallest[None])[name][0])
+            help_text += f", or allow widths of any number (--round-to 1 goes down to {self._worded(name, lower)})"
         raise BudgetError(
-            f"no plan reaches {asked:.4g} {unit}{where}: the floor is {floor:.4g} {unit} with every layer at its narrowest. "
-            f"{help_text}, or use a smaller input.",
+            f"no plan reaches {self._worded(name, asked)}{where}: the floor is {self._worded(name, floor)}, with every layer at its "
+            f"narrowest. {help_text}, or use a smaller input.",
             self.plan(smallest),
         )
+
+    def _worded(self, name: str, value: float) -> str:
+        """A figure as a user would type and read it; counts with their share of the dense network."""
+        unit, scale = UNITS.get(name, ("bytes", 1.0))
+        dense = {"macs": self.graph.macs, "params": self.graph.params}.get(name)
+        share = f" ({value / dense:.3g} of the dense network's)" if dense else ""
+        return f"{value * scale:.4g} {unit}{share}"
 
     def fill(self, levels: Widths) -> Widths:
         """Widen group by group, most importance per share of the budget first, while the choice still fits."""
@@ -193,5 +199,5 @@ class Search:
         return Plan.from_widths(self.graph, {g.name: int(w) for g, w in zip(self.graph.groups, widths, strict=True)}, self.scores)
 
     @cached_property
-    def _kernels(self):  # type: ignore[no-untyped-def]
+    def _kernels(self) -> Kernels:
         return kernels(self.graph)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import copy
 import json
-import os
 from importlib.metadata import version
 from pathlib import Path
 
@@ -19,6 +18,7 @@ from torch import Tensor, nn
 from edgeprune.errors import ModelError
 from edgeprune.graph.slim import aliases_of, named_tensors, resize
 from edgeprune.plan import Plan
+from edgeprune.run import write_atomic
 
 FORMAT = "edgeprune-1"
 
@@ -30,9 +30,7 @@ def save(module: nn.Module, path: str | Path, *, plan: Plan | None = None) -> Pa
     if plan is not None:
         recipe["plan"] = json.dumps(plan.to_json())
     tensors = {name: t.detach().cpu().contiguous().clone() for name, t in named_tensors(module)}
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_bytes(to_bytes(tensors, metadata=recipe))
-    os.replace(temporary, path)
+    write_atomic(path, to_bytes(tensors, metadata=recipe))
     return path
 
 

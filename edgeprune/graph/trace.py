@@ -20,6 +20,7 @@ from torch.utils._pytree import tree_map
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from edgeprune.errors import TraceError
+from edgeprune.graph import moves  # noqa: F401  registers its rules
 from edgeprune.graph.channels import Activation, ChannelGraph, ChannelGroup, Member, Op, Tap
 from edgeprune.graph.labels import Labels, core, varies
 from edgeprune.graph.rehearse import Misfit, misfit

@@ -1,0 +1,132 @@
+"""Reconstruction: what linear redundancy allows is recovered exactly, the rest gets better, nothing else is touched."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from edgeprune.data import Split
+from edgeprune.errors import DataError
+from edgeprune.graph.slim import slim
+from edgeprune.graph.trace import trace
+from edgeprune.plan import Plan
+from edgeprune.train.reconstruct import _Moments, reconstruct
+from tests.colours import colour_data, colour_net
+
+
+def train_split() -> Split:
+    return colour_data(train=96).train
+
+
+def batch() -> Tensor:
+    return torch.cat([x for x, _ in colour_data(val=30).val.batches(30)])
+
+
+class Twins(nn.Module):
+    """Channel 5 of the first conv is channel 2 again; `norm` and `bias` choose where an intercept can go."""
+
+    def __init__(self, *, norm: bool, bias: bool, groups: int = 1) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first = nn.Conv2d(3, 8, 3, padding=1)
+        self.second = nn.Conv2d(8, 6, 3, padding=1, bias=bias, groups=groups)
+        self.norm = nn.BatchNorm2d(6) if norm else nn.Identity()
+        self.head = nn.Linear(6, 3)
+        with torch.no_grad():
+            self.first.weight[5], self.first.bias[5] = self.first.weight[2], self.first.bias[2]  # type: ignore[index]
+            if isinstance(self.norm, nn.BatchNorm2d):
+                self.norm.load_state_dict(self.norm.state_dict() | {"running_mean": torch.rand(6), "running_var": 0.5 + torch.rand(6)})
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.relu(self.first(x))
+        return self.head(torch.relu(self.norm(self.second(x))).mean((2, 3)))  # type: ignore[no-any-return]
+
+
+def outputs(model: nn.Module) -> Tensor:
+    with torch.no_grad():
+        out: Tensor = model.eval()(batch())
+    return out
+
+
+@pytest.mark.parametrize(("norm", "bias"), [(True, False), (False, True), (True, True), (False, False)])
+def test_a_channel_that_stands_twice_is_recovered_exactly(norm: bool, bias: bool) -> None:
+    model = Twins(norm=norm, bias=bias).eval()
+    graph = trace(model, torch.zeros(1, 3, 8, 8))
+    name = next(g.name for g in graph.groups if g.channels == 8)
+    plan = Plan({name: (0, 1, 2, 3, 4, 6, 7)})
+    small = slim(model, graph, plan)
+    lost = float((outputs(small) - outputs(model)).abs().max())
+    fitted = reconstruct(small, model, graph, plan, train_split(), ridge=1e-9)
+    assert lost > 1e-3
+    assert float((outputs(fitted) - outputs(model)).abs().max()) < 1e-4 * lost + 1e-5
+
+
+def test_outputs_come_closer_and_nothing_else_changes() -> None:
+    model = colour_net()
+    graph = trace(model, torch.zeros(1, 3, 8, 8))
+    plan = Plan.uniform(graph, keep=0.5)
+    small = slim(model, graph, plan)
+    before = [t.clone() for m in (small, model) for t in m.state_dict().values()]
+    fitted = reconstruct(small, model, graph, plan, train_split())
+    after = [t for m in (small, model) for t in m.state_dict().values()]
+    assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
+    gaps = [float((outputs(m) - outputs(model)).pow(2).mean()) for m in (small, fitted)]
+    assert gaps[1] < 0.5 * gaps[0]
+    assert not fitted.training
+    again = reconstruct(small, model, graph, plan, train_split())
+    assert all(torch.equal(a, b) for a, b in zip(fitted.state_dict().values(), again.state_dict().values(), strict=True))
+
+
+def test_labels_are_not_needed() -> None:
+    model = colour_net()
+    graph = trace(model, torch.zeros(1, 3, 8, 8))
+    plan = Plan.uniform(graph, keep=0.5)
+    small = slim(model, graph, plan)
+    with_labels = reconstruct(small, model, graph, plan, train_split())
+    without = reconstruct(small, model, graph, plan, colour_data(train=96, labelled=False).train)
+    for a, b in zip(with_labels.state_dict().values(), without.state_dict().values(), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_grouped_convs_are_fitted_group_by_group() -> None:
+    model = Twins(norm=True, bias=False, groups=2).eval()
+    graph = trace(model, torch.zeros(1, 3, 8, 8))
+    plan = Plan.uniform(graph, keep=0.5)
+    small = slim(model, graph, plan)
+    fitted = reconstruct(small, model, graph, plan, train_split())
+    gaps = [float((outputs(m) - outputs(model)).pow(2).mean()) for m in (small, fitted)]
+    assert gaps[1] < gaps[0]
+
+
+def test_a_whole_plan_changes_nothing() -> None:
+    model = colour_net()
+    graph = trace(model, torch.zeros(1, 3, 8, 8))
+    plan = Plan.uniform(graph, keep=1.0)
+    fitted = reconstruct(model, model, graph, plan, train_split())
+    assert torch.equal(outputs(fitted), outputs(model))
+
+
+def test_no_images_is_an_error() -> None:
+    model = colour_net()
+    graph = trace(model, torch.zeros(1, 3, 8, 8))
+    plan = Plan.uniform(graph, keep=0.5)
+    with pytest.raises(DataError, match="calibration images"):
+        reconstruct(slim(model, graph, plan), model, graph, plan, train_split().subset([]))
+
+
+@pytest.mark.parametrize("free", [True, False])
+def test_the_solution_is_ridge_regression(free: bool) -> None:
+    random = np.random.default_rng(0)
+    x, y, present = random.normal(1, 1, (200, 6)), random.normal(size=(200, 3)), random.normal(size=(3, 6))
+    moments = _Moments(1, 6, 3)
+    for part in (slice(0, 70), slice(70, 200)):
+        moments.add(torch.from_numpy(x[part])[:, None], torch.from_numpy(y[part])[:, None])
+    solved, intercept = moments.solve(torch.from_numpy(present)[None], 0.1, free=free)
+    mean_x, mean_y = (x.mean(0), y.mean(0)) if free else (np.zeros(6), np.zeros(3))
+    a, b = x - mean_x, y - mean_y
+    pull = 0.1 * np.trace(a.T @ a / 200) / 6
+    expected = np.linalg.solve(a.T @ a / 200 + pull * np.eye(6), a.T @ b / 200 + pull * present.T).T
+    np.testing.assert_allclose(solved[0].numpy(), expected, atol=1e-10)
+    np.testing.assert_allclose(intercept.numpy(), mean_y - expected @ mean_x, atol=1e-10)
