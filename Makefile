@@ -4,7 +4,7 @@ BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint .ci/constraints.txt
 TORCH := torch==2.13.0
 
-.PHONY: demo test test-slow lint type setup bench-accuracy bench-cost clean
+.PHONY: demo test test-slow lint type setup bench-accuracy bench-cost bench-graph clean
 
 demo: .venv/.core  ## the main job on data that ships with the installation, under 3 minutes
 	$(BIN)/edgeprune demo
@@ -24,11 +24,15 @@ type: .venv/.dev
 
 setup: .venv/.dev  ## everything for development
 
-bench-accuracy: .venv/.dev  ## ResNet-56 on CIFAR-10 to half the MACs (EDGEPRUNE_DATA, about half an hour on 2 cores)
+bench-accuracy: .venv/.dev  ## ResNet-56 on CIFAR-10 to half the MACs (EDGEPRUNE_DATA; half an hour on 2 cores)
 	$(BIN)/python -m benchmarks.accuracy
+	$(BIN)/python -m benchmarks.accuracy --criteria l1 --recover reconstruct
 
 bench-cost: .venv/.dev  ## refit every shipped latency constant from the public tables and print the errors
 	$(BIN)/python -m benchmarks.cost_models
+
+bench-graph: .venv/.dev  ## trace and slim the 87 library networks of the list in EDGEPRUNE_DATA
+	$(BIN)/python -m benchmarks.graph coverage
 
 clean:
 	rm -rf .venv .mypy_cache .ruff_cache .pytest_cache
