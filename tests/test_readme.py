@@ -9,6 +9,7 @@ import pytest
 import typer.main
 
 import edgeprune as ep
+from benchmarks.readme import with_tables
 from edgeprune.cli import app
 
 ROOT = Path(__file__).parent.parent
@@ -46,3 +47,7 @@ def test_names_of_the_library_exist() -> None:
 def test_links_lead_somewhere() -> None:
     links = re.findall(r"\]\(([^)#]+)\)", README)
     assert links and [link for link in links if not (ROOT / link).exists()] == []
+
+
+def test_tables_are_those_of_the_results() -> None:
+    assert with_tables(README) == README
