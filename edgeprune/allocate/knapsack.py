@@ -1,7 +1,7 @@
 """Widths that keep the most importance under one or several costs, by integer programming.
 
-Every group takes one of its allowed widths; its value is the logarithm of the share of importance it keeps, weighted by the
-group's channels, so that no group is starved. A cost that depends on two widths at once (a conv reads one group and writes
+Every group takes one of its allowed widths; its value is the logarithm of the share of importance it keeps, once for
+every layer that writes the group, so that no group is starved. A cost that depends on two widths at once (a conv reads one group and writes
 another) is linearised around the current choice, exactly for every change of a single group, and solved again until the choice
 repeats; then the true costs are repaired, filled and improved by exchanging steps between pairs of groups. Networks with few choices
 are searched whole.
@@ -11,7 +11,12 @@ NeurIPS 2022; we differ in: values are logarithmic, both widths of a conv count,
 
 from __future__ import annotations
 
+import ctypes
 import math
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import NamedTuple
 
 import numpy as np
@@ -90,17 +95,35 @@ def _solve(search: Search, values: tuple[Floats, ...], levels: Widths) -> Widths
     use = search.use(search.from_levels(np.concatenate([levels[None], choices])))
     change = (use[1:] - use[0]).T
     one_each = csr_array(block_diag([np.ones((1, n)) for n in sizes]))
-    result = milp(
-        -np.concatenate(values),
-        integrality=np.ones(len(group), dtype=np.int64),
-        bounds=Bounds(0, 1),
-        constraints=[LinearConstraint(one_each, 1, 1), LinearConstraint(change, -np.inf, 1 - use[0])],
-        options={"time_limit": SOLVER_SECONDS, "mip_rel_gap": 1e-4},
-    )
+    with _quiet_solver():
+        result = milp(
+            -np.concatenate(values),
+            integrality=np.ones(len(group), dtype=np.int64),
+            bounds=Bounds(0, 1),
+            constraints=[LinearConstraint(one_each, 1, 1), LinearConstraint(change, -np.inf, 1 - use[0])],
+            options={"time_limit": SOLVER_SECONDS, "mip_rel_gap": 1e-4},
+        )
     if result.x is None:
         return levels
     starts = np.cumsum([0, *sizes[:-1]])
     return np.array([int(np.argmax(result.x[s : s + n])) for s, n in zip(starts, sizes, strict=True)])
+
+
+@contextmanager
+def _quiet_solver() -> Iterator[None]:
+    """HiGHS prints a debugging line from C at times, which would stand in the middle of --json: C's stdout goes nowhere meanwhile."""
+    c = ctypes.CDLL(None)
+    sys.stdout.flush()
+    c.fflush(None)
+    with open(os.devnull, "wb") as nowhere:
+        kept = os.dup(1)
+        try:
+            os.dup2(nowhere.fileno(), 1)
+            yield
+        finally:
+            c.fflush(None)
+            os.dup2(kept, 1)
+            os.close(kept)
 
 
 def _exchange(search: Search, values: tuple[Floats, ...], levels: Widths) -> Widths:

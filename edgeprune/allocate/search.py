@@ -36,7 +36,7 @@ class Search:
     """One allocation problem.
 
     round_to: widths are multiples of it. min_keep: smallest share of a group, at least one channel stays. concave: the value of a
-    group is channels * log(share of its importance kept) instead of the importance itself, so that no group is starved.
+    group is log(share of its importance kept), per layer that writes it, instead of the importance itself, so that no group is starved.
     """
 
     graph: ChannelGraph
