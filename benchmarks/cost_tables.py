@@ -180,7 +180,7 @@ def timm_layers(name: str, side: int) -> tuple[Layer, ...] | None:
         model = create_model(name).to("meta")
     try:
         return count_layers(model, side)
-    except (NotImplementedError, RuntimeError):
+    except (NotImplementedError, RuntimeError):  # the forward needs values, which meta tensors have not: not counted
         return None
 
 
@@ -188,7 +188,7 @@ class _Counter(TorchDispatchMode):
     """Records one Layer per kernel a runtime would launch."""
 
     def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
+        super().__init__()  # type: ignore[no-untyped-call]  # torch leaves it untyped
         self.layers: list[Layer] = []
         self._conv_outputs: set[int] = set()
         self._alive: list[Any] = []  # keeps the tensors, so that their ids stay theirs

@@ -19,8 +19,9 @@ from edgeprune.device.cost import Cost, predict_graph
 from edgeprune.errors import DataError, EdgepruneError, TraceError, UsageError
 from edgeprune.export import formats as known_formats
 from edgeprune.export import load_artifact
+from edgeprune.graph.running import evaluating, single_sample
 from edgeprune.graph.slim import slim
-from edgeprune.graph.trace import evaluating, single_sample, trace
+from edgeprune.graph.trace import trace
 from edgeprune.load import user_code
 from edgeprune.pipeline import Job, Pipeline, fingerprint
 from edgeprune.plan import Budget
@@ -79,7 +80,7 @@ def compress(
         data=source,
         criterion=criterion,
         allocator=allocate,
-        recipe=recipe or Recipe(epochs=3 if source and len(source.train) and source.train.labelled else 0),
+        recipe=recipe or Recipe(epochs=default_epochs(source)),
         recover=recover,
         round_to=round_to,
         formats=tuple(formats),
@@ -100,6 +101,11 @@ def compress(
         if ours and not (folder / "plan.json").exists():  # nothing worth going on from
             shutil.rmtree(folder, ignore_errors=True)
         raise
+
+
+def default_epochs(data: Data | None) -> int:
+    """Three where there are labelled training images, none otherwise."""
+    return 3 if data and len(data.train) and data.train.labelled else 0
 
 
 def _stages(job: Job, run: Run, command: str, progress: Progress) -> Result:

@@ -110,8 +110,7 @@ def compress(
     size = (shape[2], shape[3]) if shape and len(shape) == 4 and data and Path(data).is_dir() else None
     source = load_data(data, size=size, mean=_numbers(mean), std=_numbers(std), seed=seed) if data else None
     loaded = _load(path, factory, shape, trust_pickle, sample=source.sample_shape if source else None)
-    if epochs is None:
-        epochs = 3 if source and len(source.train) and source.train.labelled else 0
+    epochs = api.default_epochs(source) if epochs is None else epochs
     folder = out or default_folder(loaded.name, target.name)
     say(f"the run folder is {folder}")
     with _resumable(folder), progress_bars() as progress:
@@ -123,7 +122,9 @@ def compress(
             data=source,
             criterion=criterion,
             allocate=allocator,
-            recipe=Recipe(epochs=epochs, distill=distill, lr=lr, batch_size=batch_size, flip=flip),
+            recipe=Recipe(
+                epochs=api.default_epochs(source) if epochs is None else epochs, distill=distill, lr=lr, batch_size=batch_size, flip=flip
+            ),
             recover=recover,
             round_to=round_to,
             formats=[f.strip() for f in formats.split(",")],

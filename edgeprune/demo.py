@@ -59,7 +59,7 @@ class DigitNet(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """(n, 1, 32, 32) -> logits (n, 10)."""
         x = self.stage2(self.down(self.stage1(self.stem(x))))
-        return self.head(x.mean(dim=(2, 3)))  # type: ignore[no-any-return]
+        return self.head(x.mean(dim=(2, 3)))  # type: ignore[no-any-return]  # nn.Module calls return Any
 
 
 def digits() -> Data:
@@ -98,7 +98,7 @@ def run_demo(out: Path, progress: Progress) -> tuple[Result, Result]:
             out=_free(out / name),
             name="digits",
             command=["edgeprune", "demo"],
-            progress=lambda w, d, t, name=name: progress(f"{name}: {w}", d, t),  # type: ignore[misc]
+            progress=lambda w, d, t, name=name: progress(f"{name}: {w}", d, t),  # type: ignore[misc]  # mypy cannot infer a lambda with a default
         )
         for name, limit in budgets.items()
     ]

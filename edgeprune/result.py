@@ -99,7 +99,12 @@ def facts(found: Findings, manifest: Mapping[str, Any], used: Mapping[str, bool]
         "stages": [{"name": name, "seconds": manifest["stages"][name]["seconds"], "cached": cached} for name, cached in used.items()],
         "environment": {**manifest["versions"], "platform": manifest["platform"]},
         "preprocessing": job.data.preprocessing.to_json() if job.data else None,
-        "notes": [*job.notes, *([device.resolved] if device.resolved else []), *found.cost.notes],
+        "notes": [
+            *job.notes,
+            *([device.resolved] if device.resolved else []),
+            *found.cost.notes,
+            *(f"measuring the {name} network: {problem}" for name, m in found.measurements.items() for problem in m.problems),
+        ],
     }
 
 

@@ -258,6 +258,11 @@ def _environment() -> dict[str, Any]:
     return {"versions": versions, "platform": platform.platform(), "git": _git_commit(), "argv0": sys.argv[0]}
 
 
+def product_version() -> str:
+    """The installed version of edgeprune, or "source" when it runs from a checkout that was not installed."""
+    return _version("edgeprune") or "source"
+
+
 def _version(package: str) -> str | None:
     """The installed version, without importing the package."""
     try:

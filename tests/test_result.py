@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -100,6 +101,11 @@ def test_measured_figures_replace_predicted_ones() -> None:
     assert (figure["before"]["value"], figure["after"]["value"], figure["basis"]) == (40.0, 28.0, "measured")
     assert "predicted" not in figure["how"] + budget["how"]
     assert words["rounds"][0]["measured_ms"] == 31.0
+
+
+def test_a_disturbed_measurement_is_said() -> None:
+    measured = {"dense": measurement(40.0, 41.0), "compressed": replace(measurement(28.0, 29.0), problems=("throttled",))}
+    assert "measuring the compressed network: throttled" in told(found("host", measurements=measured))["notes"]
 
 
 @pytest.mark.parametrize(("limit", "met"), [(1234.0, True), (1233.0, False)])

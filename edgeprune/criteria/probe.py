@@ -67,7 +67,7 @@ class _Watch(TorchDispatchMode):
     """Counts the operations the way tracing numbered them, and hands over the wanted ones."""
 
     def __init__(self, wanted: dict[int, list[tuple[ChannelGroup, int, Tap]]], observer: Observer) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
+        super().__init__()  # type: ignore[no-untyped-call]  # torch leaves it untyped
         self._wanted = wanted
         self._observer = observer
         self._next = 0

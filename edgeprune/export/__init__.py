@@ -7,11 +7,10 @@ network computes: a file that is there was checked. No torch here: `formats()` i
 
 from __future__ import annotations
 
-import hashlib
 import importlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
-from importlib.metadata import PackageNotFoundError, entry_points, version
+from importlib.metadata import entry_points
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -128,20 +127,6 @@ def load_artifact(path: str | Path) -> Runner:
 def run_artifact(path: str | Path, inputs: Arrays) -> list[NDArray[Any]]:
     """The artifact's outputs for `inputs` (an array or one per input, batch first); see `load_artifact`."""
     return load_artifact(path)(inputs)
-
-
-def sha256_of(path: Path) -> str:
-    """Hex digest of a file."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def product_version() -> str:
-    """The installed version of edgeprune, or "source" when it runs from a checkout that was not installed."""
-    try:
-        return version("edgeprune")
-    except PackageNotFoundError:
-        return "source"
 
 
 def _format(name: str) -> Format:

@@ -65,7 +65,7 @@ class _Readers(TorchDispatchMode):
     """Who reads each watched storage: one entry per operation, functional calls included, but only one per call of a watched module."""
 
     def __init__(self, modules: Sequence[nn.Module]) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
+        super().__init__()  # type: ignore[no-untyped-call]  # torch leaves it untyped
         self.inside: object | None = None  # the call of a watched module that is running
         self._readers: dict[int, set[object]] = {}
         self._alive: list[Tensor] = []  # a freed storage's address would be handed out again
@@ -168,7 +168,7 @@ def _merge(layer: nn.Module, norm: _BatchNorm) -> None:
     scale = (variance.double() + norm.eps).rsqrt()
     if norm.weight is not None:
         scale = scale * norm.weight.double()
-    offset = -mean.double() if bias is None else bias.double() - mean.double()  # type: ignore[operator]
+    offset = -mean.double() if bias is None else bias.double() - mean.double()  # type: ignore[operator]  # torch types running_mean as optional
     shift = offset * scale + (0.0 if norm.bias is None else norm.bias.double())
     column = scale.reshape(-1, *[1] * (weight.ndim - 1))
     layer.weight = nn.Parameter((weight.double() * column).to(weight.dtype), requires_grad=weight.requires_grad)

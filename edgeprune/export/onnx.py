@@ -23,15 +23,16 @@ import onnx
 import onnxruntime
 import onnxsim
 import torch
-from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
+from google.protobuf.message import DecodeError  # type: ignore[import-untyped]  # protobuf ships no stubs
 from numpy.typing import NDArray
 from onnxruntime.capi import onnxruntime_pybind11_state as ort_state
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from edgeprune.errors import ExportError, ParityError, UnsupportedOp
-from edgeprune.export import Arrays, Artifact, Runner, product_version, sha256_of
+from edgeprune.export import Arrays, Artifact, Runner
 from edgeprune.export.fold import as_args, fold_batchnorm, frozen_copy, quiet_torch
+from edgeprune.run import hash_file, product_version
 
 # onnxruntime's errors share no base class of their own
 _RUNTIME_ERRORS = tuple(e for e in vars(ort_state).values() if isinstance(e, type) and issubclass(e, Exception))
@@ -105,7 +106,7 @@ def export_onnx(
         return Artifact(
             path=target,
             format="onnx",
-            sha256=sha256_of(file),
+            sha256=hash_file(file),
             size_bytes=file.stat().st_size,
             opset=next(o.version for o in proto.opset_import if o.domain == ""),
             dynamic_batch=not fixed_batch,
@@ -169,11 +170,11 @@ def _without_inplace(model: nn.Module, args: tuple[Tensor, ...]) -> nn.Module:
     with torch.no_grad():
         before = tree_leaves(model(*(a.clone() for a in args)))
         for module in inplace:
-            module.inplace = False  # type: ignore[assignment]
+            module.inplace = False  # type: ignore[assignment]  # torch types module attributes as tensors
         after = tree_leaves(model(*(a.clone() for a in args)))
     if not all(torch.equal(a, b) for a, b in zip(before, after, strict=True) if isinstance(a, Tensor)):
         for module in inplace:
-            module.inplace = True  # type: ignore[assignment]
+            module.inplace = True  # type: ignore[assignment]  # torch types module attributes as tensors
     return model
 
 

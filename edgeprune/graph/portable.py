@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import copy
 import json
-from importlib.metadata import version
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
@@ -18,7 +17,7 @@ from torch import Tensor, nn
 from edgeprune.errors import ModelError
 from edgeprune.graph.slim import aliases_of, named_tensors, resize
 from edgeprune.plan import Plan
-from edgeprune.run import write_atomic
+from edgeprune.run import product_version, write_atomic
 
 FORMAT = "edgeprune-1"
 
@@ -26,7 +25,7 @@ FORMAT = "edgeprune-1"
 def save(module: nn.Module, path: str | Path, *, plan: Plan | None = None) -> Path:
     """Write weights, buffers and the plan to `path` (.safetensors), under a temporary name first; returns the path."""
     path = Path(path)
-    recipe = {"format": FORMAT, "edgeprune": version("edgeprune"), "class": f"{type(module).__module__}.{type(module).__qualname__}"}
+    recipe = {"format": FORMAT, "edgeprune": product_version(), "class": f"{type(module).__module__}.{type(module).__qualname__}"}
     if plan is not None:
         recipe["plan"] = json.dumps(plan.to_json())
     tensors = {name: t.detach().cpu().contiguous().clone() for name, t in named_tensors(module)}

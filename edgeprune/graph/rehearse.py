@@ -64,7 +64,7 @@ class _Watch(TorchDispatchMode):
     """Compares the size of every operation's first output with what the labels say."""
 
     def __init__(self, sizes: Mapping[int, int]) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
+        super().__init__()  # type: ignore[no-untyped-call]  # torch leaves it untyped
         self.calls = 0
         self.busy = False
         self._sizes = sizes

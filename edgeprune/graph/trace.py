@@ -27,8 +27,6 @@ from edgeprune.graph.rehearse import Misfit, misfit
 from edgeprune.graph.rules import RULES, Call, Labelled, Weight, give_up
 from edgeprune.graph.running import evaluating, first_line, single_sample, tensors_in
 
-__all__ = ["evaluating", "single_sample", "tensors_in", "trace"]
-
 KINDS = {
     **dict.fromkeys("convolution _convolution mkldnn_convolution cudnn_convolution".split(), "conv"),
     **dict.fromkeys("addmm mm bmm baddbmm".split(), "linear"),
@@ -108,7 +106,7 @@ class _Tracer(TorchDispatchMode):
     """Runs every operation as it is, then asks its rule what happened to the labels."""
 
     def __init__(self, model: nn.Module) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
+        super().__init__()  # type: ignore[no-untyped-call]  # torch leaves it untyped
         self.book = Labels()
         self.tensors: dict[str, Tensor] = {}
         for name, tensor in [*model.named_parameters(), *model.named_buffers()]:

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from edgeprune.data import Split
 from edgeprune.errors import DataError, ExportError, GateError
 from edgeprune.export import Runner
-from edgeprune.graph.trace import evaluating, tensors_in
+from edgeprune.graph.running import evaluating, tensors_in
 from edgeprune.train import Progress, silent
 
 EVALUATION_BATCH = 250

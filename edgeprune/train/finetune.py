@@ -23,8 +23,8 @@ from torch.nn import functional as F
 
 from edgeprune.data import Augment, Split
 from edgeprune.errors import DataError, GateError
+from edgeprune.graph.running import evaluating
 from edgeprune.graph.slim import named_tensors
-from edgeprune.graph.trace import evaluating
 from edgeprune.run import write_atomic
 from edgeprune.train import Epoch, Progress, Recipe, silent
 from edgeprune.train.evaluate import evaluate, logits_of, settled

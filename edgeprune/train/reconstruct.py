@@ -26,8 +26,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from edgeprune.data import Split
 from edgeprune.errors import DataError
 from edgeprune.graph import ChannelGraph, Op
+from edgeprune.graph.running import evaluating
 from edgeprune.graph.slim import named_tensors, removed_positions
-from edgeprune.graph.trace import evaluating
 from edgeprune.plan import Plan
 from edgeprune.train import Progress, silent
 
@@ -135,7 +135,7 @@ class _Recorder(TorchDispatchMode):
     """Keeps the outputs of the target layers at their sampled places."""
 
     def __init__(self, targets: Mapping[int, _Target]) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
+        super().__init__()  # type: ignore[no-untyped-call]  # torch leaves it untyped
         self.calls = 0
         self._wanted: dict[int, list[tuple[str, _Target]]] = {}
         for target in targets.values():
@@ -172,7 +172,7 @@ class _Refitter(TorchDispatchMode):
         ridge: float,
         progress: Progress,
     ) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
+        super().__init__()  # type: ignore[no-untyped-call]  # torch leaves it untyped
         self._targets, self._wanted, self._tensors = targets, wanted, tensors
         self._ridge, self._progress = ridge, progress
         self._calls = self._done = 0

@@ -12,8 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from edgeprune.errors import ExportError, ParityError, UnsupportedOp
-from edgeprune.export import Artifact, load_artifact, run_artifact, sha256_of
+from edgeprune.export import Artifact, load_artifact, run_artifact
 from edgeprune.export.onnx import export_onnx, read_metadata
+from edgeprune.run import hash_file
 from tests.export.export_nets import NETS, Plain, settle
 
 X = torch.rand(1, 3, 12, 12, generator=torch.Generator().manual_seed(0))
@@ -50,7 +51,7 @@ def test_the_artifact_computes_what_the_network_computes(name: str, tmp_path: Pa
 def test_says_what_was_written(written: tuple[nn.Module, Artifact]) -> None:
     _, artifact = written
     proto = onnx.load(artifact.path)
-    assert artifact.sha256 == sha256_of(artifact.path)
+    assert artifact.sha256 == hash_file(artifact.path)
     assert artifact.size_bytes == artifact.path.stat().st_size
     assert artifact.opset == proto.opset_import[0].version >= 18
     assert [i.name for i in proto.graph.input] == ["input"]
