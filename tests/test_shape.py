@@ -40,6 +40,8 @@ TESTED_ELSEWHERE: dict[str, str] = {
     "edgeprune/criteria/__init__.py": "tests/criteria/test_registry.py",
     "edgeprune/errors.py": "tests/test_cli.py",
     "edgeprune/export/__init__.py": "tests/export/test_formats.py",
+    "edgeprune/graph/build.py": "tests/graph/test_trace.py",
+    "edgeprune/graph/kinds.py": "tests/graph/test_rules.py",
     "edgeprune/graph/rehearse.py": "tests/graph/test_trace.py",
     "edgeprune/graph/moves.py": "tests/graph/test_rules.py",
     "edgeprune/graph/running.py": "tests/graph/test_trace.py",

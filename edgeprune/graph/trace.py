@@ -13,49 +13,19 @@ from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from edgeprune.errors import TraceError
-from edgeprune.graph import moves  # noqa: F401  registers its rules
-from edgeprune.graph.channels import Activation, ChannelGraph, ChannelGroup, Member, Op, Tap
+from edgeprune.graph.build import build
+from edgeprune.graph.channels import ChannelGraph, Op
+from edgeprune.graph.kinds import KINDS
 from edgeprune.graph.labels import Labels, core, varies
 from edgeprune.graph.rehearse import Misfit, misfit
 from edgeprune.graph.rules import RULES, Call, Labelled, Weight, give_up
 from edgeprune.graph.running import evaluating, first_line, single_sample, tensors_in
-
-KINDS = {
-    **dict.fromkeys("convolution _convolution mkldnn_convolution cudnn_convolution".split(), "conv"),
-    **dict.fromkeys("addmm mm bmm baddbmm".split(), "linear"),
-    **dict.fromkeys(
-        "native_batch_norm _native_batch_norm_legit _native_batch_norm_legit_no_training cudnn_batch_norm batch_norm native_layer_norm "
-        "native_group_norm".split(),
-        "norm",
-    ),
-    **dict.fromkeys(
-        "relu relu6 hardtanh hardswish hardsigmoid sigmoid silu gelu elu celu selu leaky_relu _prelu_kernel mish softplus tanh clamp "
-        "clamp_min clamp_max".split(),
-        "activation",
-    ),
-    **dict.fromkeys("add sub rsub".split(), "add"),
-    **dict.fromkeys("mul div".split(), "mul"),
-    **dict.fromkeys(
-        "max_pool2d_with_indices max_pool2d max_pool1d max_pool3d_with_indices avg_pool1d avg_pool2d avg_pool3d _adaptive_avg_pool2d "
-        "adaptive_avg_pool1d _adaptive_avg_pool3d adaptive_max_pool2d mean sum amax".split(),
-        "pool",
-    ),
-    **dict.fromkeys(["cat", "stack"], "cat"),
-    **dict.fromkeys([n for n in RULES if n.startswith(("upsample", "_upsample"))], "resize"),
-    **dict.fromkeys(
-        "clone detach alias _to_copy lift_fresh permute transpose t unsqueeze squeeze expand flip repeat view _unsafe_view reshape "
-        "_reshape_alias split split_with_sizes unbind slice select roll constant_pad_nd pixel_shuffle channel_shuffle "
-        "native_channel_shuffle".split(),
-        "move",
-    ),
-}
 
 
 def trace(model: nn.Module, example_inputs: Any) -> ChannelGraph:
@@ -82,9 +52,9 @@ def trace(model: nn.Module, example_inputs: Any) -> ChannelGraph:
             ) from error
     for leaf in tensors_in(outputs):
         tracer.leave(leaf)
-    graph = _build(tracer)
+    graph = build(tracer)
     while (found := misfit(model, graph, single_sample(example_inputs))) is not None and tracer.hold(found, graph):
-        graph = _build(tracer)
+        graph = build(tracer)
     return graph
 
 
@@ -256,143 +226,3 @@ class _Tracer(TorchDispatchMode):
                 after_activation = kind == "norm" and op.kind == "activation"
                 return -1 if after_activation else target
         return -1
-
-
-@dataclass(frozen=True)
-class _Rows:
-    """Every labelled position of every parameter axis: axis number, position, class; sorted by class."""
-
-    axis: NDArray[np.int64]
-    position: NDArray[np.int64]
-    channel: NDArray[np.int64]
-
-
-def _build(tracer: _Tracer) -> ChannelGraph:
-    """Classes of labels → groups; label counts of every tensor → sizes as linear functions of the groups' widths."""
-    classes, reasons = tracer.book.resolve()
-    keys = list(tracer.axes)
-    order = {key: i for i, key in enumerate(keys)}
-    producers = np.array([order[key] for key in tracer.producers if key in order], dtype=np.int64)
-    roots = [classes[tracer.axes[key].numpy()] for key in keys]
-    blocked = np.zeros(int(classes.max()) + 1, dtype=bool)
-    blocked[list(reasons)] = True
-    rows = _rows(roots, blocked)
-    groups = _groups(rows, keys, producers)
-    group_of = np.full(len(blocked), -1, dtype=np.int64)
-    channel_of = np.zeros(len(blocked), dtype=np.int64)
-    for number, (group, members) in enumerate(groups):
-        group_of[members] = number
-        channel_of[members] = np.arange(group.channels)
-    frozen = {}
-    for key in tracer.producers:
-        stays = [int(c) for c in np.unique(roots[order[key]])] if key in order else []
-        why = next((reasons[c] for c in stays if c in reasons), None)
-        if why or any(group_of[c] < 0 for c in stays):
-            frozen[f"{key[0]}[{key[1]}]"] = why or "its channels are tied to one another: all would have to go at once"
-    wide = np.array([group.channels for group, _ in groups], dtype=np.int64)
-    activations = tuple(_activation(shape, classes[flat.numpy()], repeat, group_of, wide) for shape, flat, repeat in tracer.sizes)
-    return ChannelGraph(
-        groups=tuple(g for g, _ in groups),
-        frozen=frozen,
-        ops=tuple(tracer.ops),
-        activations=activations,
-        shapes={n: tuple(t.shape) for n, t in tracer.tensors.items()},
-        trainable=tracer.trainable,
-        taps=_taps(tracer, classes, group_of, channel_of, groups),
-        input_activations=tuple(tracer.inputs),
-        output_activations=tuple(tracer.outputs),
-    )
-
-
-def _rows(roots: list[NDArray[np.int64]], blocked: NDArray[np.bool_]) -> _Rows:
-    axis = np.repeat(np.arange(len(roots)), [len(r) for r in roots]) if roots else np.zeros(0, dtype=np.int64)
-    position = np.concatenate([np.arange(len(r)) for r in roots]) if roots else np.zeros(0, dtype=np.int64)
-    channel = np.concatenate(roots) if roots else np.zeros(0, dtype=np.int64)
-    free = ~blocked[channel]
-    axis, position, channel = axis[free], position[free], channel[free]
-    by_class = np.lexsort((position, axis, channel))
-    return _Rows(axis[by_class], position[by_class], channel[by_class])
-
-
-def _groups(rows: _Rows, keys: list[tuple[str, int]], producers: NDArray[np.int64]) -> list[tuple[ChannelGroup, NDArray[np.int64]]]:
-    """Classes that touch the same axes equally often form a group; returns each with its classes in channel order.
-
-    A class on its own is no group, because one channel must stay.
-    """
-    if not len(rows.channel):
-        return []
-    starts = np.flatnonzero(np.r_[True, rows.channel[1:] != rows.channel[:-1]])
-    lengths = np.diff(np.r_[starts, len(rows.channel)])
-    salt = np.random.default_rng(0).integers(1, 2**62, size=len(keys), dtype=np.uint64)
-    signature = np.add.reduceat(salt[rows.axis], starts)
-    produced = np.maximum.reduceat(np.isin(rows.axis, producers), starts)
-    groups: list[tuple[ChannelGroup, NDArray[np.int64]]] = []
-    taken: dict[str, int] = {}
-    rank = np.full(len(keys), len(keys) + 1)
-    rank[producers] = np.arange(len(producers))
-    for value in dict.fromkeys(signature[produced].tolist()):
-        mine = np.flatnonzero(signature == np.uint64(value))
-        n, k = len(mine), int(lengths[mine[0]])
-        if n == 1:
-            continue
-        table = starts[mine][:, None] + np.arange(k)
-        axes = rows.axis[table[0]]
-        positions = rows.position[table]
-        columns: dict[int, NDArray[np.int64]] = {int(a): positions[:, axes == a] for a in dict.fromkeys(axes.tolist())}
-        ordered = sorted(columns, key=lambda a: (rank[a], a))
-        by_channel = np.argsort(columns[ordered[0]][:, 0], kind="stable")
-        members = tuple(Member(*keys[a], columns[a][by_channel]) for a in ordered)
-        producing = int((rank[ordered] < len(keys)).sum())
-        name = members[0].parameter.rpartition(".")[0] or members[0].parameter
-        taken[name] = taken.get(name, 0) + 1
-        name = name if taken[name] == 1 else f"{name}#{taken[name]}"
-        groups.append((ChannelGroup(name, n, members, producing), rows.channel[starts[mine]][by_channel]))
-    return sorted(groups, key=lambda g: rank[keys.index((g[0].members[0].parameter, g[0].members[0].axis))])
-
-
-def _activation(
-    shape: tuple[int, ...], channels: NDArray[np.int64], repeat: int, group_of: NDArray[np.int64], widths: NDArray[np.int64]
-) -> Activation:
-    group, count = np.unique(group_of[channels], return_counts=True)
-    sizes = dict(zip(group.tolist(), (count * float(repeat)).tolist(), strict=True))
-    fixed = sizes.pop(-1, 0.0)
-    return Activation(shape, fixed, tuple((g, n / int(widths[g])) for g, n in sorted(sizes.items())))
-
-
-def _taps(
-    tracer: _Tracer,
-    classes: NDArray[np.int64],
-    group_of: NDArray[np.int64],
-    channel_of: NDArray[np.int64],
-    groups: list[tuple[ChannelGroup, NDArray[np.int64]]],
-) -> dict[str, tuple[Tap, ...]]:
-    """Where a group's channels can be looked at: every tensor that a conv, linear or pooling reads and that holds all of them."""
-    made_by = {op.output: op.call for op in tracer.ops}
-    found: dict[str, dict[int, Tap]] = {g.name: {} for g, _ in groups}
-    for op in tracer.ops:
-        if op.kind not in ("conv", "linear", "pool") or not op.inputs:
-            continue
-        number = op.inputs[0]
-        varying = tracer.varying[number]
-        if varying is None or number not in made_by:
-            continue
-        dim, labels = varying
-        members = classes[labels.numpy()]
-        for g in np.unique(group_of[members]).tolist():
-            if g < 0 or number in found[groups[g][0].name]:
-                continue
-            group = groups[g][0]
-            where = np.flatnonzero(group_of[members] == g)
-            order = where[np.argsort(channel_of[members[where]], kind="stable")]
-            if len(order) % group.channels == 0:
-                found[group.name][number] = Tap(made_by[number], dim, order.reshape(group.channels, -1))
-    shapes = tracer.sizes
-
-    def spread(number: int) -> int:
-        return int(np.prod(shapes[number][0])) // max(1, shapes[number][0][tracer.varying[number][0]])  # type: ignore[index]
-
-    taps = {}
-    for name, by_number in found.items():
-        most = max((spread(n) for n in by_number), default=0)
-        taps[name] = tuple(t for n, t in by_number.items() if spread(n) > 1 or most <= 1)
-    return taps

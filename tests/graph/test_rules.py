@@ -9,9 +9,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from edgeprune.graph.kinds import KINDS
 from edgeprune.graph.rules import RULES, Call, give_up
 from edgeprune.graph.slim import prove, slim
-from edgeprune.graph.trace import KINDS, trace
+from edgeprune.graph.trace import trace
 from edgeprune.plan import Plan
 from tests.networks import random_plan
 
