@@ -21,7 +21,8 @@ def filters(rows: Tensor) -> nn.Module:
 def scored(rows: Tensor) -> list[float]:
     model = filters(rows)
     graph = trace(model, torch.zeros(1, rows.shape[1], dtype=torch.float64))
-    return criteria.score(graph, model, "fpgm").values["0"].tolist()
+    found: list[float] = criteria.score(graph, model, "fpgm").values["0"].tolist()
+    return found
 
 
 def test_scores_equal_pairwise_distances() -> None:
