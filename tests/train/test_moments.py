@@ -16,21 +16,21 @@ def noise(*shape: int, seed: int = 0) -> Tensor:
 
 
 CONVS: list[tuple[Any, ...]] = [
-    (F.conv1d, (2, 4, 17), (5, 4, 3), [2], [1], [2]),
-    (F.conv2d, (2, 4, 9, 7), (5, 4, 3, 2), [2, 1], [1, 0], [1, 3]),
-    (F.conv2d, (2, 4, 6, 6), (5, 4, 1, 1), [1], [0], [1]),
-    (F.conv3d, (2, 3, 5, 6, 4), (2, 3, 2, 3, 1), [1, 2, 1], [1, 1, 0], [1, 1, 1]),
+    (F.conv1d, (2, 4, 17), (5, 4, 3), ([2], [1], [2])),
+    (F.conv2d, (2, 4, 9, 7), (5, 4, 3, 2), ([2, 1], [1, 0], [1, 3])),
+    (F.conv2d, (2, 4, 6, 6), (5, 4, 1, 1), ([1], [0], [1])),
+    (F.conv3d, (2, 3, 5, 6, 4), (2, 3, 2, 3, 1), ([1, 2, 1], [1, 1, 0], [1, 1, 1])),
 ]
 
 
-@pytest.mark.parametrize(("function", "size", "shape", "stride", "padding", "dilation"), CONVS)
+@pytest.mark.parametrize(("function", "size", "shape", "convolution"), CONVS)
 def test_patches_times_weights_are_what_the_conv_computes(
-    function: Any, size: tuple[int, ...], shape: tuple[int, ...], stride: list[int], padding: list[int], dilation: list[int]
+    function: Any, size: tuple[int, ...], shape: tuple[int, ...], convolution: tuple[list[int], list[int], list[int]]
 ) -> None:
     x, weight = noise(*size), noise(*shape, seed=1)
-    out = function(x, weight, stride=stride, padding=padding, dilation=dilation)
+    out = function(x, weight, None, *convolution)
     places = sampled_places(out.shape[2:], 7, seed=3)
-    patches = conv_patches(x, weight, (stride, padding, dilation), out.shape[2:], places)
+    patches = conv_patches(x, weight, convolution, out.shape[2:], places)
     assert patches.shape == (2, len(places), shape[1], weight[0, 0].numel())
     computed = torch.einsum("npck,ock->nop", patches, weight.flatten(2))
     assert torch.allclose(computed, out.flatten(2)[:, :, places], atol=1e-12)
