@@ -51,8 +51,8 @@ class View:
 
     @cached_property
     def pooled(self) -> Tensor:
-        """The mean of each map, float64 (n, channels)."""
-        return self.maps.double().mean(dim=(2, 3))
+        """The mean of each map, float64 (n, channels); summed in the maps' own type, which is many times faster."""
+        return self.maps.mean(dim=(2, 3)).double()
 
     @property
     def key(self) -> tuple[str, int]:
@@ -199,6 +199,8 @@ def channel_maps(tensor: Tensor, tap: Tap) -> Tensor:
     """The group's channels of one output as (n, channels, h, w); vectors and flattened maps become (n, channels, 1, k)."""
     moved = tensor.movedim(tap.axis, 1) if tap.axis else tensor[None].movedim(tap.axis + 1, 1)
     index: NDArray[np.int64] = tap.indices
+    if moved.ndim == 4 and index.shape == (moved.shape[1], 1) and (index[:, 0] == np.arange(len(index))).all():
+        return moved  # all channels in their order: no copy
     maps = moved.index_select(1, torch.from_numpy(index.reshape(-1)).to(moved.device))
     n, channels, spread = maps.shape[0], index.shape[0], index.shape[1]
     if maps.ndim == 4 and spread == 1:

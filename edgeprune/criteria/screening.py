@@ -39,7 +39,7 @@ Floats = NDArray[np.float64]
 ROUNDING = 1e-12  # spread below this share of the values is what rounding leaves of a constant
 FEATURES: dict[str, Callable[[View], Tensor]] = {
     "mean": lambda view: view.pooled,
-    "abs": lambda view: view.maps.double().abs().mean(dim=(2, 3)),
+    "abs": lambda view: view.maps.abs().mean(dim=(2, 3)).double(),
     "max": lambda view: view.maps.amax(dim=(2, 3)).double(),
 }
 COMBINERS: dict[str, Callable[[Floats], Floats]] = {
