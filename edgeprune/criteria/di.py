@@ -25,14 +25,14 @@ the exact losses, the greedy order and targets from outputs are ours. The paper'
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
+from edgeprune.criteria.nuclear_norm import layers_to_groups
 from edgeprune.criteria.probe import Probe, Statistic, View
 from edgeprune.criteria.screening import ROUNDING, checked_labels
 from edgeprune.errors import DataError, UsageError
@@ -45,7 +45,6 @@ PAPER = (
     "Hou and Kung, A Feature-map Discriminant Perspective for Pruning Deep Neural Networks, arXiv 2005.13796 "
     "(reconstructed from its abstract and code)"
 )
-Floats = NDArray[np.float64]
 Key = tuple[str, int]
 CHUNK_BYTES = 32 << 20
 OPTIONS = {
@@ -222,13 +221,9 @@ class _Discriminant(Statistic):
             raise DataError(f"targets=outputs needs finite outputs for every image, got shape {tuple(found.shape)} for {n} images.")
         return found.detach().reshape(n, -1).double()
 
-    def _scores(self, rows: dict[Key, Tensor], facts: dict[str, Any]) -> Scores:
-        values = {}
-        for group in self._graph.groups:
-            keys = [(group.name, tap) for tap in range(len(self._graph.taps[group.name]))]
-            found = [rows[key].cpu().numpy() for key in keys if key in rows]
-            values[group.name] = self._probe.reduced(found, balance=True) if found else np.ones(group.channels)
-        return Scores("di", values, facts)
+    def _scores(self, rows: Mapping[Key, Tensor], facts: dict[str, Any]) -> Scores:
+        arrays = {key: row.cpu().numpy() for key, row in rows.items()}
+        return layers_to_groups(self._graph, self._probe, arrays, Scores("di", {}, facts))
 
 
 class _Pooled(_Discriminant):
@@ -266,7 +261,8 @@ class _Pooled(_Discriminant):
 
     def _rows(self, scatter: Tensor, cross: Tensor, rho: float) -> Tensor:
         if self._order == "gradient":
-            return torch.linalg.solve(_ridged(scatter, rho), cross).square().sum(dim=1) * (2 * rho)
+            weights: Tensor = torch.linalg.solve(_ridged(scatter, rho), cross)
+            return weights.square().sum(dim=1) * (2 * rho)
         return (losses_in_order if self._order == "greedy" else drops)(scatter, cross, rho)
 
 

@@ -20,7 +20,8 @@ images, is our reconstruction, after its predecessor HRank; `stacked` is the oth
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -33,6 +34,8 @@ from edgeprune.criteria.probe import Probe, Statistic, View
 from edgeprune.errors import UsageError
 from edgeprune.graph import ChannelGraph
 from edgeprune.plan import Scores
+
+Floats = NDArray[np.float64]
 
 NEEDS = ("maps",)
 PAPER = "Yeom et al., Toward Compact Deep Neural Networks via Energy-Aware Pruning, arXiv 2103.10858 (reconstructed from its abstract)"
@@ -56,39 +59,40 @@ def statistic(
     for name, value, known in (("mode", mode, ("image", "stacked")), ("route", route, ROUTES)):
         if value not in known:
             raise UsageError(f"{name} must be one of {', '.join(known)}, got {value!r}.")
-    if every < 0 or max_side < 1:
-        raise UsageError(f"every must be 0 (choose) or more and max_side 1 or more, got {every!r} and {max_side!r}.")
+    checked_work(every, max_side)
     if mode == "stacked":
         return _Stacked(graph, probe, route, max(every, 1))
-    return _Energy(graph, probe, route, every, max_side)
+    return MapMeans(graph, probe, "nuclear_norm", lambda maps: nuclear_norms(maps, route), every=every, max_side=max_side)
 
 
-class _Energy(Statistic):
-    """Sums of the energies of single maps."""
+class MapMeans(Statistic):
+    """The mean over images of one figure of every map: `figure` takes (n, c, h, w) to (n, c)."""
 
-    def __init__(self, graph: ChannelGraph, probe: Probe, route: str, every: int, max_side: int) -> None:
-        self._graph, self._probe, self._route, self._max_side = graph, probe, route, max_side
+    def __init__(
+        self, graph: ChannelGraph, probe: Probe, name: str, figure: Callable[[Tensor], Tensor], *, every: int, max_side: int
+    ) -> None:
+        self._graph, self._probe, self._name, self._figure, self._max_side = graph, probe, name, figure, max_side
         self._every, self._first = (every, 0) if every else _thinning(graph)
         self._sums: dict[tuple[str, int], Tensor] = {}
         self._seen: dict[tuple[str, int], int] = {}
         self._used: dict[tuple[str, int], int] = {}
 
     def update(self, view: View) -> None:
-        """Add the energies of one batch."""
+        """Add the figures of one batch."""
         seen, n = self._seen.get(view.key, 0), len(view.maps)
         self._seen[view.key] = seen + n
         maps = _thinned(view.maps, seen, self._every, self._first)
         if not len(maps):
             return
         maps = _shrunk(maps, lambda h, w: min(h, w) <= self._max_side)
-        energy = nuclear_norms(maps, self._route).sum(dim=0)
-        self._sums[view.key] = self._sums[view.key] + energy if view.key in self._sums else energy
+        figures = self._figure(maps).sum(dim=0)
+        self._sums[view.key] = self._sums[view.key] + figures if view.key in self._sums else figures
         self._used[view.key] = self._used.get(view.key, 0) + len(maps)
 
     def scores(self, images: int) -> Scores:
-        """Mean energy of each channel; a group that no layer reads is worth the same everywhere."""
+        """The mean of each channel; a group that no layer reads is worth the same everywhere."""
         rows = {key: (total / self._used[key]).cpu().numpy() for key, total in self._sums.items()}
-        return _scores(self._graph, self._probe, rows, {"images": images, "every": self._every})
+        return layers_to_groups(self._graph, self._probe, rows, Scores(self._name, {}, {"images": images, "every": self._every}))
 
 
 class _Stacked(Statistic):
@@ -118,26 +122,46 @@ class _Stacked(Statistic):
         for key, square in self._squares.items():
             values = torch.linalg.svdvals(square) if self._svd else torch.linalg.eigvalsh(square).clamp(min=0).sqrt()
             rows[key] = values.sum(dim=1).cpu().numpy()
-        return _scores(self._graph, self._probe, rows, {"images": images, "every": self._every})
+        return layers_to_groups(self._graph, self._probe, rows, Scores("nuclear_norm", {}, {"images": images, "every": self._every}))
+
+
+def checked_work(every: int, max_side: int) -> None:
+    """Raises UsageError for options that leave no image or no map."""
+    if every < 0 or max_side < 1:
+        raise UsageError(f"every must be 0 (choose) or more and max_side 1 or more, got {every!r} and {max_side!r}.")
 
 
 def nuclear_norms(maps: Tensor, route: str = "gram") -> Tensor:
     """Sum of singular values of every map, float64: (n, c, h, w) -> (n, c)."""
+    return of_singular_values(maps, lambda values: values.sum(dim=1), route)
+
+
+def of_singular_values(maps: Tensor, figure: Callable[[Tensor], Tensor], route: str = "gram") -> Tensor:
+    """A figure of the singular values of every map, float64: (n, c, h, w) -> (n, c); `figure` takes (maps, values) to (maps,)."""
     n, c, h, w = maps.shape
     flat = maps.reshape(n * c, h, w)
     if h > w:
         flat = flat.mT
-    if min(h, w) == 1:
-        norms: Tensor = torch.linalg.vector_norm(flat.double().flatten(1), dim=1)
-        return norms.reshape(n, c)
     parts = []
     for chunk in flat.split(max(1, CHUNK_BYTES // (8 * h * w))):
         x = chunk.double()
-        if route == "svd":
-            parts.append(torch.linalg.svdvals(x).sum(dim=1))
+        if min(h, w) == 1:
+            values = torch.linalg.vector_norm(x, dim=2)
+        elif route == "svd":
+            values = torch.linalg.svdvals(x)
         else:
-            parts.append(torch.linalg.eigvalsh(torch.bmm(x, x.mT)).clamp_(min=0).sqrt_().sum(dim=1))
-    return torch.cat(parts).reshape(n, c) if parts else maps.new_zeros(n, c, dtype=torch.float64)
+            values = torch.linalg.eigvalsh(torch.bmm(x, x.mT)).clamp_(min=0).sqrt_()
+        parts.append(figure(values))
+    return torch.cat(parts).reshape(n, c)
+
+
+def layers_to_groups(graph: ChannelGraph, probe: Probe, rows: Mapping[tuple[str, int], Floats], scores: Scores) -> Scores:
+    """`scores` with values: of each group the rows of its layers, each divided by its mean; a group that no layer reads has ones."""
+    values = {}
+    for group in graph.groups:
+        found = [rows[key] for tap in range(len(graph.taps[group.name])) if (key := (group.name, tap)) in rows]
+        values[group.name] = probe.reduced(found, balance=True) if found else np.ones(group.channels)
+    return replace(scores, values=values)
 
 
 def _thinning(graph: ChannelGraph) -> tuple[int, int]:
@@ -165,11 +189,3 @@ def _shrunk(maps: Tensor, fits: Callable[[int, int], bool]) -> Tensor:
     while not fits(-(-h // factor), -(-w // factor)):
         factor += 1
     return maps if factor == 1 else F.avg_pool2d(maps, (min(factor, h), min(factor, w)), ceil_mode=True)
-
-
-def _scores(graph: ChannelGraph, probe: Probe, rows: dict[tuple[str, int], NDArray[np.float64]], facts: dict[str, Any]) -> Scores:
-    values = {}
-    for group in graph.groups:
-        found = [rows[key] for tap in range(len(graph.taps[group.name])) if (key := (group.name, tap)) in rows]
-        values[group.name] = probe.reduced(found, balance=True) if found else np.ones(group.channels)
-    return Scores("nuclear_norm", values, facts)
