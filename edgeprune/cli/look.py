@@ -2,33 +2,57 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from edgeprune.cli.options import AsJson, DeviceName, Factory, Model, Numbers, Shape, TrustPickle, load, numbers_of, shape_of
 from edgeprune.terminal import print_json, print_table, progress_bars
 
+if TYPE_CHECKING:
+    from edgeprune.graph import ChannelGraph
+
+NAMED = 4  # parameter axes that a line names
+
 
 def inspect(
-    path: Model, factory: Factory = None, input_shape: Shape = None, trust_pickle: TrustPickle = False, as_json: AsJson = False
+    path: Model,
+    factory: Factory = None,
+    input_shape: Shape = None,
+    layers: Annotated[bool, typer.Option("--layers", help="list every conv and linear too")] = False,
+    trust_pickle: TrustPickle = False,
+    as_json: AsJson = False,
 ) -> None:
-    """The groups of channels that can go, what stays and why, and where parameters and MACs are."""
+    """The groups of channels that can go, what each weighs, what stays and why, and how much can go at all."""
     from edgeprune.graph.trace import trace
     from edgeprune.report import quantity
 
     loaded = load(path, factory, shape_of(input_shape), trust_pickle)
     graph = trace(loaded.model, loaded.example_inputs)
+    found = _anatomy(graph)
     if as_json:
-        groups = [{"name": g.name, "channels": g.channels, "members": len(g.members)} for g in graph.groups]
-        print_json({"macs": graph.macs, "params": graph.params, "groups": groups, "frozen": dict(graph.frozen)})
+        print_json(found)
         return
-    print_table(["group", "channels", "parameter axes"], [[g.name, g.channels, len(g.members)] for g in graph.groups])
-    typer.echo(f"\n{quantity(graph.macs)} MACs, {quantity(graph.params)} parameters, {len(graph.groups)} group(s) of channels can shrink")
+    rows = [[g["name"], g["channels"], len(g["members"]), *_weight(g, "macs"), *_weight(g, "params")] for g in found["groups"]]
+    print_table(["group", "channels", "parameter axes", "MACs", "of all", "parameters", "of all"], rows)
+    macs, params = (math.floor(1000 * share) / 10 for share in graph.prunable)  # 99.98% must not read as everything
+    typer.echo(
+        f"\n{quantity(graph.macs)} MACs, {quantity(graph.params)} parameters, {len(graph.groups)} group(s) of channels can shrink\n"
+        f"With one channel left in every group, {macs}% of the MACs and {params}% of the parameters are gone: no plan removes more.\n"
+        "A group's figures are what goes with all of it alone; a layer between two groups counts for both, so shares exceed 100%."
+    )
+    if layers:
+        typer.echo()
+        rows = [[x["name"], x["kind"], x["weight"], quantity(x["macs"]), quantity(x["params"])] for x in found["layers"]]
+        print_table(["layer", "kind", "weight", "MACs", "parameters"], rows)
     if graph.frozen:
         typer.echo("\nStays dense:")
-        print_table(["parameter axis", "reason"], [[name, reason] for name, reason in graph.frozen.items()])
+        print_table(
+            ["reason", "parameter axes", "which"], [[why, len(axes), _some(axes)] for why, axes in found["frozen_by_reason"].items()]
+        )
 
 
 def profile(
@@ -108,6 +132,54 @@ def criteria(as_json: AsJson = False) -> None:
 def allocators(as_json: AsJson = False) -> None:
     """Ways to decide how much of each layer stays."""
     _registry("allocate", as_json)
+
+
+def _anatomy(graph: ChannelGraph) -> dict[str, Any]:
+    """Everything `inspect` knows, as JSON."""
+    reasons: dict[str, list[str]] = {}
+    for axis, reason in graph.frozen.items():
+        reasons.setdefault(reason, []).append(axis)
+    macs, params = graph.prunable
+    return {
+        "macs": graph.macs,
+        "params": graph.params,
+        "prunable": {"macs": macs, "params": params, "definition": "share that is gone with one channel left in every group"},
+        "groups": [
+            {
+                "name": g.name,
+                "channels": g.channels,
+                "members": [{"parameter": m.parameter, "axis": m.axis, "positions_per_channel": m.indices.shape[1]} for m in g.members],
+                **share._asdict(),
+                "macs_share": share.macs / graph.macs if graph.macs else 0.0,
+                "params_share": share.params / graph.params if graph.params else 0.0,
+            }
+            for g, share in zip(graph.groups, graph.shares, strict=True)
+        ],
+        "layers": [
+            {
+                "name": weight.removesuffix(".weight"),
+                "kind": op.kind,
+                "weight": list(graph.shapes[weight]),
+                "macs": op.positions * math.prod(graph.shapes[weight]),
+                "params": math.prod(graph.shapes[weight]) + math.prod(graph.shapes.get(weight.removesuffix("weight") + "bias", (0,))),
+            }
+            for op in graph.multiplying
+            if (weight := op.weight)
+        ],
+        "frozen": dict(graph.frozen),
+        "frozen_by_reason": dict(sorted(reasons.items(), key=lambda entry: -len(entry[1]))),
+    }
+
+
+def _weight(group: Mapping[str, Any], figure: str) -> tuple[str, str]:
+    from edgeprune.report import quantity
+
+    return quantity(group[figure]), f"{group[figure + '_share']:.1%}"
+
+
+def _some(names: Sequence[str]) -> str:
+    rest = f" and {len(names) - NAMED} more (--json has all)" if len(names) > NAMED else ""
+    return ", ".join(names[:NAMED]) + rest
 
 
 def _registry(folder: str, as_json: bool) -> None:
