@@ -45,7 +45,6 @@ TESTED_ELSEWHERE: dict[str, str] = {
     "edgeprune/graph/kinds.py": "tests/graph/test_rules.py",
     "edgeprune/graph/rehearse.py": "tests/graph/test_trace.py",
     "edgeprune/graph/moves.py": "tests/graph/test_rules.py",
-    "edgeprune/graph/running.py": "tests/graph/test_trace.py",
     "edgeprune/images.py": "tests/test_data.py",
     "edgeprune/sources.py": "tests/test_data.py",
     "edgeprune/train/__init__.py": "tests/train/test_recipe.py",

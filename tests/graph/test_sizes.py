@@ -15,7 +15,7 @@ def test_an_axis_is_its_fixed_positions_and_what_the_groups_own() -> None:
     (norm,) = axis_lengths(graph, ["body.3.weight"])
     assert (norm.fixed.tolist(), norm.slope[:, 0].tolist()) == ([0.0], [1.0, 1.0, 1.0, 0.0])
     rows, columns = axis_lengths(graph, ["fc.weight"])
-    assert (rows.fixed.tolist(), rows.slope.any()) == ([5.0], False)
+    assert rows.fixed.tolist() == [5.0] and not rows.slope.any()
     assert columns.at(np.array([[6.0, 4, 4, 3]])).tolist() == [[3.0]]
 
 
