@@ -26,6 +26,7 @@ from edgeprune.cli.options import (
 )
 from edgeprune.errors import GateError, UsageError
 from edgeprune.terminal import complain, print_json, progress_bars, say
+from edgeprune.widths import DEFAULT_RULES
 
 if TYPE_CHECKING:
     from edgeprune.result import Result
@@ -53,7 +54,12 @@ def compress(
     lr: Annotated[float, typer.Option(help="largest learning rate of the cosine schedule")] = 0.01,
     batch_size: Annotated[int, typer.Option(help="images per training step")] = 128,
     flip: Annotated[bool, typer.Option(help="mirror training images at random")] = True,
-    round_to: Annotated[int, typer.Option(help="widths are multiples of this")] = 8,
+    round_to: Annotated[int, typer.Option(help="widths are multiples of this")] = DEFAULT_RULES.round_to,
+    min_channels: Annotated[int, typer.Option(help="no layer gets fewer channels")] = DEFAULT_RULES.min_channels,
+    max_remove: Annotated[float, typer.Option(help="largest share of a group's channels that may go")] = DEFAULT_RULES.max_remove,
+    keep_dense: Annotated[
+        list[str] | None, typer.Option(help="groups, layers or parameters that stay as they are; * and ? match, may be repeated")
+    ] = None,
     quantize: Annotated[str, typer.Option(help="none: weights and activations stay fp32")] = "none",
     formats: Annotated[str, typer.Option("--format", help="artifact formats, comma-separated: onnx")] = "onnx",
     out: Annotated[Path | None, typer.Option(help="run folder (default: runs/<model>-<device>)")] = None,
@@ -108,6 +114,9 @@ def compress(
             ),
             recover=recover,
             round_to=round_to,
+            min_channels=min_channels,
+            max_remove=max_remove,
+            keep_dense=keep_dense or (),
             formats=[f.strip() for f in formats.split(",")],
             out=folder,
             resume=resume,

@@ -39,14 +39,18 @@ class ChannelGroup:
     members: tuple[Member, ...]
     producing: int = 1
 
+    @property
+    def filters(self) -> int:
+        """Filters of the producing layer per channel: more than one where a grouped conv or a shuffle ties some."""
+        return int(self.members[0].indices.shape[1])
+
     def widths(self, round_to: int = 1, minimum: int = 1) -> tuple[int, ...]:
         """The widths a plan may choose, ascending, the dense one last.
 
         Multiples of `round_to` of the producing axis (a channel of a grouped conv spans several positions of it); a group
         narrower than that stays whole. Never below `minimum`, never below 1.
         """
-        span = self.members[0].indices.shape[1]
-        step = round_to // math.gcd(round_to, span)
+        step = round_to // math.gcd(round_to, self.filters)
         return (*(w for w in range(step, self.channels, step) if w >= minimum), self.channels)
 
 

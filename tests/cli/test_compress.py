@@ -68,6 +68,29 @@ def test_resume_goes_on(edgeprune: Command, here: Path) -> None:
     assert "--resume needs --out" in lost.message
 
 
+def test_users_say_what_stays(edgeprune: Command, here: Path) -> None:
+    """ColourNet's groups: a (16, the stream that a and b make) and c (32)."""
+    common = ["compress", *QUICK, "--macs", "0.7", "--round-to", "1", "--out", "run"]
+    done = edgeprune(*common, "--keep-dense", "c", "--max-remove", "0.5", "--min-channels", "9", "--json")
+    assert done.code == 0, done.err
+    kept = {g["name"]: g["kept"] for g in json.loads(done.out)["groups"]}
+    assert kept["c"] == 32
+    assert 9 <= kept["a"] < 16
+    asked = json.loads(Path("run/run.json").read_text())["asked"]
+    assert (asked["keep_dense"], asked["max_remove"], asked["min_channels"], asked["round_to"]) == (["c"], 0.5, 9, 1)
+    page = Path("run/report.md").read_text()
+    assert "kept dense as asked (c): c" in page
+    assert "no layer was cut below 9 channels" in page
+    assert "no group lost more than 50% of its channels" in page
+    other = edgeprune(
+        *common, "--keep-dense", "a", "--macs", "0.8", "--json", "--resume"
+    )  # other rules, another plan: nothing stale is read back
+    assert other.code == 0, other.err
+    kept = {g["name"]: g["kept"] for g in json.loads(other.out)["groups"]}
+    assert kept["a"] == 16
+    assert kept["c"] < 32
+
+
 def test_a_missed_budget_is_a_failed_gate(edgeprune: Command, monkeypatch: pytest.MonkeyPatch) -> None:
     """The artifact turns out larger than the plan promised."""
     from edgeprune import result
@@ -111,6 +134,9 @@ EARLY: list[tuple[list[str], int, str]] = [
     ([*QUICK, "--macs", "0.5", "--format", "tflight"], 2, "'tflight'"),
     ([*QUICK, "--macs", "0.5", "--quantize", "int8"], 2, "int8"),
     ([*QUICK, "--macs", "0.5", "--round-to", "0"], 2, "round_to"),
+    ([*QUICK, "--macs", "0.5", "--min-channels", "0"], 2, "min_channels"),
+    ([*QUICK, "--macs", "0.5", "--max-remove", "70"], 2, "max_remove"),
+    ([*QUICK, "--macs", "0.5", "--keep-dense", "a", "--keep-dense", "haed.*"], 2, "'haed.*' matches no group"),
     ([*QUICK, "--macs", "0.5", "--epochs", "-1"], 2, "epochs cannot be -1"),
     ([*QUICK, "--macs", "0.5", "--batch-size", "1"], 2, "batch_size cannot be 1"),
     ([*QUICK, "--macs", "0.5", "--lr", "nan"], 2, "lr cannot be nan"),
