@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgeprune.graph.channels import ChannelGraph, Op
-from edgeprune.graph.sizes import Floats, Sizes, axis_lengths, checked, elements
+from edgeprune.graph.lengths import Floats, Sizes, axis_lengths, checked, elements
 
 FLOAT_BYTES = 4
 # An ONNX file beyond its weights: header, opset and graph tables, and the node, names and attributes of each kernel.

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from edgeprune.graph.sizes import Floats, Sizes, axis_lengths, checked, elements
+from edgeprune.graph.lengths import Floats, Sizes, axis_lengths, checked, elements
 
 
 class Member(NamedTuple):

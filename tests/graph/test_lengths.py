@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from edgeprune.errors import UsageError
-from edgeprune.graph.sizes import Sizes, axis_lengths, checked, elements
+from edgeprune.graph.lengths import Sizes, axis_lengths, checked, elements
 from tests.networks import traced
 
 
