@@ -1,9 +1,12 @@
 from __future__ import annotations
 
 import pytest
+import torch
+from torch import nn
 
 from edgeprune.errors import UsageError
 from edgeprune.graph import ChannelGraph
+from edgeprune.graph.trace import trace
 from edgeprune.widths import DEFAULT_RULES, WidthRules
 from tests.networks import traced
 
@@ -38,6 +41,9 @@ def test_a_share_that_floats_cannot_write_is_not_rounded_away() -> None:
     assert [g.channels for g in graph.groups] == [10, 7]
     assert allowed(graph, max_remove=0.7)["0"][0] == 3
     assert allowed(graph, max_remove=0.3)["0"][0] == 7
+    wide = trace(nn.Sequential(nn.Linear(3, 100), nn.ReLU(), nn.Linear(100, 2)), torch.zeros(1, 3))
+    assert 0.29 * 100 < 29
+    assert allowed(wide, max_remove=0.29)["0"][0] == 71
 
 
 def test_min_channels_counts_filters() -> None:
