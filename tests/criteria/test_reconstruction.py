@@ -17,7 +17,7 @@ from edgeprune.plan import Scores
 from tests.networks import build, images, traced
 
 EVERYWHERE = 10_000
-EXACT = {"ridge": 1e-9, "positions": EVERYWHERE}
+EXACT = {"ridge": 1e-9, "positions": EVERYWHERE, "measure": "layer"}
 Floats = NDArray[np.float64]
 
 
@@ -215,3 +215,56 @@ def test_options_and_inputs_that_make_no_sense_are_refused() -> None:
             criteria.score(graph, model, "reconstruction", data=[x], **options)
     with pytest.raises(DataError, match="NaN or Inf"):
         criteria.score(graph, model, "reconstruction", data=[torch.full_like(x, float("nan"))])
+
+
+def chain(scale: float) -> nn.Sequential:
+    torch.manual_seed(3)
+    net = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 7), nn.ReLU(), nn.Linear(7, 5), nn.Linear(5, 3)).double()
+    with torch.no_grad():
+        net[5].weight.mul_(scale)
+    return net
+
+
+def test_in_the_unit_of_the_outputs_scores_follow_what_comes_behind() -> None:
+    x = torch.randn(64, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    once, twice = (scored(chain(s), x, measure="outputs") for s in (1.0, 2.0))
+    own = [scored(chain(s), x, measure="layer") for s in (1.0, 2.0)]
+    assert once.additive and not own[0].additive
+    for name in once.values:
+        np.testing.assert_allclose(own[0].values[name], own[1].values[name], rtol=1e-9)
+        np.testing.assert_allclose(4 * once.values[name], twice.values[name], rtol=1e-9)
+
+
+def test_in_the_unit_of_the_outputs_a_score_is_the_mean_squared_change_of_the_outputs() -> None:
+    """Behind a channel of the last group there is only a linear map: the loss after a refit is known exactly."""
+    model = chain(1.0)
+    x = torch.randn(4000, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    found = scored(model, x, measure="outputs", order="single").values["2"]
+    hidden = inputs_of(model, "4", x).numpy()
+    hidden = hidden - hidden.mean(axis=0)
+    first, last = (model[i].weight.detach().numpy() for i in (4, 5))
+    y = hidden @ first.T
+    for channel in range(7):
+        rest = np.delete(hidden, channel, axis=1)
+        error = y - rest @ np.linalg.lstsq(rest, y, rcond=None)[0]
+        change = float(((error**2) * (last**2).sum(axis=0)).sum(axis=1).mean())  # the diagonal of J^T J, as the criterion takes it
+        assert found[channel] == pytest.approx(change, rel=0.25)
+
+
+def test_measures_without_differentiable_outputs_or_visible_weights() -> None:
+    class Rounded(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = chain(1.0)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.net(x).argmax(1)
+
+    x = torch.randn(16, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    inner = {f"net.{k}": v for k, v in scored(chain(1.0), x).values.items()}
+    found = scored(Rounded(), x, measure="outputs")
+    assert not found.additive
+    for name, values in found.values.items():
+        np.testing.assert_allclose(values, inner[name], rtol=1e-9)
+    with pytest.raises(UsageError, match="measure must be"):
+        scored(chain(1.0), x, measure="energy")
