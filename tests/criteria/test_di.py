@@ -173,7 +173,8 @@ def test_the_gradient_on_maps_is_that_of_autograd_and_of_differences(side: tuple
         x = (maps * mask[:, None, None]).flatten(1)
         x = x - x.mean(dim=0)
         k = x @ x.T + rho * torch.eye(len(x), dtype=x.dtype)
-        return (y**2).sum() - rho * (y * torch.linalg.solve(k, y)).sum()
+        explained: Tensor = (y**2).sum() - rho * (y * torch.linalg.solve(k, y)).sum()
+        return explained
 
     mask = torch.ones(5, dtype=torch.float64, requires_grad=True)
     (gradient,) = torch.autograd.grad(value(mask), mask)
