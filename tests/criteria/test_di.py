@@ -334,7 +334,7 @@ def test_classes_of_one_image_have_no_column(net: Any) -> None:
     with torch.no_grad():
         pooled = net.features(x).mean((2, 3)).numpy()
     live, columns = np.delete(pooled, 2, axis=1), onehot(y.numpy())[:, :K]
-    rho = 1e-3 * pooled.var(axis=0).mean() * 9
+    rho = pooled.var(axis=0).mean() * 9
     expected = [di(live, columns, rho) - di(np.delete(live, c, axis=1), columns, rho) for c in range(6)]
     np.testing.assert_allclose(np.delete(scored(net, [(x, y)]), 2), expected, rtol=1e-5)
 
