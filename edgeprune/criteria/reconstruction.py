@@ -39,7 +39,7 @@ PAPER = "ours; Optimal Brain Surgeon (Hassibi, Stork, NIPS 1992) on the outputs 
 COLUMNS = 2304
 MEMORY_BYTES = 2 << 30
 ROWS = 8192
-CONSTANT = 1e-5  # a column whose variance is below this share of its mean square is rounding noise
+CONSTANT = 1e-10  # a column whose variance is below this share of its mean square is constant
 
 
 def score(graph: ChannelGraph, probe: Probe, **options: Any) -> Scores:
@@ -218,15 +218,17 @@ class _Reading:
 
     def solved(self, ridge: float) -> _Solved:
         """The inverse of the standardised second moments, and the weights of standardised columns."""
-        second = self._moments.covariance(centred=self._centred)
+        mean, second = self._moments.mean(), self._moments.covariance()
+        floor = CONSTANT * (second.diagonal(dim1=1, dim2=2) + mean.square())
+        if not self._centred:
+            second += mean[:, :, None] * mean[:, None, :]
         if not bool(torch.isfinite(second).all()):
             raise DataError(f"what {self.reader.weight} reads holds NaN or Inf: check the preprocessing (mean, std) and the weights.")
-        variance = second.diagonal(dim1=1, dim2=2)
-        floor = CONSTANT * self._moments.covariance(centred=False).diagonal(dim1=1, dim2=2)
-        spread = torch.where(variance > floor, variance, torch.zeros_like(variance)).sqrt()
+        power = second.diagonal(dim1=1, dim2=2)
+        spread = torch.where(power > floor, power, torch.zeros_like(power)).sqrt()
         inverse_spread = torch.where(spread > 0, 1 / spread, torch.zeros_like(spread))
         second *= inverse_spread[:, :, None] * inverse_spread[:, None, :]
-        second.diagonal(dim1=1, dim2=2).add_(ridge)
+        second.diagonal(dim1=1, dim2=2).add_(ridge + self.reader.columns * self._moments.rounding)
         weight = self._weight.double().cpu() * spread[:, None]
         energy = float(torch.einsum("goc,gcd,god->", weight, second, weight))
         if weight.shape[1] > weight.shape[2]:  # the same products of columns with fewer rows
