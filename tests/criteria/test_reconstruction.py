@@ -132,6 +132,19 @@ def test_a_channel_that_went_later_never_scores_less() -> None:
     assert greedy[1] < greedy[0] < greedy[1] * 1.001
 
 
+def test_wide_groups_lose_several_channels_a_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, x = build("plain"), images("plain", 24)[0]
+    rows, weight = conv_rows(model, "body.3.0", x)
+    monkeypatch.setattr(reconstruction, "STEPS", 4)
+    values = scored(model, x).values["body.2.0"]
+    order = np.argsort(values)
+    for start in range(0, 12, 3):  # three go at a time, each scored by what it alone would take with it
+        before = [9 * c + t for c in order[:start] for t in range(9)]
+        base = lost(rows, weight, before) if before else 0.0
+        alone = [lost(rows, weight, before + list(range(9 * c, 9 * c + 9))) - base for c in order[start : start + 3]]
+        np.testing.assert_allclose(values[order[start : start + 3]], alone, rtol=1e-3)
+
+
 @pytest.mark.parametrize("order", ["single", "greedy"])
 def test_a_dead_or_constant_channel_is_the_least(order: str) -> None:
     model, x = two(), images("plain", 20)[0]
