@@ -26,9 +26,9 @@ def reactions(
 ) -> dict[str, Tensor]:
     """Sums over images and positions of squared gradients, by weight name: float64 (outputs of that layer,).
 
-    `weights`: the parameters of the layers asked for. `generator` draws the directions image by image. Layers that the outputs do not depend on are zero; weights that no call takes as
-    they are (standardised ones, say) are left out, and everything is where the outputs cannot be differentiated. A few images at a
-    time, so that what the backward pass keeps stays within 1 GiB.
+    `weights`: the parameters of the layers asked for. `generator` draws the directions image by image. Layers that the outputs do not
+    depend on are zero; weights that no call takes as they are (standardised ones, say) are left out, and everything is where the outputs
+    cannot be differentiated. A few images at a time, so that what the backward pass keeps stays within 1 GiB.
     """
     found: dict[str, Tensor] = {}
     for part in _parts(inputs, max(1, BYTES // max(1, bytes_per_image))):

@@ -106,6 +106,45 @@ def test_of_two_equal_channels_one_goes_for_nothing_and_the_other_then_counts() 
     assert min(greedy[1], greedy[4]) < 1e-4 and max(greedy[1], greedy[4]) > 0.01
 
 
+def linears(rows: list[list[float]], weight: list[list[float]]) -> nn.Module:
+    """Two linears without bias; the first computes `rows` of its input, the second reads them."""
+    model = nn.Sequential(nn.Linear(len(rows[0]), len(rows), bias=False), nn.Linear(len(rows), len(weight), bias=False)).double()
+    with torch.no_grad():
+        model.get_parameter("0.weight").copy_(torch.tensor(rows))
+        model.get_parameter("1.weight").copy_(torch.tensor(weight))
+    return model
+
+
+def test_a_layer_that_cannot_add_a_constant_loses_the_mean_too() -> None:
+    x = torch.randn(400, 2, generator=torch.Generator().manual_seed(0), dtype=torch.float64) + torch.tensor([0.0, 3.0])
+    model = linears([[1, 0], [0, 1]], [[1.0, 1.0], [1.0, -2.0]])
+    weight = model.get_parameter("1.weight").detach().numpy()
+    expected = [lost(x.numpy(), weight, [c], centred=False) for c in range(2)]
+    np.testing.assert_allclose(scored(model, x, order="single").values["0"], expected, rtol=1e-6)
+
+
+def test_a_channel_that_went_later_never_scores_less() -> None:
+    """The output is the small difference of two channels: once one is gone, the other is worth less than that one was."""
+    x = torch.randn(400, 2, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    model = linears([[9.0, 1.0], [9.0, 0.0]], [[1.0, -1.0]])
+    alone, greedy = (scored(model, x, order=order).values["0"] for order in ("single", "greedy"))
+    assert alone[1] < alone[0] and greedy[1] == pytest.approx(alone[1]) and 1 - alone[1] < alone[1]
+    assert greedy[1] < greedy[0] < greedy[1] * 1.001
+
+
+def test_wide_groups_lose_several_channels_a_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, x = build("plain"), images("plain", 24)[0]
+    rows, weight = conv_rows(model, "body.3.0", x)
+    monkeypatch.setattr(reconstruction, "STEPS", 4)
+    values = scored(model, x).values["body.2.0"]
+    order = np.argsort(values)
+    for start in range(0, 12, 3):  # three go at a time, each scored by what it alone would take with it
+        before = [9 * c + t for c in order[:start] for t in range(9)]
+        base = lost(rows, weight, before) if before else 0.0
+        alone = [lost(rows, weight, before + list(range(9 * c, 9 * c + 9))) - base for c in order[start : start + 3]]
+        np.testing.assert_allclose(values[order[start : start + 3]], alone, rtol=1e-3)
+
+
 @pytest.mark.parametrize("order", ["single", "greedy"])
 def test_a_dead_or_constant_channel_is_the_least(order: str) -> None:
     model, x = two(), images("plain", 20)[0]
