@@ -40,13 +40,14 @@ class View:
     """One batch of one group's feature maps where the next layer reads them: maps (n, channels, h, w), finite; labels (n,) or None.
 
     n counts images: where a linear runs over tokens, a map holds one row per token. Where a layer has no batch axis that fits the
-    images, labels are None.
+    images, labels are None and `aligned` is false; labels are also None where the data have none.
     """
 
     group: ChannelGroup
     tap: int
     maps: Tensor
     labels: Tensor | None
+    aligned: bool = True
 
     @cached_property
     def pooled(self) -> Tensor:
@@ -71,6 +72,9 @@ class Statistic:
 
     def update(self, view: View) -> None:
         """One batch of one group's maps at one of its taps."""
+
+    def finish_batch(self, outputs: Any) -> None:
+        """The end of one batch's forward pass: what the network returned."""
 
     def backward(self, gradients: Mapping[str, Tensor], images: int) -> None:
         """Gradients of the mean cross-entropy of one batch of `images`, by parameter name."""
@@ -128,7 +132,9 @@ class Probe:
                 images += len(next(tensors_in(inputs), ()))
                 if forward := [s for s in statistics if s.maps or s.operations]:
                     with torch.no_grad(), _Watch(self.graph, forward, len(next(tensors_in(inputs))), labels):
-                        self.model(*inputs)
+                        outputs = self.model(*inputs)
+                    for statistic in forward:
+                        statistic.finish_batch(outputs)
                 if backward := [s for s in statistics if s.gradients]:
                     gradients, count = self._gradients(inputs, labels)
                     for statistic in backward:
@@ -182,7 +188,8 @@ class _Watch(TorchDispatchMode):
                 raise DataError(f"the feature maps of {group.name} hold NaN or Inf: check the preprocessing (mean, std) and the weights.")
             if maps.shape[0] > self._images and maps.shape[0] % self._images == 0:
                 maps = maps.reshape(self._images, -1, *maps.shape[1:]).transpose(1, 2).flatten(3)
-            view = View(group, tap_number, maps, self._labels if maps.shape[0] == self._images else None)
+            aligned = maps.shape[0] == self._images
+            view = View(group, tap_number, maps, self._labels if aligned else None, aligned)
             for statistic in self._readers:
                 statistic.update(view)
         return out

@@ -12,7 +12,7 @@ import torch
 from edgeprune import criteria
 from edgeprune.errors import DataError, UsageError
 from edgeprune.graph.trace import trace
-from edgeprune.registry import entries
+from edgeprune.registry import entries, find
 from tests.networks import NETWORKS, build, images, traced
 
 CRITERIA = [e.name for e in entries("criteria")]
@@ -67,13 +67,19 @@ def test_scores_move_with_the_channels(criterion: str, name: str) -> None:
 @pytest.mark.parametrize("criterion", CRITERIA)
 def test_nan_weights_and_batches_of_one(criterion: str) -> None:
     graph = traced("plain")[1]
-    one = criteria.score(graph, build("plain"), criterion, data=[images("plain", 1)[0]])
-    assert all(np.isfinite(v).all() for v in one.values.values())
+    compares_classes = "labels" in find("criteria", criterion, "criterion").NEEDS
+    for batch in ((images("plain", 1)[0], torch.tensor([2])), images("plain", 1)[0]):
+        try:
+            one = criteria.score(graph, build("plain"), criterion, data=[batch])
+        except DataError as error:
+            assert compares_classes and any(w in str(error) for w in ("labels", "classes"))
+        else:
+            assert all(np.isfinite(v).all() for v in one.values.values())
     broken = build("plain")
     with torch.no_grad():
         next(broken.parameters())[2] = float("nan")
     with pytest.raises(DataError, match="NaN or Inf"):
-        criteria.score(graph, broken, criterion, data=[images("plain", 2)[0]])
+        criteria.score(graph, broken, criterion, data=[(images("plain", 2)[0], torch.tensor([0, 1]))])
 
 
 def test_unknown_names_and_options_are_usage_errors() -> None:
