@@ -1,8 +1,9 @@
 """Unstructured screening: single connections removed, a little more after every epoch, by class significance and weight.
 
-Score of a connection from input i: alpha * R(F_i) + (1 - alpha) * R(|w|). F_i is the one-way F-statistic of the input's activity between
-classes (a linear's neuron; the mean of a conv's input map), R the rank within the layer, in (0, 1]. F does not change when a signal is
-scaled, so it cannot tell a neuron's outgoing connections apart: the magnitude does. alpha 0 is magnitude pruning, alpha 1 screening alone.
+Score of a connection from input i: alpha * R(F_i) + (1 - alpha) * R(|w|), or F_i^alpha * |w|^(1 - alpha). F_i is the one-way F-statistic
+of the input's activity between classes (a linear's neuron; the mean of a conv's input map), R the rank within the layer, in (0, 1]. F
+does not change when a signal is scaled, so it cannot tell a neuron's outgoing connections apart: the magnitude does. alpha 0 is magnitude
+pruning, alpha 1 screening alone.
 After epoch e of E the connections kept are M_e = k + (M - k) * max(0, (E - 2e) / (2 e mu + E)): all at first, k from the middle on. What
 was removed stays away; removed weights are exactly zero through all training.
 Source: Wang, Guo, S. Liu, Y. Liu, "Exploring Vision Neural Network Pruning via Screening Methodology", arXiv 2502.07189 (2025); the
@@ -37,6 +38,7 @@ from edgeprune.graph.running import evaluating
 from edgeprune.graph.slim import named_tensors
 from edgeprune.run import product_version, write_atomic
 from edgeprune.train import Epoch, Progress, Recipe, silent
+from edgeprune.train.evaluate import settled
 from edgeprune.train.finetune import finetune
 
 Bits = NDArray[np.bool_]
@@ -97,6 +99,7 @@ def sparsify(
     alpha: float = 0.5,
     epochs: int = 10,
     speed: float = 1.0,
+    combine: str = "rank",
     scope: str = "layer",
     recipe: Recipe | None = None,
     images: int = 2048,
@@ -107,24 +110,26 @@ def sparsify(
 
     data: whatever `load_data` takes, or Data; only its training images are looked at, a tenth of them (at most 2,000) held out to
     judge every epoch by. alpha: weight of the F-statistic against magnitude, see above. epochs: of training, the first half of them
-    while connections go; 0 removes at once and does not train. speed: mu, how soon most connections go. scope: every layer keeps the
-    same share, or ("global") magnitudes are ranked over the whole network and one threshold is set; F is always ranked in its layer.
+    while connections go; 0 removes at once and does not train. speed: mu, how soon most connections go. combine: rank, the sum of
+    ranks, or product, which keeps nearer to magnitude. scope: every layer keeps the same share, or ("global") one threshold is set for
+    the whole network; F is always relative to its layer, by rank or by the layer's largest.
     recipe: how to train (its epochs give way to `epochs`, its distillation is not used). images: how many F is taken from, afresh for
     every step. Raises UsageError for options out of range, ModelError for a network without linears and convs, DataError for data
     without labels.
     """
     checks = {"keep": 0 < keep <= 1, "alpha": 0 <= alpha <= 1, "epochs": epochs >= 0, "speed": speed >= 0, "images": images >= 2}
-    for name, good in (checks | {"scope": scope in ("layer", "global")}).items():
+    checks |= {"combine": combine in ("rank", "product"), "scope": scope in ("layer", "global")}
+    for name, good in checks.items():
         if not good:
             raise UsageError(f"sparsify cannot work with {name} = {locals()[name]!r}; see its documentation for the range.")
     source = data if isinstance(data, Data) else load_data(data, seed=seed)
     if not len(source.train) or not source.train.labelled:
-        raise DataError("sparsify compares and trains on classes: give training images with labels (x_train and y_train, or a train folder).")
+        raise DataError("sparsify compares and trains on classes: give training images with labels (x_train, y_train, or a train folder).")
     held = min(2000, len(source.train) // 10)
     train, aside = source.train.hold_out(held, seed) if held else (source.train, None)
     work = copy.deepcopy(model)
     names = _hold_masks(work)
-    screen = _Screen(train, keep, alpha, epochs, speed, scope, images, seed)
+    screen = _Screen(train, keep, (alpha, combine), epochs, speed, scope, images, seed)
     counts: list[dict[str, int]] = []
 
     def between(network: nn.Module, epoch: int) -> None:
@@ -135,14 +140,19 @@ def sparsify(
     work, curve = finetune(work, None, train, aside, chosen, seed=seed, before_epoch=between, progress=progress)
     counts.append(screen.tighten(work, names, epochs))
     masks = {name: _parametrization(work, module).mask.clone() for name, module in names.items()}
-    for module in names.values():
-        parametrize.remove_parametrizations(work.get_submodule(module), "weight")
+    for module in work.modules():
+        if isinstance(module, LAYERS) and parametrize.is_parametrized(module, "weight"):
+            parametrize.remove_parametrizations(module, "weight")
+    final, trained = settled(copy.deepcopy(model)), dict(named_tensors(work))
+    with torch.no_grad():
+        for name, tensor in named_tensors(final):  # parameters in the order of the user's own class
+            tensor.copy_(trained[name])
     total = sum(m.numel() for m in masks.values())
     facts = {
-        "keep": keep, "alpha": alpha, "epochs": epochs, "speed": speed, "scope": scope, "images": min(images, len(train)), "seed": seed,
-        "recipe": chosen.to_json(), "held_out": held,
+        "keep": keep, "alpha": alpha, "combine": combine, "epochs": epochs, "speed": speed, "scope": scope, "seed": seed,
+        "images": min(images, len(train)), "recipe": chosen.to_json(), "held_out": held,
     }  # fmt: skip
-    return Sparse(work, masks, tuple(_step(e, c, total) for e, c in zip(curve, counts, strict=False)), facts)
+    return Sparse(final, masks, tuple(_step(e, c, total) for e, c in zip(curve, counts, strict=False)), facts)
 
 
 def _step(epoch: Epoch, layers: dict[str, int], total: int) -> Step:
@@ -191,7 +201,7 @@ class _Screen:
 
     train: Split
     keep: float
-    alpha: float
+    mix: tuple[float, str]  # alpha, combine
     epochs: int
     speed: float
     scope: str
@@ -210,7 +220,7 @@ class _Screen:
             pools = {name: [name] for name in names}
         now = {name: int(h.mask.sum()) for name, h in held.items()}
         if any(sum(now[n] for n in pool) > goals[key] for key, pool in pools.items()):
-            significance = self._significance(network, names) if self.alpha else {}
+            significance = self._significance(network, names) if self.mix[0] else {}
             for key, pool in pools.items():
                 self._cut([(held[n], network.get_submodule(names[n]), significance.get(n)) for n in pool], goals[key])
         return {name: int(h.mask.sum()) for name, h in held.items()}
@@ -223,10 +233,7 @@ class _Screen:
         with torch.no_grad():
             weights = [module.weight.detach().abs().double().cpu().numpy() for _, module, _ in pool]  # type: ignore[union-attr,operator]
         there = np.concatenate([h.mask.cpu().numpy().reshape(-1) for h, _, _ in pool])
-        score = (1 - self.alpha) * _ranks(np.concatenate([w.reshape(-1) for w in weights]))
-        if self.alpha:
-            spread = [_spread(_ranks(f), module, w.shape) for (_, module, f), w in zip(pool, weights, strict=True) if f is not None]
-            score += self.alpha * np.concatenate([s.reshape(-1) for s in spread])
+        score = _mixed(weights, [f for _, _, f in pool], [module for _, module, _ in pool], *self.mix)
         best = np.argsort(np.where(there, -score, np.inf), kind="stable")[:goal]
         keep = np.zeros(len(score), dtype=np.bool_)
         keep[best] = True
@@ -262,6 +269,19 @@ def _features(given: Tensor, module: nn.Module) -> Tensor:
     if isinstance(module, nn.Linear):
         return given.reshape(len(given), -1, given.shape[-1]).mean(dim=1)
     return given.flatten(2).mean(dim=2)
+
+
+def _mixed(weights: list[Floats], inputs: list[Floats | None], modules: list[nn.Module], alpha: float, combine: str) -> Floats:
+    """The score of every connection of these layers, one behind the other, from magnitudes and the F of the inputs."""
+    magnitude = np.concatenate([w.reshape(-1) for w in weights])
+    relative = _ranks if combine == "rank" else lambda v: v / max(float(v.max()), 1e-300)
+    parts = [_spread(relative(f), m, w.shape).reshape(-1) for w, f, m in zip(weights, inputs, modules, strict=True) if f is not None]
+    if not parts:
+        return magnitude
+    significance = np.concatenate(parts)
+    if combine == "product":
+        return significance**alpha * magnitude ** (1 - alpha)
+    return alpha * significance + (1 - alpha) * _ranks(magnitude)
 
 
 def _ranks(values: Floats) -> Floats:

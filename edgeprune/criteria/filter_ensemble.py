@@ -88,7 +88,7 @@ def score(
         columns = np.concatenate([order[judge.masked.columns[name]] for name in names])
         most = masks or (max(5 * len(columns), 512) if scope == "layer" else 10 * len(columns))
         fits.append(_Fit(names, columns, occupancy, most, (seed, number)))
-    _run(judge, fits, stable, math.inf if minutes is None else time.monotonic() + 60 * minutes, workers, progress)
+    _run(judge, fits, stable, math.inf if minutes is None else time.monotonic() + 60 * minutes, workers=workers, progress=progress)
     theta, errors = np.zeros(judge.masked.channels), np.zeros(judge.masked.channels)
     for fit in fits:
         theta[fit.columns], errors[fit.columns] = fit.estimate.theta, fit.estimate.standard_errors
@@ -305,7 +305,7 @@ class _Fit:
         }
 
 
-def _run(judge: _Judge, fits: list[_Fit], stable: float, deadline: float, workers: int, progress: Progress) -> None:
+def _run(judge: _Judge, fits: list[_Fit], stable: float, deadline: float, *, workers: int, progress: Progress) -> None:
     """Sample until every fit has stopped, in rounds, so that with a deadline all fits come equally far."""
     done = 0
     with _pool(workers) as evaluate:

@@ -32,7 +32,7 @@ def test_an_additive_truth_is_recovered_within_its_standard_errors() -> None:
     fit = fit_linear(bits, losses)
     assert (np.abs(fit.theta - theta) < 3.5 * fit.standard_errors).all()
     np.testing.assert_allclose(fit.standard_errors, 0.5 / np.sqrt(2000 * 0.21), rtol=0.1)  # sigma / sqrt(T p (1 - p))
-    assert fit.r2 > 0.9 and fit.loo_r2 < fit.r2 and fit.reliability > 0.99
+    assert fit.r2 > 0.8 and fit.loo_r2 < fit.r2 and fit.reliability > 0.99
     exact = fit_linear(bits, 3.0 - bits @ theta)
     np.testing.assert_allclose(exact.theta, theta, atol=1e-9)
     assert exact.r2 == pytest.approx(1) and exact.ridge == 0
@@ -42,11 +42,10 @@ def test_slopes_are_average_marginal_effects_even_of_what_is_not_additive() -> N
     p, d = 0.7, 6
     bits = np.array(list(itertools.product([False, True], repeat=d)))
     weight = np.where(bits, p, 1 - p).prod(axis=1)
-    losses = bits[:, 0] ^ bits[:, 1] + 2.0 * (bits[:, 2] & bits[:, 3] & ~bits[:, 4]) - 0.5 * bits[:, 5]
-    marginal = [
-        sum(w * (losses[(bits == np.where(np.arange(d) == i, False, row)).all(1)][0] - losses[(bits == np.where(np.arange(d) == i, True, row)).all(1)][0]) for row, w in zip(bits, weight, strict=True))
-        for i in range(d)
-    ]  # fmt: skip
+    losses = (bits[:, 0] ^ bits[:, 1]) + 2.0 * (bits[:, 2] & bits[:, 3] & ~bits[:, 4]) - 0.5 * bits[:, 5]
+    table = losses.reshape((2,) * d)  # product counts up in binary
+    share = weight.reshape((2,) * d)
+    marginal = [float(((table.take(0, i) - table.take(1, i)) * share.sum(axis=i)).sum()) for i in range(d)]
     copies = np.rint(weight * 10**d).astype(int)  # 0.7 and 0.3 make whole counts: the full product measure
     np.testing.assert_allclose(fit_linear(np.repeat(bits, copies, axis=0), np.repeat(losses, copies)).theta, marginal, atol=1e-9)
 
@@ -76,7 +75,10 @@ def test_the_ridge_is_the_one_that_leaving_masks_out_prefers() -> None:
     for ridge in (0.0, 0.1, 1.0):  # by hand: refit without each mask, with the same centring matrix and penalty
         full = np.column_stack([np.ones(60), bits.astype(float)])
         penalty = ridge * np.trace(design.T @ design) / 12 * np.diag([0.0] + [1.0] * 12)
-        left = [losses[t] - full[t] @ np.linalg.solve(np.delete(full, t, 0).T @ np.delete(full, t, 0) + penalty, np.delete(full, t, 0).T @ np.delete(losses, t)) for t in range(60)]  # fmt: skip
+        left = []
+        for t in range(60):
+            rest, known = np.delete(full, t, 0), np.delete(losses, t)
+            left.append(losses[t] - full[t] @ np.linalg.solve(rest.T @ rest + penalty, rest.T @ known))
         errors[ridge] = np.mean(np.square(left))
     fit = fit_linear(bits, losses, (0.0, 0.1, 1.0))
     assert fit.ridge == min(errors, key=errors.__getitem__)
@@ -132,7 +134,8 @@ def test_a_dead_filter_is_worth_nothing_and_the_only_signal_most(scope: str) -> 
     (theta,), (errors,) = scores.values.values(), scores.facts["standard_errors"].values()
     assert theta.argmax() == 2 and theta[2] > 3 * np.delete(theta, 2).max()
     assert abs(theta[5]) < 3 * errors[5]
-    assert scores.facts["dense_loss"] == pytest.approx(float(F.cross_entropy(outputs(model, (torch.cat([x for x, _ in data]),))[0], torch.cat([y for _, y in data]))), abs=1e-9)
+    x, y = (torch.cat(part) for part in zip(*data, strict=True))
+    assert scores.facts["dense_loss"] == pytest.approx(float(F.cross_entropy(outputs(model, (x,))[0], y)), abs=1e-9)
 
 
 def test_with_masks_that_drop_one_channel_it_is_the_exact_leave_one_out() -> None:
@@ -153,7 +156,8 @@ def test_with_masks_that_drop_one_channel_it_is_the_exact_leave_one_out() -> Non
 def test_a_channel_that_harms_keeps_its_sign() -> None:
     model, graph, data = signal()
     with torch.no_grad():
-        model.fc.weight[:, 3] = torch.tensor([-2.0, 1, 1])
+        model.conv.weight[3] = model.conv.weight[2]
+        model.fc.weight[:, 3] = torch.tensor([0.3, 0, -0.3])
     theta = ensemble(model, graph, data, masks=200).values[graph.groups[0].name]
     assert theta.argmin() == 3 and theta[3] < -0.1
 

@@ -13,7 +13,7 @@ from edgeprune.graph.masked import Masked, Prefix, mean_loss, summed_loss
 from edgeprune.graph.running import tensors_in
 from edgeprune.graph.slim import mask, slim
 from edgeprune.graph.trace import trace
-from tests.networks import NETWORKS, build, gap, images, outputs, random_plan, traced
+from tests.networks import NETWORKS, gap, images, outputs, random_plan, traced
 
 EXACT = [n for n in NETWORKS if n != "attention"]  # layer norms mix channels: zeros are not absence
 
