@@ -10,6 +10,7 @@ import copy
 import json
 import math
 import time
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -42,12 +43,14 @@ def finetune(
     seed: int = 0,
     checkpoints: Path | None = None,
     key: str = "",
+    before_epoch: Callable[[nn.Module, int], None] | None = None,
     progress: Progress = silent,
 ) -> tuple[nn.Module, tuple[Epoch, ...]]:
     """A trained copy of `small`, and the figures of every epoch; the inputs are untouched.
 
     `dense` is the teacher (None: no distillation). `held` are images to judge by, never trained on. `checkpoints`: a folder that
-    receives one file per epoch and is looked through for one of the same `key` to go on from. Raises DataError for data that
+    receives one file per epoch and is looked through for one of the same `key` to go on from. `before_epoch` may change the network
+    in training, in place, before each epoch (0, 1, …). Raises DataError for data that
     cannot be trained on, GateError when the loss is no longer finite.
     """
     _check(train, recipe, dense)
@@ -67,6 +70,8 @@ def finetune(
     steps = math.ceil(len(train) / recipe.batch_size)
     for epoch in range(len(curve), recipe.epochs):
         started = time.monotonic()
+        if before_epoch is not None:
+            before_epoch(work, epoch)
         torch.manual_seed(seed + 7919 * epoch)
         loss, seen = 0.0, 0
         with suppress(NotImplementedError):  # an exported program: its mode was fixed at export
