@@ -21,7 +21,13 @@ def same(call: Call) -> Any:
     return call.labels[0]
 
 
-@rule(*"new_zeros new_empty new_full new_ones new_empty_strided zeros ones full empty eye arange linspace rand randn scalar_tensor".split())
+@rule(*"zeros ones full new_zeros new_ones new_full".split())
+def fill(call: Call) -> Any:
+    """The same value everywhere: any position can go, so each axis may follow what it meets."""
+    return Weight(tuple(call.book.fresh(n) for n in call.shape))
+
+
+@rule(*"new_empty new_empty_strided empty eye arange linspace rand randn scalar_tensor".split())
 def constant(call: Call) -> Any:
     """Sizes given as numbers; a tensor it was called on is not read."""
     return call.book.frozen(call.shape, "constant made in the forward pass")
@@ -53,7 +59,9 @@ def reshape(call: Call) -> Any:
         if not any(varies(labels, d) for d in inside):
             continue
         if len(outside) == 2 and len(inside) == 1:
-            call.book.tie(out, out.narrow(outside[0], 0, 1))
+            first = out.narrow(outside[0], 0, 1)
+            call.book.tie(out, first)
+            out = first.expand(shape)
         elif len(outside) > 1:
             return give_up(call, "an axis with channels is split in a way that fixes its size")
     return out
@@ -108,15 +116,15 @@ def stack(call: Call) -> Any:
 
 @rule("split", "split_with_sizes", "unbind", "chunk")
 def split(call: Call) -> Any:
-    """Equal parts of the channels stay equal (tied position by position); unequal parts are fixed numbers in the code."""
+    """Equal parts of the channels stay equal (tied position by position); unequal parts take their channels with them."""
     labels = call.labels[0]
     if isinstance(labels, Weight):
         return give_up(call, "parameter split")
     dim = call.argument(1 if call.name == "unbind" else 2, "dim", 0) % labels.ndim
-    if varies(labels, dim) and (call.name == "unbind" or len({tuple(o.shape) for o in call.out}) > 1):
+    if varies(labels, dim) and call.name == "unbind":
         return give_up(call, FIXED_SIZE)
     parts = call.func(labels, *call.args[1:], **call.kwargs)
-    if varies(labels, dim):
+    if varies(labels, dim) and len({tuple(part.shape) for part in parts}) == 1:
         for part in parts[1:]:
             call.book.tie(parts[0], part)
     return parts
@@ -124,14 +132,15 @@ def split(call: Call) -> Any:
 
 @rule("slice", "select", "roll", "narrow", "index_select", "unfold")
 def cut(call: Call) -> Any:
-    """Along axes without channels anything goes; a cut through the channels is a fixed number in the code."""
+    """Along axes without channels anything goes; a slice through the channels takes its channels with it, other cuts fix them."""
     labels = call.labels[0]
     if isinstance(labels, Weight):
         return give_up(call, "parameter sliced")
     dims = call.argument(2, "dims", ()) if call.name == "roll" else [call.argument(1, "dim", 0)]
     if tuple(labels.shape) == call.shape and call.name in ("slice", "narrow"):
         return labels
-    if any(varies(labels, d % labels.ndim) for d in dims) or not dims:
+    contiguous = call.name in ("slice", "narrow") and call.argument(4, "step", 1) == 1
+    if not contiguous and (any(varies(labels, d % labels.ndim) for d in dims) or not dims):
         return give_up(call, FIXED_SIZE)
     return call.func(labels, *call.args[1:], **call.kwargs)
 
