@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch.export import Dim, export
+from torch.export import Dim, ExportedProgram, export
 from torch.utils._pytree import tree_leaves, tree_map
 
 from edgeprune.graph.running import evaluating, first_line, fresh, quiet_torch, tensors_in
@@ -51,14 +51,22 @@ def is_exported(model: nn.Module) -> bool:
 
 
 def exported(model: nn.Module, inputs: tuple[Any, ...]) -> Exported:
-    """The network as a graph, sharing the model's tensors; `inputs` are one sample (dimension 0 of every tensor is the batch).
+    """The network as a graph, in eval mode unless it is an Exported one that trains, sharing the model's tensors.
 
-    Raises Unexportable when torch.export refuses, or when the graph takes only one size of batch. Takes one to three seconds for
-    a network of the usual size.
+    Raises Unexportable as `exported_program`, which it does not need for a network that is a graph already.
     """
     if is_exported(model):
         assert isinstance(model, fx.GraphModule)
         return opened(model)
+    return opened(exported_program(model, inputs))
+
+
+def exported_program(model: nn.Module, inputs: tuple[Any, ...]) -> ExportedProgram:
+    """What torch.export makes of the network in eval mode; `inputs` are one sample (dimension 0 of every tensor is the batch).
+
+    Raises Unexportable when torch.export refuses, or when the graph takes only one size of batch. Takes one to three seconds for
+    a network of the usual size.
+    """
     leaves = list(tensors_in(inputs))
     if not leaves or any(not t.ndim or t.shape[0] != 1 for t in leaves):
         raise Unexportable("its inputs have no batch dimension")
@@ -68,16 +76,23 @@ def exported(model: nn.Module, inputs: tuple[Any, ...]) -> Exported:
     try:
         with quiet_torch(), evaluating(model), torch.no_grad():
             program = export(model, pairs, dynamic_shapes=batch, strict=False)
-            module = program.module(check_guards=False)
     except Exception as error:  # the user's forward, and what torch makes of it, may raise anything
         raise Unexportable(first_line(error)[:160]) from error
-    if any(isinstance(size, int) for size in _batch_sizes(module)):
+    if any(isinstance(size, int) for size in _batch_sizes(_module(program))):
         raise Unexportable("its code fixes the size of the batch")
-    return opened(module)
+    return program
 
 
-def opened(module: fx.GraphModule) -> Exported:
+def _module(program: ExportedProgram) -> fx.GraphModule:
+    with quiet_torch():
+        module = program.module(check_guards=False)
+    assert isinstance(module, fx.GraphModule)
+    return module
+
+
+def opened(source: fx.GraphModule | ExportedProgram) -> Exported:
     """The same graph and tensors, for any batch where that is possible, trainable, without the checks of what export saw."""
+    module = source if isinstance(source, fx.GraphModule) else _module(source)
     graph = copy_graph(module.graph)
     meta = {"slimmed": module.meta.get("slimmed", []), "casts": module.meta.get("casts", False)}
     tensors = dict([*module.named_parameters(remove_duplicate=False), *module.named_buffers(remove_duplicate=False)])
@@ -96,6 +111,7 @@ def opened(module: fx.GraphModule) -> Exported:
     free = _with_free_batch(graph, tensors) if any(isinstance(size, int) for size in _batch_sizes(module)) else None
     network = free or assembled(graph, tensors)
     network.meta.update(meta)
+    network.train(isinstance(module, Exported) and module.training)
     return network
 
 
@@ -104,10 +120,7 @@ def assembled(graph: fx.Graph, tensors: dict[str, Any]) -> Exported:
     for node in graph.nodes:
         node.meta.clear()  # sizes of the original, stack traces
     named = {n.target: tensors[n.target] for n in graph.nodes if n.op == "get_attr" and n.target != "training"}
-    network = Exported(named | {"training": False}, graph)
-    network.training = False
-    for module in network.modules():
-        module.training = False
+    network: Exported = Exported(named | {"training": False}, graph).eval()
     return network
 
 

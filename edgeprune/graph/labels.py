@@ -18,9 +18,13 @@ NEUTRAL = 0
 
 
 class Labels:
-    """Hands out labels and collects what is tied and what is frozen."""
+    """Hands out labels and collects what is tied and what is frozen.
 
-    def __init__(self) -> None:
+    `may_cut`: whether a cut through the channels takes its channels with it or freezes them. `cut`: whether there was one.
+    """
+
+    def __init__(self, *, may_cut: bool = True) -> None:
+        self.may_cut, self.cut = may_cut, False
         self._count = 1
         self._left: list[Tensor] = []
         self._right: list[Tensor] = []

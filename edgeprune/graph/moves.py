@@ -121,12 +121,15 @@ def split(call: Call) -> Any:
     if isinstance(labels, Weight):
         return give_up(call, "parameter split")
     dim = call.argument(1 if call.name == "unbind" else 2, "dim", 0) % labels.ndim
-    if varies(labels, dim) and call.name == "unbind":
+    equal = len({tuple(o.shape) for o in call.out}) == 1
+    if varies(labels, dim) and (call.name == "unbind" or not (equal or call.book.may_cut)):
         return give_up(call, FIXED_SIZE)
     parts = call.func(labels, *call.args[1:], **call.kwargs)
-    if varies(labels, dim) and len({tuple(part.shape) for part in parts}) == 1:
+    if varies(labels, dim) and equal:
         for part in parts[1:]:
             call.book.tie(parts[0], part)
+    elif varies(labels, dim):
+        call.book.cut = True
     return parts
 
 
@@ -139,9 +142,10 @@ def cut(call: Call) -> Any:
     dims = call.argument(2, "dims", ()) if call.name == "roll" else [call.argument(1, "dim", 0)]
     if tuple(labels.shape) == call.shape and call.name in ("slice", "narrow"):
         return labels
-    contiguous = call.name in ("slice", "narrow") and call.argument(4, "step", 1) == 1
-    if not contiguous and (any(varies(labels, d % labels.ndim) for d in dims) or not dims):
-        return give_up(call, FIXED_SIZE)
+    if any(varies(labels, d % labels.ndim) for d in dims) or not dims:
+        if not call.book.may_cut or call.name not in ("slice", "narrow") or call.argument(4, "step", 1) != 1:
+            return give_up(call, FIXED_SIZE)
+        call.book.cut = True
     return call.func(labels, *call.args[1:], **call.kwargs)
 
 

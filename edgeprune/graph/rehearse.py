@@ -76,11 +76,14 @@ class _Run(fx.Interpreter):
 
 
 def _fewer(graph: ChannelGraph) -> Plan:
-    """Every group without one to three of its channels, drawn at random: what agrees by chance with a fixed number does so rarely."""
+    """Every group without one to three of its channels, drawn at random: what agrees by chance with a fixed number does so rarely.
+
+    Two channels stay where there are three: sizes of 1 are treated in ways of their own.
+    """
     draw = np.random.default_rng(0)
     keep = {}
     for group in graph.groups:
-        gone = draw.choice(group.channels, int(draw.integers(1, min(3, group.channels - 1) + 1)), replace=False)
+        gone = draw.choice(group.channels, int(draw.integers(1, max(1, min(3, group.channels - 2)) + 1)), replace=False)
         keep[group.name] = tuple(np.delete(np.arange(group.channels), gone).tolist())
     return Plan(keep)
 

@@ -35,8 +35,12 @@ _GROUPS = {"conv1d": 6, "conv2d": 6, "conv3d": 6, "conv_transpose1d": 6, "conv_t
 class Tracing(Protocol):
     """A dispatch mode that knows the labels of every tensor of its run."""
 
-    def enter(self, tensor: Tensor) -> None: ...  # noqa: D102
-    def labels_of(self, tensor: Tensor) -> Labelled: ...  # noqa: D102
+    def enter(self, tensor: Tensor) -> None:
+        """A network input."""
+
+    def labels_of(self, tensor: Tensor) -> Labelled:
+        """Of a tensor of this run."""
+
     def __enter__(self) -> Any: ...
     def __exit__(self, *exc: Any) -> Any: ...
 

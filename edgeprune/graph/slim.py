@@ -20,7 +20,7 @@ from torch.utils._pytree import tree_map
 
 from edgeprune.errors import SlimError
 from edgeprune.graph.channels import ChannelGraph
-from edgeprune.graph.exported import Exported, Unexportable, assembled, copy_graph, exported
+from edgeprune.graph.exported import Exported, Unexportable, assembled, copy_graph, exported, is_exported
 from edgeprune.graph.running import evaluating, first_line, fresh, made_up, single_sample, tensors_in
 from edgeprune.graph.sizes import Stuck, rewrite
 from edgeprune.plan import Plan
@@ -41,11 +41,12 @@ def slim(model: nn.Module, graph: ChannelGraph, plan: Plan) -> nn.Module:
             _remember_sizes(layer)
         return small
     try:
-        return slim_exported(_recall(graph, model), graph, plan)
+        small = slim_exported(recall(graph, model), graph, plan)
     except (Stuck, Unexportable) as problem:
         raise SlimError(
             f"the exported network does not take the channels of this plan ({problem}): keep more of them, or trace the network again."
         ) from problem
+    return small.train(model.training and (isinstance(model, Exported) or not is_exported(model)))
 
 
 def slim_exported(network: Exported, graph: ChannelGraph, plan: Plan) -> Exported:
@@ -71,7 +72,8 @@ def remember(graph: ChannelGraph, network: Exported, model: nn.Module) -> None:
     _EXPORTED[graph] = (copy_graph(network.graph), constants, dict(network.meta))
 
 
-def _recall(graph: ChannelGraph, model: nn.Module) -> Exported:
+def recall(graph: ChannelGraph, model: nn.Module) -> Exported:
+    """The dense network as the graph of operations that `slim` thins, sharing the model's tensors, in eval mode."""
     assert graph.exported is not None
     if graph not in _EXPORTED:
         return exported(model, made_up(graph.exported.inputs))

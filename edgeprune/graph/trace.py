@@ -40,7 +40,27 @@ def trace(model: nn.Module, example_inputs: Any) -> ChannelGraph:
     if isinstance(model, torch.jit.ScriptModule):
         raise TraceError("a TorchScript network cannot be pruned: its code is compiled. Give the nn.Module that it was made from.")
     inputs = single_sample(example_inputs)
-    tracer = _Tracer(model)
+    tracer = _run(model, inputs, Labels())
+    graph = build(tracer)
+    found = misfit(model, graph, fresh(inputs))
+    if found is None and not tracer.book.cut and not is_exported(model):
+        return graph
+    # Where the code cuts channels, sizes do not show whether it cuts at a fixed number: the exported network has the answer.
+    try:
+        return _of_exported(exported(model, inputs), model, tracer, inputs)
+    except Unexportable as error:
+        reason = f"the network's code holds their number as a fixed number and cannot be exported ({error})"
+    tracer = _run(model, inputs, Labels(may_cut=False))
+    graph = build(tracer)
+    while (found := misfit(model, graph, fresh(inputs))) is not None and tracer.hold(found, graph, reason):
+        graph = build(tracer)
+    return graph
+
+
+def _run(model: nn.Module, inputs: tuple[Any, ...], book: Labels) -> _Tracer:
+    """The user's own network with labels."""
+    tracer = _Tracer(model, book)
+    inputs = fresh(inputs)
     with evaluating(model), torch.no_grad():
         for leaf in tensors_in(inputs):
             tracer.enter(leaf)
@@ -55,28 +75,12 @@ def trace(model: nn.Module, example_inputs: Any) -> ChannelGraph:
             ) from error
     for leaf in tensors_in(outputs):
         tracer.leave(leaf)
-    return _with_fitting_sizes(model, tracer, single_sample(example_inputs))
-
-
-def _with_fitting_sizes(model: nn.Module, tracer: _Tracer, inputs: tuple[Any, ...]) -> ChannelGraph:
-    """The graph of what can go: in the user's own code, else in the exported network; channels stay only where neither takes fewer."""
-    graph = build(tracer)
-    found = misfit(model, graph, inputs)
-    if found is None and not is_exported(model):
-        return graph
-    try:
-        return _of_exported(exported(model, inputs), model, tracer, inputs)
-    except Unexportable as error:
-        reason = f"the network's code holds their number as a fixed number and cannot be exported ({error})"
-    while found is not None and tracer.hold(found, graph, reason):
-        graph = build(tracer)
-        found = misfit(model, graph, inputs)
-    return graph
+    return tracer
 
 
 def _of_exported(network: Exported, model: nn.Module, tracer: _Tracer, inputs: tuple[Any, ...]) -> ChannelGraph:
     """The graph with the numbers that the exported network holds; raises Unexportable where an operation takes no other number."""
-    second = _Tracer(model, tracer)
+    second = _Tracer(model, tracer.book, tracer.axes)
     reading = read(network, fresh(inputs), second)
     tracer.exported, removable = (described(inputs), reading.axes), -1
     while True:
@@ -110,15 +114,15 @@ class _Seen:
 class _Tracer(TorchDispatchMode):
     """Runs every operation as it is, then asks its rule what happened to the labels."""
 
-    def __init__(self, model: nn.Module, first: _Tracer | None = None) -> None:
-        """With `first`, a second run of the same tensors in the same book: what either run ties or freezes holds for both."""
+    def __init__(self, model: nn.Module, book: Labels, axes: dict[tuple[str, int], Tensor] | None = None) -> None:
+        """With the book and axes of a first run of the same tensors: what either run ties or freezes holds for both."""
         super().__init__()  # type: ignore[no-untyped-call]  # torch leaves it untyped
-        self.book = first.book if first else Labels()
+        self.book = book
         self.tensors: dict[str, Tensor] = {}
         for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
             self.tensors[name] = tensor
         self.trainable = frozenset(name for name, _ in model.named_parameters())
-        self.axes: dict[tuple[str, int], Tensor] = first.axes if first else {}
+        self.axes: dict[tuple[str, int], Tensor] = {} if axes is None else axes
         self.exported: tuple[Any, list[tuple[str, int, Tensor]]] | None = None
         self.producers: dict[tuple[str, int], None] = {}
         self.seen: MutableMapping[Tensor, _Seen] = WeakTensorKeyDictionary()
