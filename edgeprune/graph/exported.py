@@ -16,7 +16,7 @@ from torch import Tensor, fx, nn
 from torch.export import Dim, ExportedProgram, export
 from torch.utils._pytree import tree_leaves, tree_map
 
-from edgeprune.graph.running import evaluating, first_line, fresh, quiet_torch, tensors_in
+from edgeprune.graph.running import evaluating, first_line, fresh, quiet_torch, silent_torch, tensors_in
 
 aten = torch.ops.aten
 
@@ -75,14 +75,15 @@ def exported_program(model: nn.Module, inputs: tuple[Any, ...]) -> ExportedProgr
     pairs = tree_map(lambda t: torch.cat([t, t]) if isinstance(t, Tensor) else t, fresh(inputs))
     batch = tree_map(lambda t: {0: Dim.AUTO} if isinstance(t, Tensor) else None, pairs)
     try:
-        with quiet_torch(), evaluating(model), torch.no_grad():
+        with quiet_torch(), silent_torch(), evaluating(model), torch.no_grad():
             program = export(model, pairs, dynamic_shapes=batch, strict=False)
             if _fixed_batch(_module(program)):  # by len(x), for example
                 program = export(_any_batch(program), pairs, dynamic_shapes=batch, strict=False)
     except Unexportable:
         raise
     except Exception as error:  # the user's forward, and what torch makes of it, may raise anything
-        raise Unexportable(first_line(error)[:160]) from error
+        on_data = "data-dependent" in str(error)
+        raise Unexportable("its code branches on data" if on_data else first_line(error)[:160].rstrip(".")) from error
     return program
 
 
