@@ -12,12 +12,11 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from torch import fx, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from edgeprune.errors import SlimError
 from edgeprune.graph.channels import ChannelGraph
 from edgeprune.graph.exported import Exported
-from edgeprune.graph.running import evaluating, tensors_in
+from edgeprune.graph.running import Observer, evaluating, tensors_in
 from edgeprune.graph.sizes import Stuck
 from edgeprune.graph.slim import slim, slim_exported
 from edgeprune.plan import Plan
@@ -100,11 +99,11 @@ def _run(small: nn.Module, inputs: tuple[Any, ...], watch: _Watch) -> None:
         raise _DoesNotRun from error
 
 
-class _Watch(TorchDispatchMode):
+class _Watch(Observer):
     """Compares the size of every operation's first output with what the labels say."""
 
     def __init__(self, sizes: Mapping[int, int]) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]  # torch leaves it untyped
+        super().__init__()
         self.calls = 0
         self.busy = False
         self._sizes = sizes

@@ -14,7 +14,6 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map
 from torch.utils.weak import WeakTensorKeyDictionary
 
@@ -26,7 +25,7 @@ from edgeprune.graph.kinds import KINDS
 from edgeprune.graph.labels import Labels, core, varies
 from edgeprune.graph.rehearse import Misfit, misfit, stuck
 from edgeprune.graph.rules import RULES, Call, Labelled, Weight, give_up
-from edgeprune.graph.running import described, evaluating, first_line, fresh, single_sample, tensors_in
+from edgeprune.graph.running import Observer, described, evaluating, first_line, fresh, single_sample, tensors_in
 from edgeprune.graph.sizes import read
 from edgeprune.graph.slim import remember
 
@@ -111,12 +110,12 @@ class _Seen:
     written: list[int] = field(default_factory=list)
 
 
-class _Tracer(TorchDispatchMode):
+class _Tracer(Observer):
     """Runs every operation as it is, then asks its rule what happened to the labels."""
 
     def __init__(self, model: nn.Module, book: Labels, axes: dict[tuple[str, int], Tensor] | None = None) -> None:
         """With the book and axes of a first run of the same tensors: what either run ties or freezes holds for both."""
-        super().__init__()  # type: ignore[no-untyped-call]  # torch leaves it untyped
+        super().__init__()
         self.book = book
         self.tensors: dict[str, Tensor] = {}
         for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
