@@ -19,6 +19,7 @@ from torch.utils._pytree import tree_map
 
 from edgeprune.errors import SlimError
 from edgeprune.graph.channels import ChannelGraph
+from edgeprune.graph.mixing import Kept, compute_over_kept
 from edgeprune.graph.running import evaluating, first_line, fresh, single_sample, tensors_in
 from edgeprune.plan import Plan
 
@@ -47,13 +48,30 @@ def slim(model: nn.Module, graph: ChannelGraph, plan: Plan) -> nn.Module:
 
 
 def mask(model: nn.Module, graph: ChannelGraph, plan: Plan) -> nn.Module:
-    """The dense twin: a copy in which all weights of the channels that the plan leaves out are zero; `model` is untouched."""
+    """The dense twin: a copy in which all weights of the channels that the plan leaves out are zero; `model` is untouched.
+
+    Norms and sums over channels are computed over the kept ones in it (mixing.py): zeros would count there.
+    """
     zeroed = _copied(model)
     tensors = dict(named_tensors(zeroed))
     with torch.no_grad():
         for (name, axis), positions in removed_positions(graph, plan).items():
             tensors[name].index_fill_(axis, torch.from_numpy(np.flatnonzero(positions)).to(tensors[name].device), 0)
+    compute_over_kept(zeroed, _kept_positions(graph, plan))
     return zeroed
+
+
+def _kept_positions(graph: ChannelGraph, plan: Plan) -> dict[tuple[str, int], Kept]:
+    """For every operation over channels that loses some: the kept positions of each of its reads."""
+    keeps = [np.isin(np.arange(g.channels), plan.keep.get(g.name, range(g.channels))) for g in graph.groups]
+    offsets = np.cumsum([0, *(len(k) for k in keeps)])
+    kept = np.concatenate([*keeps, np.ones(1, dtype=bool)])  # the last one stands for positions that always stay
+    found: dict[tuple[str, int], Kept] = {}
+    for mixing in graph.mixing:
+        stays = [kept[np.where(r.groups < 0, len(kept) - 1, offsets[r.groups] + r.channels)] for r in mixing.reads]
+        if not all(s.all() for s in stays):
+            found[mixing.op, mixing.ordinal] = (mixing, tuple(torch.from_numpy(np.flatnonzero(s)) for s in stays))
+    return found
 
 
 @dataclass(frozen=True)
@@ -164,6 +182,11 @@ def _remember_sizes(layer: nn.Module) -> None:
         layer.out_features, layer.in_features = weight.shape
     elif isinstance(layer, nn.modules.batchnorm._NormBase):
         layer.num_features = weight.shape[0]
+    elif isinstance(getattr(layer, "normalized_shape", None), tuple):  # layer and RMS norms, also those that libraries bring
+        layer.normalized_shape = tuple(weight.shape)
+    elif isinstance(layer, nn.GroupNorm):
+        layer.num_groups = weight.shape[0] if layer.num_groups == layer.num_channels else layer.num_groups
+        layer.num_channels = weight.shape[0]
     elif isinstance(layer, nn.PReLU):
         layer.num_parameters = weight.shape[0]
 

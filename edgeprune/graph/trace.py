@@ -7,6 +7,7 @@ can be traced. The same run records the operations with their sizes for the cost
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import MutableMapping
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -25,7 +26,7 @@ from edgeprune.graph.kinds import KINDS
 from edgeprune.graph.labels import Labels, core, varies
 from edgeprune.graph.rehearse import Misfit, misfit
 from edgeprune.graph.rules import RULES, Call, Labelled, Weight, give_up
-from edgeprune.graph.running import evaluating, first_line, single_sample, tensors_in
+from edgeprune.graph.running import evaluating, first_line, operation_name, single_sample, tensors_in
 
 
 def trace(model: nn.Module, example_inputs: Any) -> ChannelGraph:
@@ -91,6 +92,7 @@ class _Tracer(TorchDispatchMode):
         self.varying: list[tuple[int, Tensor] | None] = []
         self.ops: list[Op] = []
         self.calls = 0
+        self.seen_names: Counter[str] = Counter()
         self.inputs: list[int] = []
         self.outputs: list[int] = []
 
@@ -150,10 +152,9 @@ class _Tracer(TorchDispatchMode):
         self.calls += 1
         labels = tree_map(lambda a: self._look(a).labels if isinstance(a, Tensor) else a, args)
         out = func(*args, **kwargs)
-        name = func.__name__.split(".")[0]
-        if not name.endswith("__"):
-            name = name.rstrip("_")
-        call = Call(name, func, args, kwargs, labels, out, self.book)
+        name = operation_name(func)
+        call = Call(name, func, args, kwargs, labels, out, self.book, self.seen_names[name])
+        self.seen_names[name] += 1
         try:
             result = RULES[name](call) if name in RULES else give_up(call, f"no rule for the operation {name}")
         except (RuntimeError, IndexError, ValueError, TypeError) as error:

@@ -106,7 +106,7 @@ def test_what_stays_is_named_with_a_reason() -> None:
     assert frozen["body.a.0.weight[0]"] == "the network's code cuts or pads its channels at fixed positions"
     assert traced("literal_flatten")[1].frozen["conv2.weight[0]"] == "the network's code holds their number as a fixed number"
     attention = traced("attention")[1].frozen
-    assert attention["patch.weight[0]"] == "layer, group or RMS norm computes its statistics over the channels"
+    assert attention["patch.weight[0]"] == "the network's code holds their number as a fixed number"
     assert set(attention) == {"patch.weight[0]", "qkv.weight[0]", "proj.weight[0]", "down.weight[0]", "fc.weight[0]"}
     for name in NETWORKS:
         graph = traced(name)[1]
@@ -288,30 +288,30 @@ def parametrized() -> nn.Module:
 X = torch.randn(2, 3, 6, 6, generator=torch.Generator().manual_seed(0))
 ODD: dict[str, tuple[nn.Module, Any, int]] = {  # network, inputs, removable channels
     "dict input": (DictInput(), ({"image": X},), 8),
-    "dataclass output": (DataclassOutput(), X, 0),
+    "dataclass output": (DataclassOutput(), X, 8),
     "buffers and parameters as scales": (Buffers(), X, 8),
     "writes through spatial views": (WritesThroughViews(), X, 8),
     "writes into channels": (WritesIntoChannels(), X, 0),
     "scalar parameter and item()": (ScalarParameter(), X, 8),
-    "branches on data": (Branches(), X, 0),
+    "branches on data": (Branches(), X, 8),
     "boolean index": (BooleanIndex(), X, 0),
     "split by a literal": (LiteralSplit(), X, 0),
     "split by a share": (Chunk(), X, 4),
     "assertion on the width": (Assertion(), X, 0),
-    "glu": (Gated(), X, 0),
-    "channel attention": (ChannelAttention(), X, 0),
-    "spatial attention": (SpatialAttention(), X, 0),
+    "glu": (Gated(), X, 4),
+    "channel attention": (ChannelAttention(), X, 8),
+    "spatial attention": (SpatialAttention(), X, 8),
     "lstm": (Recurrent(nn.LSTM), X, 0),
     "gru": (Recurrent(nn.GRU), X, 0),
     "multi-head attention": (SelfAttention(nn.MultiheadAttention(8, 2, batch_first=True)), X, 0),
-    "transformer layer": (SelfAttention(nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)), X, 0),
+    "transformer layer": (SelfAttention(nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)), X, 16),
     "fft, top-k, normalize": (Mixed(), X, 0),
-    "standardised weights": (nn.Sequential(WeightStandard(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 4, 1)), X, 0),
+    "standardised weights": (nn.Sequential(WeightStandard(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 4, 1)), X, 8),
     "parametrized weights": (parametrized(), X, 0),
     "group and instance norm": (
         nn.Sequential(nn.Conv2d(3, 8, 1), nn.GroupNorm(2, 8), nn.Conv2d(8, 6, 1), nn.InstanceNorm2d(6, affine=True), nn.Conv2d(6, 4, 1)),
         X,
-        6,
+        10,
     ),
     "one channel in": (nn.Sequential(nn.Conv2d(1, 8, 1), nn.ReLU(), nn.Conv2d(8, 4, 1)), X[:, :1], 8),
     "one channel between": (nn.Sequential(nn.Conv2d(3, 1, 1), nn.Conv2d(1, 6, 1), nn.Conv2d(6, 4, 1)), X, 6),
@@ -341,7 +341,9 @@ def test_odd_but_legal_networks_are_traced_and_slimmed(kind: str) -> None:
         assert prove(model, graph, plan, small, x).max_relative_error < 1e-9
         widths = np.array([len(plan.keep[g.name]) for g in graph.groups])
         thin = trace(small, x)
-        assert (kernels(graph).macs(widths)[0], kernels(graph).params(widths)[0]) == (thin.macs, thin.params)
+        # A kernel that slides along the channels has fewer positions where channels go; the cost models count the dense ones.
+        macs = pytest.approx(thin.macs, rel=1e-3) if kind == "channel attention" else thin.macs
+        assert (kernels(graph).macs(widths)[0], kernels(graph).params(widths)[0]) == (macs, thin.params)
 
 
 @pytest.mark.filterwarnings("ignore::FutureWarning")  # copying an exported program
