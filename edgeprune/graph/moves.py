@@ -6,12 +6,13 @@ Sizes are checked later: whether a cut or a split was computed from the tensor o
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import torch
 
 from edgeprune.graph.labels import compact, varies
-from edgeprune.graph.rules import Call, Weight, along, core_view, give_up, rule
+from edgeprune.graph.rules import Call, Weight, along, core_view, give_up, meet, rule
 
 FIXED_SIZE = "the network's code cuts or pads its channels at fixed positions"
 
@@ -33,6 +34,8 @@ def move(call: Call) -> Any:
     """Positions move as the data does."""
     labels = call.labels[0]
     if isinstance(labels, Weight):
+        if call.name in ("squeeze", "unsqueeze"):
+            return _reshaped_parameter(call, labels)
         if call.name not in ("t", "transpose", "permute"):
             return give_up(call, "parameter reshaped")
         order = call.func(torch.empty(*range(2, 2 + len(labels.axes)), device="meta"), *call.args[1:]).shape
@@ -56,6 +59,8 @@ def reshape(call: Call) -> Any:
     out = compact(labels.reshape(shape))
     for inside, outside in _factors(tuple(labels.shape), shape):
         parts = [d for d in outside if varies(out, d)]
+        if labels.ndim == 2 and inside == [1] and len(shape) > 3:
+            parts.reverse()  # features become maps (channels, height, width): the channels may shrink
         if len(parts) > 1 and len([d for d in inside if varies(labels, d)]) > 1:
             return give_up(call, "an axis with channels is split in a way that fixes its size")
         for d in parts[:-1]:
@@ -145,7 +150,7 @@ def stack(call: Call) -> Any:
     return parts[0].unsqueeze(call.argument(1, "dim", 0)).expand(call.shape)
 
 
-@rule("split", "split_with_sizes", "unbind", "chunk")
+@rule("split", "split_with_sizes", "unbind", "chunk", "unsafe_split", "unsafe_split_with_sizes", "unsafe_chunk")
 def split(call: Call) -> Any:
     """Equal parts of the channels stay equally long; unequal parts are fixed numbers in the code."""
     labels = call.labels[0]
@@ -248,6 +253,38 @@ def pad(call: Call) -> Any:
             fixed = [call.book.frozen((*thin.shape[:dim], n, *thin.shape[dim + 1 :]), FIXED_SIZE) for n in (before, after)]
             labels = torch.cat([fixed[0], thin, fixed[1]], dim).expand(sizes)
     return labels
+
+
+@rule("grid_sampler", "grid_sampler_2d", "grid_sampler_3d")
+def sampled(call: Call) -> Any:
+    """All channels are looked at in the same places."""
+    maps, grid = call.labels[:2]
+    if isinstance(maps, Weight) or isinstance(grid, Weight):
+        return give_up(call, "parameter in grid_sample")
+    call.book.freeze(grid, "places to look at")
+    return along(maps, 1, call.book).view(-1, *[1] * (len(call.shape) - 2)).expand(call.shape)
+
+
+@rule("im2col")
+def unfolded(call: Call) -> Any:
+    """Every channel becomes one channel per position of the window."""
+    maps, window = call.labels[0], call.args[1]
+    if isinstance(maps, Weight):
+        return give_up(call, "parameter in unfold")
+    return along(maps, maps.ndim - 3, call.book).repeat_interleave(math.prod(window)).view(-1, 1).expand(call.shape)
+
+
+@rule("mkldnn_rnn_layer")
+def recurrent(call: Call) -> Any:
+    """What it reads may shrink; its own width stays (four gates share it, and the code makes the first state)."""
+    x, weight = call.labels[:2]
+    if isinstance(x, Weight) or not isinstance(weight, Weight):
+        return give_up(call, "a recurrent layer without input weights")
+    meet(along(x, x.ndim - 1, call.book), weight.axes[1], call.book)
+    for axes in (weight.axes[:1], *(p.axes if isinstance(p, Weight) else (p,) for p in call.labels[2:7])):
+        for labels in axes:
+            call.book.freeze(labels, "the width of a recurrent layer stays")
+    return give_up(replace(call, labels=()), "the width of a recurrent layer stays")
 
 
 @rule("channel_shuffle", "native_channel_shuffle")

@@ -157,13 +157,20 @@ def convolution(call: Call) -> Any:
         meet(channels[:, None], producing.view(groups, -1), call.book)
         out = producing
     elif transposed:
-        return give_up(call, "grouped transposed convolution")
+        meet(channels, read, call.book)
+        rows = channels.view(groups, -1)
+        call.book.tie(rows, rows[:1])
+        if rows.shape[1] == 1:  # a group is a channel: it goes with all that it makes
+            call.book.freeze(out, "a depthwise transposed convolution makes several channels of each")
+            out = channels.repeat_interleave(len(out))
+        else:
+            out = out.repeat(groups)
     else:
         meet(channels.view(groups, -1), read, call.book)
         rows = out.view(groups, -1)
         call.book.tie(rows, rows[:1])
     if isinstance(bias, Tensor):
-        call.book.tie(out, bias.reshape(-1))
+        meet(out, bias.reshape(-1), call.book)
     dim = len(call.shape) - len(call.args[1].shape) + 1
     return out.view(-1, *[1] * (len(call.shape) - dim - 1)).expand(call.shape)
 
@@ -175,6 +182,10 @@ def linear(call: Call) -> Any:
     if isinstance(x, Weight) or not (isinstance(weight, Weight) or 1 in call.args[-1].shape):
         return product(call)
     read, out = axis_labels(weight, 0), axis_labels(weight, 1)
+    if varies(x, 0) and not varies(x, 1):  # the channels are the rows, as where a network mixes tokens
+        for parameter in (read, out, *([bias.reshape(-1)] if isinstance(bias, Tensor) else [])):
+            call.book.freeze(parameter, "mixes positions, the same way for every channel")
+        return x.narrow(1, 0, 1).expand(call.shape)
     meet(along(x, 1, call.book), read, call.book)
     if isinstance(bias, Tensor):
         call.book.tie(out, bias.reshape(-1))
@@ -202,6 +213,9 @@ def product(call: Call) -> Any:
     Code that multiplies matrices often divides by a power of the size it sums over: removal there would change more than the sum.
     """
     *added, left, right = call.labels
+    if isinstance(left, Tensor) and isinstance(right, Weight) and len(right.axes[0]) == 1 and not added:
+        meet(along(left, 2, call.book), right.axes[1], call.book)
+        return right.axes[2].expand(call.shape)
     if isinstance(left, Weight) or isinstance(right, Weight):
         return give_up(call, "matrix product of a parameter and an activation")
     for labels in added:
@@ -256,12 +270,11 @@ def pointwise(call: Call) -> Any:
         ]
         if not missed:
             full.append(labels.expand(shape))
-        elif any(varies(labels, d) for d in range(labels.ndim)):
-            return give_up(call, "product of two different channel axes")
         else:
-            call.book.freeze(labels, "broadcast over channels")
+            mixed = any(varies(labels, d) for d in range(labels.ndim))
+            call.book.freeze(labels, "product of two different channel axes" if mixed else "broadcast over channels")
     if not full:
-        return torch.zeros((), dtype=torch.long).expand(shape)
+        return call.book.frozen(shape, "product of two different channel axes")
     result = full[0]
     for other in full[1:]:
         call.book.tie(result, other)

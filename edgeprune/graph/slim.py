@@ -165,6 +165,8 @@ def resize(module: nn.Module, tensors: Mapping[str, Tensor]) -> None:
 
 
 def _remember_sizes(layer: nn.Module) -> None:
+    if isinstance(layer, (nn.RNNBase, nn.RNNCellBase)):
+        layer.input_size = getattr(layer, "weight_ih" if isinstance(layer, nn.RNNCellBase) else "weight_ih_l0").shape[1]
     weight = getattr(layer, "weight", None)
     if not isinstance(weight, Tensor):
         return

@@ -157,7 +157,7 @@ class _Tracer(TorchDispatchMode):
         self.seen_names[name] += 1
         try:
             result = RULES[name](call) if name in RULES else give_up(call, f"no rule for the operation {name}")
-        except (RuntimeError, IndexError, ValueError, TypeError) as error:
+        except (RuntimeError, IndexError, ValueError, TypeError, AttributeError) as error:
             result = give_up(call, f"the operation {name} is used in a way no rule covers ({first_line(error)[:80]})")
         self._record(call, result)
         return out
@@ -204,6 +204,10 @@ class _Tracer(TorchDispatchMode):
             return weight, {}
         transposed = kind == "conv" and call.args[6]
         self.producers.setdefault((weight, 1 if transposed else 0))
+        made = call.labels[-1].axes[-1] if kind == "linear" and isinstance(call.labels[-1], Weight) else None
+        if made is not None and any(made is self.axes.get((weight, d)) for d in range(1, len(self.tensors[weight].shape))):
+            self.producers.pop((weight, 0))  # the code multiplies with it as it stands, not transposed
+            self.producers.setdefault((weight, len(self.tensors[weight].shape) - 1))
         if kind == "linear":
             return weight, {"positions": int(np.prod(call.args[-2].shape[:-1]))}
         spatial = call.args[0].shape if transposed else call.shape

@@ -301,8 +301,8 @@ ODD: dict[str, tuple[nn.Module, Any, int]] = {  # network, inputs, removable cha
     "glu": (Gated(), X, 4),
     "channel attention": (ChannelAttention(), X, 8),
     "spatial attention": (SpatialAttention(), X, 8),
-    "lstm": (Recurrent(nn.LSTM), X, 0),
-    "gru": (Recurrent(nn.GRU), X, 0),
+    "lstm": (Recurrent(nn.LSTM), X, 8),
+    "gru": (Recurrent(nn.GRU), X, 8),
     "multi-head attention": (SelfAttention(nn.MultiheadAttention(8, 2, batch_first=True)), X, 0),
     "transformer layer": (SelfAttention(nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)), X, 16),
     "fft, top-k, normalize": (Mixed(), X, 0),
@@ -342,7 +342,7 @@ def test_odd_but_legal_networks_are_traced_and_slimmed(kind: str) -> None:
         widths = np.array([len(plan.keep[g.name]) for g in graph.groups])
         thin = trace(small, x)
         # A kernel that slides along the channels has fewer positions where channels go; the cost models count the dense ones.
-        macs = pytest.approx(thin.macs, rel=1e-3) if kind == "channel attention" else thin.macs
+        macs = pytest.approx(thin.macs, rel=1e-2) if kind == "channel attention" else thin.macs
         assert (kernels(graph).macs(widths)[0], kernels(graph).params(widths)[0]) == (macs, thin.params)
 
 
