@@ -7,8 +7,6 @@ residual connection ties are scored together, by the mean over all layers that w
 
 from __future__ import annotations
 
-import torch
-
 from edgeprune.criteria.probe import Probe
 from edgeprune.graph import ChannelGraph
 from edgeprune.plan import Scores
@@ -21,6 +19,6 @@ def score(graph: ChannelGraph, probe: Probe) -> Scores:
     """Mean absolute weight mass of each channel's filters, float64, higher = keep. Shapes: (channels,) per group."""
     values = {}
     for group in graph.groups:
-        norms = [part.double().abs().sum(dim=1) for part in probe.slices(group)]
-        values[group.name] = torch.stack(norms).mean(dim=0).cpu().numpy()
+        norms = [part.double().abs().sum(dim=1).cpu().numpy() for part in probe.slices(group)]
+        values[group.name] = probe.reduced(norms)
     return Scores("l1", values)

@@ -10,14 +10,14 @@ images, is our reconstruction, after its predecessor HRank. Vectors (h = w = 1) 
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
-from edgeprune.criteria.probe import Probe
-from edgeprune.errors import DataError
-from edgeprune.graph import ChannelGraph, ChannelGroup
+from edgeprune.criteria.probe import Probe, Statistic, View
+from edgeprune.graph import ChannelGraph
 from edgeprune.plan import Scores
 
 NEEDS = ("maps",)
@@ -25,27 +25,35 @@ PAPER = "Yeom et al., Toward Compact Deep Neural Networks via Energy-Aware Pruni
 CHUNK_BYTES = 64 << 20
 
 
-def score(graph: ChannelGraph, probe: Probe) -> Scores:
-    """Energy of each channel, dimensionless, float64, higher = keep. Shapes: maps (n, c, h, w) -> (c,).
+def score(graph: ChannelGraph, probe: Probe, **options: Any) -> Scores:
+    """Energy of each channel, dimensionless, float64, higher = keep. Shapes: maps (n, c, h, w) -> (c,)."""
+    return probe.gather(statistic(graph, probe, **options))[0]
 
-    Raises DataError for maps with NaN or Inf.
-    """
-    sums: dict[str, dict[int, NDArray[np.float64]]] = {g.name: {} for g in graph.groups}
 
-    def observe(group: ChannelGroup, tap: int, maps: Tensor) -> None:
-        if not bool(torch.isfinite(maps).all()):
-            raise DataError(f"the feature maps of {group.name} hold NaN or Inf: check the preprocessing (mean, std) and the weights.")
-        energy = nuclear_norms(maps).sum(dim=0).cpu().numpy()
-        sums[group.name][tap] = sums[group.name].get(tap, 0.0) + energy
+def statistic(graph: ChannelGraph, probe: Probe) -> Statistic:
+    """The running sums of the energies."""
+    return _Energy(graph, probe)
 
-    images = probe.observe_maps(observe)
-    values = {}
-    for group in graph.groups:
-        taps = [total / images for total in sums[group.name].values()]
-        if len(taps) > 1:
-            taps = [t / t.mean() if t.mean() > 0 else t for t in taps]
-        values[group.name] = np.mean(taps, axis=0) if taps else np.ones(group.channels)
-    return Scores("nuclear_norm", values, {"images": images})
+
+class _Energy(Statistic):
+    def __init__(self, graph: ChannelGraph, probe: Probe) -> None:
+        self._graph = graph
+        self._probe = probe
+        self._sums: dict[str, dict[int, Tensor]] = {g.name: {} for g in graph.groups}
+
+    def update(self, view: View) -> None:
+        """Add the energies of one batch."""
+        sums = self._sums[view.group.name]
+        energy = nuclear_norms(view.maps).sum(dim=0)
+        sums[view.tap] = sums[view.tap] + energy if view.tap in sums else energy
+
+    def scores(self, images: int) -> Scores:
+        """Mean energy of each channel; a group that no layer reads is worth the same everywhere."""
+        values = {}
+        for group in self._graph.groups:
+            rows = [(total / images).cpu().numpy() for total in self._sums[group.name].values()]
+            values[group.name] = self._probe.reduced(rows, balance=True) if rows else np.ones(group.channels)
+        return Scores("nuclear_norm", values, {"images": images})
 
 
 def nuclear_norms(maps: Tensor) -> Tensor:

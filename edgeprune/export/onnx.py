@@ -31,7 +31,8 @@ from torch.utils._pytree import tree_leaves
 
 from edgeprune.errors import ExportError, ParityError, UnsupportedOp
 from edgeprune.export import Arrays, Artifact, Runner
-from edgeprune.export.fold import as_args, fold_batchnorm, frozen_copy, quiet_torch
+from edgeprune.export.fold import as_args, fold_batchnorm, frozen_copy
+from edgeprune.graph.running import quiet_torch
 from edgeprune.run import hash_file, product_version
 
 # onnxruntime's errors share no base class of their own

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from edgeprune.graph.channels import Activation, ChannelGraph, ChannelGroup, Member, Mixing, Op, Read, Tap
+from edgeprune.graph.channels import Activation, ChannelGraph, ChannelGroup, ExportedSizes, Member, Mixing, Op, Read, SizedAxis, Tap
 from edgeprune.graph.labels import Labels
 
 
@@ -27,6 +27,7 @@ class Trace(Protocol):
     ops: list[Op]
     inputs: list[int]
     outputs: list[int]
+    exported: tuple[Any, list[tuple[str, int, Tensor]]] | None
 
 
 @dataclass(frozen=True)
@@ -73,6 +74,7 @@ def build(tracer: Trace) -> ChannelGraph:
         input_activations=tuple(tracer.inputs),
         output_activations=tuple(tracer.outputs),
         mixing=tuple(_mixing(tracer.book, classes, group_of, channel_of)),
+        exported=_exported_sizes(tracer, classes, group_of, channel_of, groups),
     )
 
 
@@ -81,6 +83,21 @@ def _mixing(book: Labels, classes: NDArray[np.int64], group_of: NDArray[np.int64
         members = [(argument, axis, classes[labels.numpy()]) for argument, axis, labels in reads]
         if any((group_of[m] >= 0).any() for _, _, m in members):
             yield Mixing(op, ordinal, tuple(Read(a, d, group_of[m], channel_of[m]) for a, d, m in members), output_axis)
+
+
+def _exported_sizes(
+    tracer: Trace,
+    classes: NDArray[np.int64],
+    group_of: NDArray[np.int64],
+    channel_of: NDArray[np.int64],
+    groups: list[tuple[ChannelGroup, NDArray[np.int64]]],
+) -> ExportedSizes | None:
+    if tracer.exported is None:
+        return None
+    inputs, axes = tracer.exported
+    offsets = np.cumsum([0, *(group.channels for group, _ in groups)])
+    number = np.where(group_of < 0, -1, offsets[group_of] + channel_of)
+    return ExportedSizes(inputs, tuple(SizedAxis(node, axis, number[classes[labels.numpy()]]) for node, axis, labels in axes))
 
 
 def _rows(roots: list[NDArray[np.int64]], blocked: NDArray[np.bool_]) -> _Rows:

@@ -31,9 +31,13 @@ class Mixed(NamedTuple):
 
 
 class Labels:
-    """Hands out labels and collects what is tied, what is frozen, and which operations compute over the set of channels."""
+    """Hands out labels and collects what is tied, what is frozen, and which operations compute over the set of channels.
 
-    def __init__(self) -> None:
+    `may_cut`: whether a cut through the channels takes its channels with it or freezes them. `cut`: whether there was one.
+    """
+
+    def __init__(self, *, may_cut: bool = True) -> None:
+        self.may_cut, self.cut = may_cut, False
         self.mixed: list[Mixed] = []
         self._count = 1
         self._left: list[Tensor] = []

@@ -9,14 +9,17 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
-from torch import nn
+from torch import fx, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from edgeprune.errors import SlimError
 from edgeprune.graph.channels import ChannelGraph
+from edgeprune.graph.exported import Exported
 from edgeprune.graph.running import evaluating, tensors_in
-from edgeprune.graph.slim import slim
+from edgeprune.graph.sizes import Stuck
+from edgeprune.graph.slim import slim, slim_exported
 from edgeprune.plan import Plan
 
 
@@ -29,7 +32,7 @@ class Misfit(NamedTuple):
 
 def misfit(model: nn.Module, graph: ChannelGraph, inputs: tuple[Any, ...]) -> Misfit | None:
     """The first operation that does not fit when channels are gone; None when all fit, or when the network cannot be copied."""
-    widths = {g.name: max(1, g.channels - 1) for g in graph.groups}
+    widths = {name: len(channels) for name, channels in _fewer(graph).keep.items()}
     sizes = {}
     for op in graph.ops:
         made = graph.activations[op.output]
@@ -39,13 +42,50 @@ def misfit(model: nn.Module, graph: ChannelGraph, inputs: tuple[Any, ...]) -> Mi
         return None
     watch = _Watch(sizes)
     try:
-        small = slim(model, graph, Plan.from_widths(graph, widths))
+        small = slim(model, graph, _fewer(graph))
         _run(small, inputs, watch)
     except _DoesNotRun:
         return Misfit(watch.calls - 1, watch.busy) if watch.calls else None
     except SlimError:
         return None
     return None
+
+
+def stuck(network: Exported, graph: ChannelGraph, inputs: tuple[Any, ...]) -> Stuck | None:
+    """The operation of an exported network that does not take fewer channels, if there is one."""
+    try:
+        small = slim_exported(network, graph, _fewer(graph))
+    except Stuck as problem:
+        return problem
+    run = _Run(small)
+    try:
+        with torch.no_grad():
+            run.run(*inputs)
+    except (RuntimeError, ValueError, IndexError, TypeError):
+        return Stuck(run.at.name, str(run.at.target))
+    return None
+
+
+class _Run(fx.Interpreter):
+    """Runs a graph and knows where it is."""
+
+    def run_node(self, n: fx.Node) -> Any:
+        """The node's result, as ever."""
+        self.at = n
+        return super().run_node(n)
+
+
+def _fewer(graph: ChannelGraph) -> Plan:
+    """Every group without one to three of its channels, drawn at random: what agrees by chance with a fixed number does so rarely.
+
+    Two channels stay where there are three: sizes of 1 are treated in ways of their own.
+    """
+    draw = np.random.default_rng(0)
+    keep = {}
+    for group in graph.groups:
+        gone = draw.choice(group.channels, int(draw.integers(1, max(1, min(3, group.channels - 2)) + 1)), replace=False)
+        keep[group.name] = tuple(np.delete(np.arange(group.channels), gone).tolist())
+    return Plan(keep)
 
 
 class _DoesNotRun(Exception):

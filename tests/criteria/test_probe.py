@@ -1,26 +1,43 @@
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from edgeprune.criteria.probe import Probe, channel_maps
-from edgeprune.errors import DataError
-from edgeprune.graph import ChannelGroup, Tap
+from edgeprune.criteria.probe import Probe, Statistic, View, channel_maps
+from edgeprune.errors import DataError, UsageError
+from edgeprune.graph import Tap
+from edgeprune.plan import Scores
 from tests.networks import NETWORKS, build, images, traced
+
+
+class Keeper(Statistic):
+    """Keeps what it sees."""
+
+    def __init__(self) -> None:
+        self.found: dict[tuple[str, int], list[Tensor]] = {}
+        self.modes: list[bool] = []
+        self.labels: list[Tensor | None] = []
+        self.model: nn.Module | None = None
+
+    def update(self, view: View) -> None:
+        self.found.setdefault(view.key, []).append(view.maps.clone())
+        self.labels.append(view.labels)
+        self.modes.append(bool(self.model and self.model.training))
+
+    def scores(self, images: int) -> Scores:
+        return Scores("kept", {}, {"images": images})
 
 
 def observed(name: str, n: int) -> tuple[int, dict[tuple[str, int], list[Tensor]]]:
     model, graph = traced(name)
-    found: dict[tuple[str, int], list[Tensor]] = {}
-
-    def keep(group: ChannelGroup, tap: int, maps: Tensor) -> None:
-        found.setdefault((group.name, tap), []).append(maps.clone())
-
-    x = images(name, n)
-    return Probe(model, graph, [(x, torch.zeros(n))]).observe_maps(keep), found
+    keeper = Keeper()
+    (scores,) = Probe(model, graph, [(images(name, n), torch.zeros(n))]).gather(keeper)
+    return scores.facts["images"], keeper.found
 
 
 @pytest.mark.parametrize("name", NETWORKS)
@@ -33,7 +50,7 @@ def test_every_tap_is_seen_once_a_batch_with_all_channels(name: str) -> None:
     for (group, _), maps in found.items():
         assert len(maps) == 1
         assert maps[0].shape[1] == channels[group] and maps[0].ndim == 4
-        assert maps[0].shape[0] % 3 == 0  # a linear on tokens runs on images * tokens rows
+        assert maps[0].shape[0] == 3  # a linear on tokens runs on images * tokens rows: they are columns of the image's map
 
 
 @pytest.mark.parametrize("name", NETWORKS)
@@ -62,17 +79,79 @@ def test_the_model_runs_in_eval_mode_and_is_left_as_it_was() -> None:
     model = build("plain").train()
     graph = traced("plain")[1]
     before = {k: t.clone() for k, t in model.state_dict().items()}
-    modes: list[bool] = []
-    Probe(model, graph, [images("plain", 4)[0]]).observe_maps(lambda *_: modes.append(model.training))
-    assert modes and not any(modes) and model.training
+    keeper = Keeper()
+    keeper.model = model
+    Probe(model, graph, [images("plain", 4)[0]]).gather(keeper)
+    assert keeper.modes and not any(keeper.modes) and model.training
     assert all(torch.equal(t, before[k]) for k, t in model.state_dict().items())
 
 
 def test_data_may_be_an_iterator_and_batches_may_differ() -> None:
     model, graph = traced("plain")
-    assert Probe(model, graph, iter([images("plain", 3)[0], images("plain", 1)[0]])).observe_maps(lambda *_: None) == 4
+    batches = iter([images("plain", 3)[0], images("plain", 1)[0]])
+    assert Probe(model, graph, batches).gather(Keeper())[0].facts["images"] == 4
     with pytest.raises(DataError, match="empty"):
-        Probe(model, graph, iter([])).observe_maps(lambda *_: None)
+        Probe(model, graph, iter([])).gather(Keeper())
+
+
+def test_several_statistics_share_one_run() -> None:
+    model, graph = traced("plain")
+    first, second, runs = Keeper(), Keeper(), []
+    handle = model.register_forward_pre_hook(lambda *_: runs.append(1))
+    try:
+        Probe(model, graph, [(images("plain", 2)[0], torch.tensor([0, 1]))]).gather(first, second)
+    finally:
+        handle.remove()
+    assert len(runs) == 1 and first.found.keys() == second.found.keys()
+    assert all(label is not None and label.tolist() == [0, 1] for label in first.labels)
+
+
+def test_maps_that_are_not_finite_are_refused() -> None:
+    model, graph = traced("plain")
+    with pytest.raises(DataError, match="NaN or Inf"):
+        Probe(model, graph, [torch.full_like(images("plain", 2)[0], float("nan"))]).gather(Keeper())
+
+
+class Slopes(Statistic):
+    """Sums gradients."""
+
+    gradients = True
+    maps = False
+
+    def __init__(self) -> None:
+        self.total: dict[str, Tensor] = {}
+
+    def backward(self, gradients: Mapping[str, Tensor], images: int) -> None:
+        for name, gradient in gradients.items():
+            self.total[name] = self.total.get(name, 0) + gradient * images
+
+    def scores(self, images: int) -> Scores:
+        return Scores("slopes", {}, {"images": images})
+
+
+def test_gradients_are_those_of_the_loss_and_leave_none_behind() -> None:
+    model, graph = traced("plain")
+    x, y = images("plain", 4)[0], torch.tensor([0, 1, 2, 1])
+    slopes = Slopes()
+    Probe(model, graph, [(x[:3], y[:3]), (x[3:], y[3:])]).gather(slopes)
+    loss = torch.nn.functional.cross_entropy(model.eval()(x), y, reduction="sum")
+    names = [n for n, p in model.named_parameters() if p.requires_grad]
+    wanted = torch.autograd.grad(loss, [p for p in model.parameters() if p.requires_grad])
+    for name, gradient in zip(names, wanted, strict=True):
+        assert torch.allclose(slopes.total[name], gradient, atol=1e-5)
+    assert all(p.grad is None for p in model.parameters())
+    with pytest.raises(DataError, match="labels"):
+        Probe(model, graph, [x]).gather(Slopes())
+
+
+def test_reduction_over_the_layers_of_a_group() -> None:
+    model, graph = traced("plain")
+    rows = [np.array([1.0, 3.0]), np.array([10.0, 50.0])]
+    results = {r: Probe(model, graph, reduce=r).reduced(rows).tolist() for r in ("mean", "sum", "max", "first", "backward")}
+    assert results == {"mean": [5.5, 26.5], "sum": [11, 53], "max": [10, 50], "first": [1, 3], "backward": [10, 50]}
+    assert Probe(model, graph).reduced(rows, balance=True).tolist() == [(0.5 + 1 / 3) / 2, (1.5 + 5 / 3) / 2]
+    with pytest.raises(UsageError, match="reduce must be one of"):
+        Probe(model, graph, reduce="median")
 
 
 def test_flattened_channels_arrive_as_rows() -> None:
