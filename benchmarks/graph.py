@@ -155,13 +155,14 @@ def coverage_table(rows: list[dict[str, Any]], total: int) -> str:
     lines = [
         "# Library networks cut to half of every width",
         "",
-        f"{len(rows)} of {total} networks run; {len(good)} end without an error; {len(smaller)} are smaller, with outputs of the same shapes. "
-        f"Torch-Pruning ends without an error on {len(theirs)} of the same {len(rows)}. `python -m benchmarks.graph coverage`.",
+        f"{len(rows)} of {total} networks run; {len(good)} end without an error; {len(smaller)} are smaller, with outputs of the "
+        f"same shapes. Torch-Pruning ends without one on {len(theirs)} of the same {len(rows)}. `python -m benchmarks.graph coverage`.",
         "",
         "Error: largest difference between the slim network and the masked dense one, as a share of the output's range. *Kept only*: the",
         "norms and sums over channels that the dense one computes over the kept channels alone. CPU-seconds of tracing and slimming.",
         "",
-        "| network | groups | MACs removed | parameters removed | error | precision | kept only | CPU-s | extra MB | Torch-Pruning | what stays |",
+        "| network | groups | MACs removed | parameters removed | error | precision | kept only | CPU-s | extra MB | Torch-Pruning "
+        "| what stays |",
         "|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for r in rows:

@@ -79,10 +79,10 @@ def build(tracer: Trace) -> ChannelGraph:
 
 
 def _mixing(book: Labels, classes: NDArray[np.int64], group_of: NDArray[np.int64], channel_of: NDArray[np.int64]) -> Iterator[Mixing]:
-    for op, ordinal, reads, output_axis in book.mixed:
+    for op, ordinal, reads, output_axes in book.mixed:
         members = [(argument, axis, classes[labels.numpy()]) for argument, axis, labels in reads]
         if any((group_of[m] >= 0).any() for _, _, m in members):
-            yield Mixing(op, ordinal, tuple(Read(a, d, group_of[m], channel_of[m]) for a, d, m in members), output_axis)
+            yield Mixing(op, ordinal, tuple(Read(a, d, group_of[m], channel_of[m]) for a, d, m in members), output_axes)
 
 
 def _exported_sizes(

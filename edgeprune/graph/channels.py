@@ -71,14 +71,14 @@ class Read(NamedTuple):
 class Mixing(NamedTuple):
     """An operation that computes over the set of channels, so that zeros do not stand for removed ones.
 
-    The `ordinal`-th operation called `op` that the forward dispatches. Where `output_axis` is not None its result has the positions of
-    the first read along that axis.
+    The `ordinal`-th operation called `op` that the forward dispatches. Its result has the positions of the first reads along
+    `output_axes`, in this order.
     """
 
     op: str
     ordinal: int
     reads: tuple[Read, ...]
-    output_axis: int | None
+    output_axes: tuple[int, ...]
 
 
 @dataclass(frozen=True)

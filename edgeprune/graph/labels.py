@@ -27,7 +27,7 @@ class Mixed(NamedTuple):
     op: str
     ordinal: int
     reads: tuple[tuple[int, int, Tensor], ...]
-    output_axis: int | None
+    output_axes: tuple[int, ...]
 
 
 class Labels:

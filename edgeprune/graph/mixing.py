@@ -44,11 +44,10 @@ class _KeptOnly(TorchDispatchMode):
         elif name == "native_group_norm":
             thin[4], thin[6] = thin[0].shape[1], args[6] if args[6] < args[4] else thin[0].shape[1]
         out = func(*thin, **(kwargs or {}))
-        if mixing.output_axis is None:
-            return out
-        if isinstance(out, Tensor):
-            return _spread(out, args[0], mixing.output_axis, kept[0])
-        return _spread(out[0], args[0], mixing.output_axis, kept[0]), *out[1:]
+        first = out if isinstance(out, Tensor) else out[0]
+        for axis, positions, read in zip(mixing.output_axes, kept, mixing.reads, strict=False):
+            first = _spread(first, args[read.argument], axis, positions)
+        return first if isinstance(out, Tensor) else (first, *out[1:])
 
 
 def _spread(thin: Tensor, dense: Tensor, axis: int, kept: Tensor) -> Tensor:

@@ -161,7 +161,7 @@ def split(call: Call) -> Any:
     """Equal parts of the channels stay equally long; unequal parts take their channels with them."""
     labels = call.labels[0]
     if isinstance(labels, Weight):
-        return give_up(call, "parameter split")
+        return _split_parameter(call, labels)
     dim = call.argument(1 if call.name == "unbind" else 2, "dim", 0) % labels.ndim
     equal = len({tuple(o.shape) for o in call.out}) == 1
     if varies(labels, dim) and (call.name == "unbind" or not (equal or call.book.may_cut)):
@@ -172,6 +172,16 @@ def split(call: Call) -> Any:
     elif varies(labels, dim):
         call.book.cut = True
     return parts
+
+
+def _split_parameter(call: Call, weight: Weight) -> Any:
+    """The axis that is split stays whole; the others may shrink."""
+    dim = call.argument(1 if call.name == "unbind" else 2, "dim", 0) % len(weight.axes)
+    call.book.freeze(weight.axes[dim], "parameter split")
+    if call.name == "unbind":
+        return give_up(call, "parameter split")
+    parts = weight.axes[dim].split([part.shape[dim] for part in call.out])
+    return tuple(Weight((*weight.axes[:dim], part, *weight.axes[dim + 1 :])) for part in parts)
 
 
 @rule("glu")

@@ -33,7 +33,7 @@ def _standardised(call: Call, weight: Weight) -> Any:
             meet(weight.axes[1], parameter.reshape(-1), call.book)
     for d in (0, *range(3, len(weight.axes))):
         call.book.freeze(weight.axes[d], "parameter in batch_norm")
-    call.mix((0, 2, weight.axes[2]), output_axis=2)
+    call.mix((0, 2, weight.axes[2]), output_axes=(2,))
     return weight, *(_statistics(o, call.book) for o in call.out[1:])
 
 
@@ -44,7 +44,8 @@ def weight_norm(call: Call) -> Any:
     if not isinstance(direction, Weight) or not isinstance(length, Tensor) or dim not in (0, 1):
         return give_up(call, "weight norm over everything")
     call.book.tie(direction.axes[dim], axis_labels(length, dim))
-    call.mix((0, 1 - dim, direction.axes[1 - dim]), output_axis=1 - dim)
+    rows = direction.axes[dim]
+    call.mix((0, 1 - dim, direction.axes[1 - dim]), (0, dim, rows), (1, dim, rows), output_axes=(1 - dim, dim))
     return direction, length
 
 
@@ -66,7 +67,7 @@ def layer_norm(call: Call) -> Any:
         channels = along(x, dim, call.book)
         for _, parameter in affine:
             meet(channels, axis_labels(parameter, dim - first), call.book)
-        call.mix((0, dim, channels), *((i, dim - first, channels) for i, _ in affine), output_axis=dim)
+        call.mix((0, dim, channels), *((i, dim - first, channels) for i, _ in affine), output_axes=(dim,))
     return x, *(_statistics(o, call.book) for o in call.out[1:])
 
 
@@ -81,7 +82,7 @@ def group_norm(call: Call) -> Any:
     affine = [(i, p) for i, p in enumerate(call.labels[1:3], 1) if isinstance(p, Tensor)]
     for _, parameter in affine:
         meet(channels, parameter.reshape(-1), call.book)
-    call.mix((0, 1, channels), *((i, 0, channels) for i, _ in affine), output_axis=1)
+    call.mix((0, 1, channels), *((i, 0, channels) for i, _ in affine), output_axes=(1,))
     return x, *(_statistics(o, call.book) for o in call.out[1:])
 
 

@@ -45,9 +45,9 @@ class Call:
     book: Labels
     ordinal: int = 0  # how many operations of this name ran before
 
-    def mix(self, *reads: tuple[int, int, Tensor], output_axis: int | None = None) -> None:
-        """It computes over the set of channels: (argument, axis, labels along it) of all it reads; the result may keep the first axis."""
-        self.book.mixed.append(Mixed(self.name, self.ordinal, reads, output_axis))
+    def mix(self, *reads: tuple[int, int, Tensor], output_axes: tuple[int, ...] = ()) -> None:
+        """It computes over the set of channels: (argument, axis, labels along it) of all it reads; the result may keep the first ones."""
+        self.book.mixed.append(Mixed(self.name, self.ordinal, reads, output_axes))
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -202,7 +202,7 @@ def _across_channels(call: Call, x: Tensor, space: list[int]) -> Any:
         for d in range(len(parameter.shape) if isinstance(parameter, (Tensor, Weight)) else 0):
             call.book.freeze(axis_labels(parameter, d), "a convolution slides over the channels")
     channels = along(x, dim, call.book)
-    call.mix((0, dim, channels), output_axis=dim)
+    call.mix((0, dim, channels), output_axes=(dim,))
     return channels.view(*(-1 if d == dim else 1 for d in range(x.ndim))).expand(call.shape)
 
 

@@ -7,6 +7,7 @@ everything the removed channels own set to zero. Both must compute the same func
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Iterator, Mapping, MutableMapping
 from dataclasses import dataclass
 from typing import Any
@@ -184,13 +185,13 @@ def _compare(small: nn.Module, twin: nn.Module, inputs: tuple[Any, ...], toleran
             ) from error
     for a, b in zip(expected[0], expected[1], strict=True):
         if a.shape == b.shape and a.numel():
-            moved = max(moved, float((a - b).abs().max()))
+            moved = max(moved, float((a - b).nan_to_num(0.0, 0.0, 0.0).abs().max()))
     for reference, result in zip(expected, got, strict=True):
         for a, b in zip(reference, result, strict=True):
             if a.shape != b.shape:
                 raise SlimError(f"the slim network returns {tuple(b.shape)} where the dense one returns {tuple(a.shape)}.")
             if a.numel():
-                gap, largest = max(gap, float((a - b).abs().max())), max(largest, float(a.abs().max()))
+                gap, largest = max(gap, _apart(a, b)), max(largest, float(a.nan_to_num(0.0, 0.0, 0.0).abs().max()))
     # Outputs that hardly move, because the inputs are integers or few channels are left, differ by rounding alone.
     rounding = 64 * torch.finfo(expected[0][0].dtype).eps / tolerance * largest
     scale = max(moved, rounding)
@@ -202,6 +203,14 @@ def _compare(small: nn.Module, twin: nn.Module, inputs: tuple[Any, ...], toleran
             "the network uses channels in a way tracing did not see. Nothing was written; please report the network's layer types."
         )
     return Proof(relative, len(expected), dtype)
+
+
+def _apart(a: Tensor, b: Tensor) -> float:
+    """The largest difference; infinite where only one of both is a number, or where none is: nothing would be compared."""
+    if not bool(a.isfinite().any()):
+        return math.inf
+    same = (a == b) | (a.isnan() & b.isnan())
+    return float(torch.where(same, 0.0, (a - b).abs()).nan_to_num(math.inf, math.inf).max())
 
 
 def resize(module: nn.Module, tensors: Mapping[str, Tensor]) -> None:

@@ -190,7 +190,7 @@ class ScalarParameter(Net):
 
 class Branches(Net):
     def between(self, h: Tensor) -> Tensor:
-        return h + 1 if bool(h.sum() > 0) else h
+        return h + 1 if bool(h.abs().sum() > 0) else h
 
 
 class BooleanIndex(Net):
@@ -290,7 +290,7 @@ ODD: dict[str, tuple[nn.Module, Any, int]] = {  # network, inputs, removable cha
     "writes through spatial views": (WritesThroughViews(), X, 8),
     "writes into channels": (WritesIntoChannels(), X, 8),
     "scalar parameter and item()": (ScalarParameter(), X, 8),
-    "branches on data": (Branches(), X, 0),
+    "branches on data": (Branches(), X, 8),
     "boolean index": (BooleanIndex(), X, 0),
     "split by a literal": (LiteralSplit(), X, 4),
     "split by a share": (Chunk(), X, 4),
