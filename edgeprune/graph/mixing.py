@@ -63,10 +63,10 @@ def compute_over_kept(twin: nn.Module, kept: Mapping[tuple[str, int], Kept]) -> 
 
     def enter(*_: Any) -> None:
         running.append(_KeptOnly(kept))
-        running[-1].__enter__()
+        running[-1].__enter__()  # type: ignore[no-untyped-call]  # torch leaves it untyped
 
     def leave(*_: Any) -> None:
-        running.pop().__exit__(None, None, None)
+        running.pop().__exit__(None, None, None)  # type: ignore[no-untyped-call]  # the same
 
     twin.register_forward_pre_hook(enter)
     twin.register_forward_hook(leave, always_call=True)

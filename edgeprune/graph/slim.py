@@ -252,7 +252,7 @@ def _remember_sizes(layer: nn.Module) -> None:
     elif isinstance(layer, nn.modules.batchnorm._NormBase):
         layer.num_features = weight.shape[0]
     elif isinstance(getattr(layer, "normalized_shape", None), tuple):  # layer and RMS norms, also those that libraries bring
-        layer.normalized_shape = tuple(weight.shape)
+        setattr(layer, "normalized_shape", tuple(weight.shape))  # noqa: B010  not declared on a bare Module
     elif isinstance(layer, nn.GroupNorm):
         layer.num_groups = weight.shape[0] if layer.num_groups == layer.num_channels else layer.num_groups
         layer.num_channels = weight.shape[0]

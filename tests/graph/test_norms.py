@@ -56,7 +56,8 @@ class Standardised(nn.Conv2d):
             weight = centred / (centred.square().mean((1, 2, 3), keepdim=True) + 1e-5).sqrt()
         else:
             weight = F.batch_norm(self.weight.reshape(1, self.out_channels, -1), None, None, training=True).reshape_as(self.weight)
-        return self._conv_forward(x, weight, self.bias)
+        out: Tensor = self._conv_forward(x, weight, self.bias)
+        return out
 
 
 class ByHand(Standardised):
@@ -64,7 +65,8 @@ class ByHand(Standardised):
 
 
 def weight_norm(i: int, o: int, k: int) -> nn.Module:
-    return nn.utils.parametrizations.weight_norm(nn.Conv2d(i, o, k))
+    layer: nn.Module = nn.utils.parametrizations.weight_norm(nn.Conv2d(i, o, k))
+    return layer
 
 
 @pytest.mark.parametrize("kind", [Standardised, ByHand, weight_norm])
@@ -92,7 +94,7 @@ def test_norms_are_computed_from_scratch_over_the_kept_channels() -> None:
     made = model[0](x)[0, :, 0, 0][kept].view(2, 2)
     expected = (made - made.mean(1, keepdim=True)) / (made.var(1, correction=0, keepdim=True) + 1e-5).sqrt()
     seen: list[Tensor] = []
-    twin[1].register_forward_hook(lambda _m, _i, out: seen.append(out))
+    twin.get_submodule("1").register_forward_hook(lambda _m, _i, out: seen.append(out))
     outputs(twin, (x,))
     assert torch.allclose(seen[0][0, kept, 0, 0], expected.flatten(), rtol=1e-12, atol=0)
     assert not seen[0][0, [1, 3, 5, 7]].any()
