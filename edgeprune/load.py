@@ -67,7 +67,7 @@ def load_model(
         if factory:
             raise UsageError(f"{path} is an exported program, which carries its own network: leave --model out.")
         program = load_exported_program(path, trusted=trust_pickle)
-        model = opened(program)
+        model: nn.Module = opened(program)
         own_shape = _example_shape(program.example_inputs)
     else:
         content = _read_safetensors(path) if kind == "safetensors" else _read_pickle(path, trusted=trust_pickle)

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import copy
 import operator
-from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -17,13 +16,14 @@ from torch import Tensor, fx, nn
 from torch.export import Dim, ExportedProgram, export
 from torch.utils._pytree import tree_leaves, tree_map
 
-from edgeprune.graph.running import evaluating, first_line, fresh, quiet_torch, tensors_in
+from edgeprune.graph.running import evaluating, first_line, fresh, quiet_torch, silent_torch, tensors_in
 
 aten = torch.ops.aten
 
 # Checks of what export saw (types, sizes, guards): a slim network has other sizes, and float64 copies are compared with each other.
 _CHECKS = ("_assert_tensor_metadata", "_assert_async", "_assert_scalar", "sym_constrain_range", "sym_constrain_range_for_size")
 _TRAINING_FLAG = {"batch_norm": 5, "dropout": 2, "feature_dropout": 2, "alpha_dropout": 2, "feature_alpha_dropout": 2}
+_MANY = 8  # samples; a larger batch is not tried out
 _TAKES_SIZES = {"view": 1, "reshape": 1, "_unsafe_view": 1, "expand": 1, "new_zeros": 1, "new_ones": 1, "new_full": 1}
 
 
@@ -37,7 +37,8 @@ class Exported(fx.GraphModule):
     def __deepcopy__(self, memo: dict[int, Any]) -> Exported:
         """As fx copies, without the deprecation that torch raises against itself."""
         with quiet_torch():
-            twin: Exported = super().__deepcopy__(memo)  # type: ignore[no-untyped-call]  # torch leaves it untyped
+            twin = super().__deepcopy__(memo)
+        assert isinstance(twin, Exported)
         return twin
 
 
@@ -74,13 +75,23 @@ def exported_program(model: nn.Module, inputs: tuple[Any, ...]) -> ExportedProgr
     pairs = tree_map(lambda t: torch.cat([t, t]) if isinstance(t, Tensor) else t, fresh(inputs))
     batch = tree_map(lambda t: {0: Dim.AUTO} if isinstance(t, Tensor) else None, pairs)
     try:
-        with quiet_torch(), evaluating(model), torch.no_grad():
+        with quiet_torch(), silent_torch(), evaluating(model), torch.no_grad():
             program = export(model, pairs, dynamic_shapes=batch, strict=False)
+            if _fixed_batch(_module(program)):  # by len(x), for example
+                program = export(_any_batch(program), pairs, dynamic_shapes=batch, strict=False)
+    except Unexportable:
+        raise
     except Exception as error:  # the user's forward, and what torch makes of it, may raise anything
-        raise Unexportable(first_line(error)[:160]) from error
-    if any(isinstance(size, int) for size in _batch_sizes(_module(program))):
-        raise Unexportable("its code fixes the size of the batch")
+        on_data = "data-dependent" in str(error)
+        raise Unexportable("its code branches on data" if on_data else first_line(error)[:160].rstrip(".")) from error
     return program
+
+
+def _any_batch(program: ExportedProgram) -> Exported:
+    network = opened(program)
+    if network.meta["fixed_batch"]:
+        raise Unexportable("its code fixes the size of the batch")
+    return network
 
 
 def _module(program: ExportedProgram) -> fx.GraphModule:
@@ -101,16 +112,17 @@ def opened(source: fx.GraphModule | ExportedProgram) -> Exported:
             graph.erase_node(node)
         elif node.op == "get_attr" and node.target not in tensors:
             tensors[node.target] = operator.attrgetter(node.target)(module)
-        elif _name(node) == "to" and _casts_nothing(node):
-            meta["casts"] = True
-            node.replace_all_uses_with(node.args[0])
-            graph.erase_node(node)
+        elif _name(node) == "to":
+            meta["casts"] |= _cast_to_own_type(node, tensors)
+        elif node.target is aten.view.default:  # the same, and works on any memory format
+            node.target = aten.reshape.default
         elif _name(node) == "_native_batch_norm_legit_no_training":
             _as_batch_norm(node)
     _follow_mode(graph)
-    free = _with_free_batch(graph, tensors) if any(isinstance(size, int) for size in _batch_sizes(module)) else None
+    fixed = _fixed_batch(module)
+    free = _with_free_batch(graph, tensors) if fixed else None
     network = free or assembled(graph, tensors)
-    network.meta.update(meta)
+    network.meta.update(meta, fixed_batch=fixed and free is None)
     network.train(isinstance(module, Exported) and module.training)
     return network
 
@@ -138,10 +150,15 @@ def _name(node: fx.Node) -> str:
 operation = _name
 
 
-def _casts_nothing(node: fx.Node) -> bool:
-    """A cast to the type the tensor had: a copy of the network in another precision must not cast either."""
-    before, after = (n.meta.get("val") if isinstance(n, fx.Node) else None for n in (node.args[0], node))
-    return isinstance(before, Tensor) and isinstance(after, Tensor) and (before.dtype, before.device) == (after.dtype, after.device)
+def _cast_to_own_type(node: fx.Node, tensors: dict[str, Any]) -> bool:
+    """A cast to the type of the parameters, which may come from x.to(y.dtype), follows them to another type; whether it is one."""
+    after = node.meta.get("val")
+    for own in node.graph.find_nodes(op="get_attr"):
+        tensor = tensors.get(own.target)
+        if isinstance(tensor, nn.Parameter) and isinstance(after, Tensor) and tensor.dtype == after.dtype and own < node:
+            node.target, node.args, node.kwargs = aten.to.other, (node.args[0], own), {}
+            return True
+    return False
 
 
 def _follow_mode(graph: fx.Graph) -> None:
@@ -155,6 +172,8 @@ def _follow_mode(graph: fx.Graph) -> None:
             with graph.inserting_before(next(iter(graph.nodes))):
                 mode = graph.create_node("get_attr", "training", name="training")
         node.update_arg(position, mode)
+        if _name(node) == "batch_norm" and node.args[6] == 0.0:
+            node.update_arg(6, 0.1)  # export writes 0 for a cumulative average: the statistics would never move
 
 
 def _as_batch_norm(node: fx.Node) -> None:
@@ -170,12 +189,11 @@ def _as_batch_norm(node: fx.Node) -> None:
     node.graph.erase_node(node)
 
 
-def _batch_sizes(module: fx.GraphModule) -> Iterator[Any]:
-    """Dimension 0 of every input, a number where only that size was exported; nothing for a graph that does not say."""
-    for node in module.graph.nodes:
-        value = node.meta.get("val") if node.op == "placeholder" else None
-        if isinstance(value, Tensor) and value.ndim:
-            yield value.shape[0]
+def _fixed_batch(module: fx.GraphModule) -> bool:
+    """Whether the graph was made for one size of batch; False where it does not say."""
+    values = [n.meta.get("val") for n in module.graph.nodes if n.op == "placeholder"]
+    sizes = [v.shape[0] for v in values if isinstance(v, Tensor) and v.ndim]
+    return any(isinstance(n, int) or n.node.maybe_as_int() is not None for n in sizes)
 
 
 def _with_free_batch(graph: fx.Graph, tensors: dict[str, Any]) -> Exported | None:
@@ -200,7 +218,8 @@ def _with_free_batch(graph: fx.Graph, tensors: dict[str, Any]) -> Exported | Non
         asked = node.args[position] if position is not None else ()
         if asked and asked[0] == size and _starts_with(node, size) and (_starts_with(node.args[0], size) or position is None):
             node.update_arg(position, [batch, *asked[1:]])
-    values = [torch.ones(2, *v.shape[1:], dtype=v.dtype) for v in values]
+    # One more sample than before: a loop over the batch that was unrolled would leave it out.
+    values = [torch.ones(min(size, _MANY) + 1, *v.shape[1:], dtype=v.dtype) for v in values]
     free = assembled(graph, tensors)
     return free if _works_sample_by_sample(free, values) else None
 

@@ -33,11 +33,12 @@ class Mixed(NamedTuple):
 class Labels:
     """Hands out labels and collects what is tied, what is frozen, and which operations compute over the set of channels.
 
-    `may_cut`: whether a cut through the channels takes its channels with it or freezes them. `cut`: whether there was one.
+    `may_cut`: whether a cut through channels takes its channels with it or freezes them. `cuts`: the labels of what was cut.
     """
 
     def __init__(self, *, may_cut: bool = True) -> None:
-        self.may_cut, self.cut = may_cut, False
+        self.may_cut = may_cut
+        self.cuts: list[Tensor] = []
         self.mixed: list[Mixed] = []
         self._count = 1
         self._left: list[Tensor] = []
@@ -78,6 +79,13 @@ class Labels:
     def balance(self, parts: Sequence[Tensor]) -> None:
         """As many channels of every part, (n,) each, must stay; which of them is free."""
         self._equal.append(tuple(parts))
+
+    def cuts_removable(self) -> bool:
+        """Whether anything was cut that can go."""
+        if not self.cuts:
+            return False
+        classes, reasons = self.resolve()
+        return not np.isin(classes[torch.cat(self.cuts).numpy()], list(reasons)).all()
 
     def resolve(self) -> tuple[NDArray[np.int64], dict[int, str]]:
         """The class of every label, (labels,), and the reason of every class that is frozen (the first one given)."""

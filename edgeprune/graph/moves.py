@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from edgeprune.graph.labels import compact, varies
+from edgeprune.graph.labels import compact, core, varies
 from edgeprune.graph.rules import Call, Weight, along, core_view, give_up, meet, rule
 
 FIXED_SIZE = "the network's code cuts or pads its channels at fixed positions"
@@ -170,7 +170,7 @@ def split(call: Call) -> Any:
     if varies(labels, dim) and equal:
         call.book.balance([along(part, dim, call.book) for part in parts])
     elif varies(labels, dim):
-        call.book.cut = True
+        call.book.cuts.append(core(labels)[0])
     return parts
 
 
@@ -207,7 +207,7 @@ def cut(call: Call) -> Any:
     if any(varies(labels, d % labels.ndim) for d in dims) or not dims:
         if not call.book.may_cut or call.name not in ("slice", "narrow") or call.argument(4, "step", 1) != 1:
             return give_up(call, FIXED_SIZE)
-        call.book.cut = True
+        call.book.cuts.append(core(labels)[0])
     return call.func(labels, *call.args[1:], **call.kwargs)
 
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import io
+import logging
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import fields, is_dataclass
 from typing import Any
 
@@ -78,6 +80,21 @@ def quiet_torch() -> Iterator[None]:
         # torch.utils._pytree.LeafSpec warns whenever one is unpickled or tested, which torch.export and copy.deepcopy do.
         warnings.filterwarnings("ignore", message=r"`isinstance\(treespec, LeafSpec\)` is deprecated", category=FutureWarning)
         yield
+
+
+@contextmanager
+def silent_torch() -> Iterator[None]:
+    """Keep the exporter's progress lines, dumped graphs and log records off the terminal."""
+    handlers = [h for name in ("torch", "torch.onnx", "onnxscript") for h in logging.getLogger(name).handlers]
+    levels = [h.level for h in handlers]
+    try:
+        for handler in handlers:
+            handler.setLevel(logging.CRITICAL + 1)
+        with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
+            yield
+    finally:
+        for handler, level in zip(handlers, levels, strict=True):
+            handler.setLevel(level)
 
 
 def tensors_in(value: Any) -> Iterator[Tensor]:

@@ -98,7 +98,7 @@ class _Reader(fx.Interpreter):
             self.sized.append((n.name, (self.reads[n.name][0], dim)))
         elif name in _GROUPS and len(n.args) > _GROUPS[name]:
             dim = args[0].ndim - args[1].ndim + 1
-            if 1 < n.args[_GROUPS[name]] == args[0].shape[dim]:
+            if n.args[_GROUPS[name]] == args[0].shape[dim] > 1:
                 self.sized.append((n.name, (self.reads[n.name][0], dim)))
         return result
 

@@ -44,7 +44,7 @@ def trace(model: nn.Module, example_inputs: Any) -> ChannelGraph:
     tracer = _run(model, inputs, Labels())
     graph = build(tracer)
     found = misfit(model, graph, fresh(inputs))
-    if found is None and not tracer.book.cut and not is_exported(model):
+    if found is None and not tracer.book.cuts_removable() and not is_exported(model):
         return graph
     # Where the code cuts channels, sizes do not show whether it cuts at a fixed number: the exported network has the answer.
     try:

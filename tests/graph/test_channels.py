@@ -26,7 +26,7 @@ def counted_macs(model: nn.Module, x: tuple[Tensor, ...]) -> int:
     if isinstance(model, Exported):
         with FlopCounterMode(display=False) as counter:
             outputs(model, x)
-        return counter.get_total_flops() // 2
+        return int(counter.get_total_flops()) // 2
     total = 0
 
     def count(module: nn.Module, args: Any, out: Tensor) -> None:

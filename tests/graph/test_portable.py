@@ -46,6 +46,25 @@ def test_a_round_trip_is_exact(name: str, tmp_path: Path) -> None:
     assert [p.name for p in tmp_path.iterdir()] == ["small.safetensors"]
 
 
+@pytest.mark.parametrize("name", ["residual", "literal_flatten", "squeeze_excite", "two_in_two_out"])
+def test_a_whole_network_needs_no_source_code(name: str, tmp_path: Path) -> None:
+    small, _ = thinner(build(name), name)
+    back = load(save(small, tmp_path / "small.pt2", example_inputs=images(name)))
+    assert isinstance(back, Exported) and not back.training
+    for n in (1, 2, 5):
+        for a, b in zip(outputs(small, images(name, n)), outputs(back, images(name, n)), strict=True):
+            assert torch.equal(a, b)
+    graph = trace(back, images(name))
+    smaller = slim(back, graph, random_plan(graph, 1))
+    assert trace(smaller, images(name)).macs < graph.macs == trace(small, images(name)).macs
+
+
+def test_weights_need_their_network(tmp_path: Path) -> None:
+    small, _ = thinner(build("plain"), "plain")
+    with pytest.raises(ModelError, match="model="):
+        load(save(small, tmp_path / "small.safetensors"))
+
+
 def test_pruned_twice_loads_like_pruned_once(tmp_path: Path) -> None:
     once, _ = thinner(build("squeeze_excite"), "squeeze_excite", 1)
     twice, plan = thinner(once, "squeeze_excite", 2)
