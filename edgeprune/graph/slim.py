@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Iterator, Mapping, MutableMapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -131,11 +131,15 @@ def _kept_positions(graph: ChannelGraph, plan: Plan) -> dict[tuple[str, int], Ke
 
 @dataclass(frozen=True)
 class Proof:
-    """How far slim and mask are apart, as a share of how far the output moves between two inputs."""
+    """How far slim and mask are apart, as a share of how far the output moves between two inputs.
+
+    `kept_only`: norms and sums over channels that mask computes over the kept channels alone (mixing.py); 0 where zeros are exact.
+    """
 
     max_relative_error: float
     samples: int
     dtype: str
+    kept_only: int = 0
 
 
 def prove(model: nn.Module, graph: ChannelGraph, plan: Plan, small: nn.Module, example_inputs: Any) -> Proof:
@@ -145,18 +149,18 @@ def prove(model: nn.Module, graph: ChannelGraph, plan: Plan, small: nn.Module, e
     the slim network does not run.
     """
     inputs = single_sample(example_inputs)
-    twin = mask(model, graph, plan)
+    twin, kept_only = mask(model, graph, plan), len(_kept_positions(graph, plan))
     try:
         twin64, inputs64 = twin.double(), tree_map(_double, inputs)
         with torch.no_grad(), evaluating(twin64):
             twin64(*fresh(inputs64))
-        return _compare(copy.deepcopy(small).double(), twin64, inputs64, 1e-9)
+        return replace(_compare(copy.deepcopy(small).double(), twin64, inputs64, 1e-9), kept_only=kept_only)
     except RuntimeError:  # the network casts to a fixed type somewhere
         pass
     except SlimError:
         if not (isinstance(small, Exported) and small.meta.get("casts")):
             raise
-    return _compare(small, mask(model, graph, plan), inputs, 1e-4)
+    return replace(_compare(small, mask(model, graph, plan), inputs, 1e-4), kept_only=kept_only)
 
 
 def _double(value: Any) -> Any:

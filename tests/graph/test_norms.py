@@ -106,5 +106,6 @@ def test_a_wrong_choice_of_channels_is_caught_behind_a_norm() -> None:
     x = torch.randn(1, 3, 8, 8, dtype=torch.float64)
     graph = trace(model, x)
     plan, other = Plan({"make": (0, 1, 2)}), Plan({"make": (1, 2, 3)})
+    assert prove(model, graph, plan, slim(model, graph, plan), x).kept_only == 1
     with pytest.raises(SlimError, match="differ by"):
         prove(model, graph, plan, slim(model, graph, other), x)
