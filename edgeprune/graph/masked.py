@@ -166,7 +166,7 @@ class _Numbered(TorchDispatchMode):
     """Calls `at(number, func, args, kwargs)` for every operation of a forward, in order."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]  # torch leaves it untyped
         self.calls = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:

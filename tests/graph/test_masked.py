@@ -86,7 +86,8 @@ class InPlace(nn.Module):
         short = x[:, :, ::2]
         y = torch.relu_(self.b(x))
         y += x  # in place, behind it
-        return (self.c(y)[:, :, ::2] + short.mean(1, keepdim=True)).mean((2, 3))
+        out: Tensor = (self.c(y)[:, :, ::2] + short.mean(1, keepdim=True)).mean((2, 3))
+        return out
 
 
 @pytest.mark.parametrize("name", NETWORKS)
