@@ -217,7 +217,7 @@ class _Judge:
 
     def _runner(self, names: tuple[str, ...], inputs: tuple[Any, ...], held: int) -> tuple[Callable[[], Any], int]:
         """How to run these inputs under many masks, and the bytes that all such runners hold by now."""
-        if held < KEPT_BYTES:
+        if held < KEPT_BYTES and not self.masked.mixes:
             prefix = Prefix(self.masked.model, inputs, self.masked.tensors(names))
             again, whole = (next(tensors_in(out)) for out in (prefix.run(), prefix.outputs))
             if held + prefix.kept_bytes <= KEPT_BYTES and torch.allclose(again, whole, rtol=1e-4, atol=1e-5, equal_nan=True):

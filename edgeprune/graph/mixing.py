@@ -56,17 +56,20 @@ def _spread(thin: Tensor, dense: Tensor, axis: int, kept: Tensor) -> Tensor:
 
 
 def compute_over_kept(twin: nn.Module, kept: Mapping[tuple[str, int], Kept]) -> None:
-    """From now on every call of `twin` runs these operations over kept positions (by hooks: its class stays)."""
-    if not kept:
-        return
+    """From now on every call of `twin` runs these operations over kept positions (by hooks: its class stays).
+
+    `kept` is looked at in every call: it may change between them.
+    """
     running: list[_KeptOnly] = []
 
     def enter(*_: Any) -> None:
-        running.append(_KeptOnly(kept))
-        running[-1].__enter__()  # type: ignore[no-untyped-call]  # torch leaves it untyped
+        if kept:
+            running.append(_KeptOnly(kept))
+            running[-1].__enter__()  # type: ignore[no-untyped-call]  # torch leaves it untyped
 
     def leave(*_: Any) -> None:
-        running.pop().__exit__(None, None, None)  # type: ignore[no-untyped-call]  # the same
+        if running:
+            running.pop().__exit__(None, None, None)  # type: ignore[no-untyped-call]  # the same
 
     twin.register_forward_pre_hook(enter)
     twin.register_forward_hook(leave, always_call=True)

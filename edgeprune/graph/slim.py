@@ -112,19 +112,27 @@ def mask(model: nn.Module, graph: ChannelGraph, plan: Plan) -> nn.Module:
     with torch.no_grad():
         for (name, axis), positions in removed_positions(graph, plan).items():
             tensors[name].index_fill_(axis, torch.from_numpy(np.flatnonzero(positions)).to(tensors[name].device), 0)
-    compute_over_kept(zeroed, _kept_positions(graph, plan))
+    if thin := kept_positions(graph, _keep_vector(graph, plan)):
+        compute_over_kept(zeroed, thin)
     return zeroed
 
 
-def _kept_positions(graph: ChannelGraph, plan: Plan) -> dict[tuple[str, int], Kept]:
-    """For every operation over channels that loses some: the kept positions of each of its reads."""
+def _keep_vector(graph: ChannelGraph, plan: Plan) -> NDArray[np.bool_]:
     keeps = [np.isin(np.arange(g.channels), plan.keep.get(g.name, range(g.channels))) for g in graph.groups]
-    offsets = np.cumsum([0, *(len(k) for k in keeps)])
-    kept = np.concatenate([*keeps, np.ones(1, dtype=bool)])  # the last one stands for positions that always stay
+    return np.concatenate([*keeps, np.zeros(0, dtype=np.bool_)])
+
+
+def kept_positions(graph: ChannelGraph, keep: NDArray[np.bool_]) -> dict[tuple[str, int], Kept]:
+    """For every operation over channels that loses some, but not all: the kept positions of each of its reads.
+
+    `keep`: bool, all channels of all groups in the order of `graph.groups`.
+    """
+    offsets = np.cumsum([0, *(g.channels for g in graph.groups)])
+    kept = np.append(keep, True)  # the last one stands for positions that always stay
     found: dict[tuple[str, int], Kept] = {}
     for mixing in graph.mixing:
         stays = [kept[np.where(r.groups < 0, len(kept) - 1, offsets[r.groups] + r.channels)] for r in mixing.reads]
-        if not all(s.all() for s in stays):
+        if all(s.any() for s in stays) and not all(s.all() for s in stays):
             found[mixing.op, mixing.ordinal] = (mixing, tuple(torch.from_numpy(np.flatnonzero(s)) for s in stays))
     return found
 
@@ -149,7 +157,7 @@ def prove(model: nn.Module, graph: ChannelGraph, plan: Plan, small: nn.Module, e
     the slim network does not run.
     """
     inputs = single_sample(example_inputs)
-    twin, kept_only = mask(model, graph, plan), len(_kept_positions(graph, plan))
+    twin, kept_only = mask(model, graph, plan), len(kept_positions(graph, _keep_vector(graph, plan)))
     try:
         twin64, inputs64 = twin.double(), tree_map(_double, inputs)
         with torch.no_grad(), evaluating(twin64):
