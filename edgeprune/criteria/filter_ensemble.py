@@ -63,7 +63,7 @@ def score(
     seed: int = 0,
     progress: Progress = silent,
 ) -> Scores:
-    """Loss in nats that each channel avoids, float64, any sign, higher = keep. Shapes: (channels,) per group.
+    """Loss in nats that each channel avoids, float64, additive, any sign, higher = keep. Shapes: (channels,) per group.
 
     scope: layer (a fit per group) or global (one fit). p: how often a bit is on; by default max(0.7, `keep`), keep being the share of
     channels that this round leaves: the fit is about networks of that occupancy. Where most masks of a pilot destroy the network (loss
@@ -99,7 +99,7 @@ def score(
         "fits": [fit.facts(judge.limit) for fit in fits],
         "standard_errors": {name: [float(f"{e:.6g}") for e in errors[part]] for name, part in judge.masked.columns.items()},
     }
-    return Scores("filter_ensemble", {name: theta[part] for name, part in judge.masked.columns.items()}, facts)
+    return Scores("filter_ensemble", {name: theta[part] for name, part in judge.masked.columns.items()}, facts, additive=True)
 
 
 @dataclass(frozen=True)
