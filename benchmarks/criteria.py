@@ -4,8 +4,9 @@
     python -m benchmarks.criteria --network resnet20 --criteria l1,reconstruction --budgets 50 --limit-minutes 20
 
 Each criterion meets three budgets (percent of the MACs removed) under three allocations, in channels of any number. Criteria that take
-a seed run with three at -50% (--all-seeds: everywhere); filter_ensemble with 64 masks per layer on 128 images. All figures are on 2,000 training images that nothing else reads (the first
-1,000 right after pruning). The networks saw them in their own training, so they compare criteria; they do not predict test accuracy.
+a seed run with three at -50% (--all-seeds: everywhere); filter_ensemble with 64 masks per layer on 128 images. All figures are on
+2,000 training images that nothing else reads (the first 1,000 right after pruning). The networks saw them in their own training, so
+they compare criteria; they do not predict test accuracy.
 The winners on them, and only these, see the 10,000 test images, once. Fine-tuning, a short one on 7,680 images: of ResNet-20 at -50%
 each criterion under its best allocation, of ResNet-56 the three best. Torch-Pruning takes part where it is installed (see
 benchmarks/peer_pruning.py). One row per combination in benchmarks/results/criteria.json, written as it is measured; rows of a
