@@ -63,6 +63,8 @@ class Labels:
     def tie(self, a: Tensor, b: Tensor) -> None:
         """From now on the labels that meet at the same position stand for the same channel. Shapes broadcast."""
         a, b = torch.broadcast_tensors(a, b)
+        if a.numel() == 0:  # no boxes were found, say: nothing meets
+            return
         for d in range(a.ndim - 1, -1, -1):
             if (a.stride(d) == 0 and b.stride(d) == 0) or a.shape[d] == 1:
                 a, b = a.select(d, 0), b.select(d, 0)

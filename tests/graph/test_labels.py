@@ -98,3 +98,12 @@ def test_what_cannot_be_balanced_stays() -> None:
     book.balance([left, right])
     classes, reasons = book.resolve()
     assert {reasons[int(c)] for c in classes[left.numpy()]} <= {"said so", "single position"}
+
+
+def test_nothing_meets_where_there_is_nothing() -> None:
+    book = Labels()
+    a, b = book.fresh(3), book.fresh(3)
+    book.tie(a.expand(0, 3), b.expand(0, 3))
+    book.freeze(a.expand(0, 3), "empty")
+    classes, reasons = book.resolve()
+    assert len(set(classes[a.tolist() + b.tolist()].tolist())) == 6 and "empty" not in [reasons.get(int(c)) for c in classes[a.numpy()]]
