@@ -4,7 +4,7 @@ BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint .ci/constraints.txt
 TORCH := torch==2.13.0
 
-.PHONY: demo test test-slow lint type setup bench-accuracy bench-cost bench-graph clean
+.PHONY: demo test test-slow lint type setup bench-accuracy bench-cost bench-criteria bench-graph clean
 
 demo: .venv/.core  ## the main job on data that ships with the installation, under 3 minutes
 	$(BIN)/edgeprune demo
@@ -30,6 +30,9 @@ bench-accuracy: .venv/.dev  ## ResNet-56 on CIFAR-10 to half the MACs (EDGEPRUNE
 
 bench-cost: .venv/.dev  ## refit every shipped latency constant from the public tables and print the errors
 	$(BIN)/python -m benchmarks.cost_models
+
+bench-criteria: .venv/.dev  ## every criterion on CIFAR-10 ResNets (EDGEPRUNE_DATA; goes on where it was; over an hour on one core)
+	$(BIN)/python -m benchmarks.criteria
 
 bench-graph: .venv/.dev  ## trace and slim the 87 library networks of the list in EDGEPRUNE_DATA
 	$(BIN)/python -m benchmarks.graph coverage

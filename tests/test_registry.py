@@ -13,7 +13,7 @@ from edgeprune.registry import entries, find
 
 @pytest.mark.parametrize(
     ("folder", "names", "function"),
-    [("criteria", {"l1", "nuclear_norm"}, "score"), ("allocate", {"uniform", "global", "knapsack"}, "allocate")],
+    [("criteria", {"l1", "nuclear_norm", "random"}, "score"), ("allocate", {"uniform", "global", "knapsack"}, "allocate")],
 )
 def test_every_file_is_listed_with_what_it_needs_and_its_source(folder: str, names: set[str], function: str) -> None:
     listed = {e.name: e for e in entries(folder)}

@@ -75,6 +75,9 @@ def score_all(
         raise UsageError(f"normalise must be one of {', '.join(NORMALISERS)}, got {normalise!r}.")
     probe = Probe(model, graph, data, reduce=reduce)
     modules = {name: _ready(name, options, data) for name, options in criteria.items()}
+    for name in {m.parameter: None for g in graph.groups for m in g.members}:
+        if not bool(probe.tensors[name].isfinite().all()):
+            raise DataError(f"the weights cannot be scored: {name} holds NaN or Inf. Load a sound checkpoint.")
     streaming = {name: module.statistic(graph, probe, **criteria[name]) for name, module in modules.items() if hasattr(module, "statistic")}
     raw: dict[str, Scores] = dict(zip(streaming, probe.gather(*streaming.values()), strict=True)) if streaming else {}
     raw |= {name: module.score(graph, probe, **criteria[name]) for name, module in modules.items() if name not in streaming}

@@ -142,7 +142,13 @@ class Probe:
             raise DataError("this criterion follows the loss, so it needs labels: give batches of (inputs, labels).")
         parameters = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
         with torch.enable_grad():
-            loss = F.cross_entropy(next(tensors_in(self.model(*inputs))), labels)
+            logits = next(tensors_in(self.model(*inputs)))
+            if logits.ndim != 2 or int(labels.min()) < 0 or int(labels.max()) >= logits.shape[1]:
+                raise DataError(
+                    f"this criterion follows the loss of a classifier, but the outputs are {tuple(logits.shape)} and the labels go from "
+                    f"{int(labels.min())} to {int(labels.max())}: give the classes' numbers, or choose a criterion without gradients."
+                )
+            loss = F.cross_entropy(logits, labels)
             found = torch.autograd.grad(loss, list(parameters.values()), allow_unused=True)
         return {name: g for name, g in zip(parameters, found, strict=True) if g is not None}, len(labels)
 

@@ -1,0 +1,56 @@
+"""What least squares need to know of a layer: the second moments of what it reads, at sampled positions, batch by batch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+
+def sampled_places(spatial: Sequence[int], count: int, seed: int) -> Tensor:
+    """At most `count` positions of a map of this size, as ascending flat numbers (places,); the same for the same seed."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randperm(int(np.prod(spatial)), generator=generator)[:count].sort().values
+
+
+def conv_patches(x: Tensor, weight: Tensor, convolution: Sequence[Sequence[int]], spatial: Sequence[int], places: Tensor) -> Tensor:
+    """What a conv reads at some positions of its output: (images, places, input channels, taps of the kernel).
+
+    x (images, channels, *size) with 1, 2 or 3 spatial axes; `convolution`: its stride, padding and dilation as lists; `spatial`: the
+    size of its output, which the flat numbers `places` count through. Reads only these patches: unfolding whole maps would be
+    hundreds of times the memory.
+    """
+    kernel = weight.shape[2:]
+    stride, padding, dilation = (list(v) * len(kernel) if len(v) == 1 else list(v) for v in convolution)
+    padded = F.pad(x, [p for p in reversed(padding) for _ in (0, 1)])
+    starts = np.stack(np.unravel_index(places.numpy(), tuple(spatial)), axis=1) * stride
+    taps = np.stack(np.unravel_index(np.arange(kernel.numel()), tuple(kernel)), axis=1) * dilation
+    at = np.ravel_multi_index(tuple(np.moveaxis(starts[:, None] + taps, -1, 0)), tuple(padded.shape[2:]))
+    return padded.flatten(2)[:, :, torch.from_numpy(at).to(x.device)].transpose(1, 2)
+
+
+class Moments:
+    """First and second moments of rows (rows, groups, columns), one set per conv group, kept in float64."""
+
+    def __init__(self, groups: int, columns: int) -> None:
+        self._rows = 0
+        self._sum = torch.zeros(groups, columns, dtype=torch.float64)
+        self._squares = torch.zeros(groups, columns, columns, dtype=torch.float64)
+
+    def add(self, rows: Tensor) -> None:
+        """Products are made in the rows' own precision, float32 at least; sums of batches in float64."""
+        x = (rows if rows.dtype == torch.float64 else rows.float()).movedim(0, 1)
+        self._rows += x.shape[1]
+        self._sum += x.sum(1).double().cpu()
+        self._squares += (x.transpose(1, 2) @ x).double().cpu()
+
+    def covariance(self, *, centred: bool) -> Tensor:
+        """Mean outer product of the rows (groups, columns, columns), about their mean if `centred`, about zero if not."""
+        second = self._squares / max(1, self._rows)
+        if not centred:
+            return second
+        mean = self._sum / max(1, self._rows)
+        return second - mean[:, :, None] * mean[:, None, :]

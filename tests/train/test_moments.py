@@ -1,0 +1,55 @@
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from edgeprune.train.moments import Moments, conv_patches, sampled_places
+
+
+def noise(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+CONVS: list[tuple[Any, ...]] = [
+    (F.conv1d, (2, 4, 17), (5, 4, 3), ([2], [1], [2])),
+    (F.conv2d, (2, 4, 9, 7), (5, 4, 3, 2), ([2, 1], [1, 0], [1, 3])),
+    (F.conv2d, (2, 4, 6, 6), (5, 4, 1, 1), ([1], [0], [1])),
+    (F.conv3d, (2, 3, 5, 6, 4), (2, 3, 2, 3, 1), ([1, 2, 1], [1, 1, 0], [1, 1, 1])),
+]
+
+
+@pytest.mark.parametrize(("function", "size", "shape", "convolution"), CONVS)
+def test_patches_times_weights_are_what_the_conv_computes(
+    function: Any, size: tuple[int, ...], shape: tuple[int, ...], convolution: tuple[list[int], list[int], list[int]]
+) -> None:
+    x, weight = noise(*size), noise(*shape, seed=1)
+    out = function(x, weight, None, *convolution)
+    places = sampled_places(out.shape[2:], 7, seed=3)
+    patches = conv_patches(x, weight, convolution, out.shape[2:], places)
+    assert patches.shape == (2, len(places), shape[1], weight[0, 0].numel())
+    computed = torch.einsum("npck,ock->nop", patches, weight.flatten(2))
+    assert torch.allclose(computed, out.flatten(2)[:, :, places], atol=1e-12)
+
+
+def test_places_are_a_sample_without_repetition() -> None:
+    places = sampled_places((8, 8), 16, seed=1)
+    assert len(set(places.tolist())) == 16 and places.tolist() == sorted(places.tolist()) and int(places.max()) < 64
+    assert torch.equal(places, sampled_places((8, 8), 16, seed=1)) and not torch.equal(places, sampled_places((8, 8), 16, seed=2))
+    assert sampled_places((2, 3), 16, seed=0).tolist() == list(range(6))
+
+
+def test_moments_are_those_of_numpy_however_the_rows_are_cut() -> None:
+    rows = noise(50, 2, 5) + 3
+    moments = Moments(2, 5)
+    for part in rows.split(17):
+        moments.add(part)
+    for group in range(2):
+        x = rows[:, group].numpy()
+        np.testing.assert_allclose(moments.covariance(centred=True)[group], np.cov(x.T, bias=True), atol=1e-12)
+        np.testing.assert_allclose(moments.covariance(centred=False)[group], x.T @ x / 50, rtol=1e-12)
+    assert (Moments(1, 3).covariance(centred=True) == 0).all()
