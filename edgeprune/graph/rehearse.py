@@ -10,14 +10,21 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map
 
 from edgeprune.errors import SlimError
 from edgeprune.graph.channels import ChannelGraph
+from edgeprune.graph.duplicate import duplicate
 from edgeprune.graph.running import evaluating, tensors_in
-from edgeprune.graph.slim import slim
+from edgeprune.graph.slim import named_tensors, removed_positions, resize, slim
 from edgeprune.plan import Plan
+
+# Rough figures of one core of a desktop: they only decide which of two ways to the same answer is tried first.
+_MACS_PER_SECOND = 3e10
+_PARAMETERS_PER_SECOND = 2.5e8
+_SECONDS_PER_HOLLOW_OPERATION = 4e-4
 
 
 class Misfit(NamedTuple):
@@ -37,15 +44,44 @@ def misfit(model: nn.Module, graph: ChannelGraph, inputs: tuple[Any, ...]) -> Mi
             sizes[op.call] = round(made.fixed + sum(n * widths[graph.groups[g].name] for g, n in made.per_channel))
     if not graph.groups:
         return None
+    plan = Plan.from_widths(graph, widths)
+    if _costly(graph) and _fits_without_values(model, graph, plan, inputs, sizes):
+        return None
     watch = _Watch(sizes)
     try:
-        small = slim(model, graph, Plan.from_widths(graph, widths))
+        small = slim(model, graph, plan)
         _run(small, inputs, watch)
     except _DoesNotRun:
         return Misfit(watch.calls - 1, watch.busy) if watch.calls else None
     except SlimError:
         return None
     return None
+
+
+def _costly(graph: ChannelGraph) -> bool:
+    """Whether copying the weights and computing with them takes longer than running the network without values."""
+    return graph.macs / _MACS_PER_SECOND + graph.params / _PARAMETERS_PER_SECOND > len(graph.ops) * _SECONDS_PER_HOLLOW_OPERATION
+
+
+def _fits_without_values(model: nn.Module, graph: ChannelGraph, plan: Plan, inputs: tuple[Any, ...], sizes: Mapping[int, int]) -> bool:
+    """Whether the slim network runs on torch's meta device, where tensors have sizes but no values, and all of them are as expected.
+
+    That takes no memory and no arithmetic. False settles nothing: the code may look at values, or an operation may lack a meta version.
+    """
+    gone = removed_positions(graph, plan)
+    hollow: dict[int, Any] = {}
+    for name, tensor in named_tensors(model):
+        shape = [int((~gone[name, d]).sum()) if (name, d) in gone else n for d, n in enumerate(tensor.shape)]
+        made = torch.empty(shape, dtype=tensor.dtype, device="meta")
+        hollow[id(tensor)] = nn.Parameter(made, requires_grad=False) if isinstance(tensor, nn.Parameter) else made
+    watch = _Watch(sizes)
+    try:
+        small = duplicate(model, hollow)
+        resize(small, {})
+        _run(small, tree_map(lambda t: t.to("meta") if isinstance(t, Tensor) else t, inputs), watch)
+    except Exception:  # so may copying it
+        return False
+    return watch.checked == len(sizes)
 
 
 class _DoesNotRun(Exception):
@@ -66,6 +102,7 @@ class _Watch(TorchDispatchMode):
     def __init__(self, sizes: Mapping[int, int]) -> None:
         super().__init__()  # type: ignore[no-untyped-call]  # torch leaves it untyped
         self.calls = 0
+        self.checked = 0
         self.busy = False
         self._sizes = sizes
 
@@ -74,7 +111,9 @@ class _Watch(TorchDispatchMode):
         number, self.calls, self.busy = self.calls, self.calls + 1, True
         out = func(*args, **(kwargs or {}))
         first = next(tensors_in(out), None)
-        if first is not None and number in self._sizes and first.numel() != self._sizes[number]:
-            raise ValueError(f"operation {number} returns {first.numel()} elements, expected {self._sizes[number]}")
+        if first is not None and number in self._sizes:
+            self.checked += 1
+            if first.numel() != self._sizes[number]:
+                raise ValueError(f"operation {number} returns {first.numel()} elements, expected {self._sizes[number]}")
         self.busy = False
         return out

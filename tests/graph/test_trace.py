@@ -380,6 +380,42 @@ def test_written_sizes_cost_only_what_they_touch() -> None:
     assert graph.frozen["2.a.weight[0]"] == "the network's code holds their number as a fixed number"
 
 
+DEVICES: list[str] = []
+
+
+class Wide(nn.Module):
+    """So many parameters for so few operations that it is rehearsed without values first."""
+
+    def __init__(self, between: str) -> None:
+        super().__init__()
+        self.a, self.b, self.kind = nn.Linear(4, 900), nn.Linear(900, 900), between
+        self.c, self.d = nn.Linear(900, 900), nn.Linear(900, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        DEVICES.append(x.device.type)
+        h: Tensor = self.a(x)
+        if self.kind == "literal":
+            h = h.view(-1, 9, 100).flatten(1)
+        if self.kind == "values":
+            h = h + 1 if bool(h.sum() > 0) else h - 1
+        out: Tensor = self.d(self.c(self.b(h)))
+        return out
+
+
+@pytest.mark.parametrize(
+    ("between", "names", "runs"),
+    [
+        ("nothing", ["a", "b", "c"], ["cpu", "meta"]),
+        ("literal", ["b", "c"], ["cpu", "meta", "cpu", "meta"]),
+        ("values", ["b", "c"], ["cpu", "meta", "cpu"]),
+    ],
+)
+def test_large_networks_are_rehearsed_without_values_where_they_can_be(between: str, names: list[str], runs: list[str]) -> None:
+    DEVICES.clear()
+    assert [g.name for g in trace(Wide(between), torch.ones(1, 4)).groups] == names
+    assert runs == DEVICES
+
+
 def test_what_cannot_run_is_a_trace_error() -> None:
     with pytest.raises(TraceError, match=r"shape \(1, 7, 8, 8\).*channels"):
         trace(build("plain"), torch.randn(2, 7, 8, 8, dtype=torch.float64))
