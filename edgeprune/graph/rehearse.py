@@ -9,7 +9,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map
@@ -68,20 +70,28 @@ def _fits_without_values(model: nn.Module, graph: ChannelGraph, plan: Plan, inpu
 
     That takes no memory and no arithmetic. False settles nothing: the code may look at values, or an operation may lack a meta version.
     """
-    gone = removed_positions(graph, plan)
-    hollow: dict[int, Any] = {}
+    watch = _Watch(sizes)
+    try:
+        hollow = _hollow(model, removed_positions(graph, plan))
+        _run(hollow, tree_map(lambda t: t.to("meta") if isinstance(t, Tensor) else t, inputs), watch)
+    except _DoesNotRun:
+        return False
+    return watch.checked == len(sizes)
+
+
+def _hollow(model: nn.Module, gone: Mapping[tuple[str, int], NDArray[np.bool_]]) -> nn.Module:
+    """What `slim` makes of the network, on the meta device."""
+    instead: dict[int, Any] = {}
     for name, tensor in named_tensors(model):
         shape = [int((~gone[name, d]).sum()) if (name, d) in gone else n for d, n in enumerate(tensor.shape)]
         made = torch.empty(shape, dtype=tensor.dtype, device="meta")
-        hollow[id(tensor)] = nn.Parameter(made, requires_grad=False) if isinstance(tensor, nn.Parameter) else made
-    watch = _Watch(sizes)
+        instead[id(tensor)] = nn.Parameter(made, requires_grad=False) if isinstance(tensor, nn.Parameter) else made
     try:
-        small = duplicate(model, hollow)
-        resize(small, {})
-        _run(small, tree_map(lambda t: t.to("meta") if isinstance(t, Tensor) else t, inputs), watch)
-    except Exception:  # so may copying it
-        return False
-    return watch.checked == len(sizes)
+        hollow = duplicate(model, instead)
+    except Exception as error:  # a user's module may raise anything while it is copied
+        raise _DoesNotRun from error
+    resize(hollow, {})
+    return hollow
 
 
 class _DoesNotRun(Exception):
