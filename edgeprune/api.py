@@ -31,6 +31,7 @@ from edgeprune.run import Run, default_folder, write_json
 from edgeprune.train import Progress, Recipe, silent
 from edgeprune.train.evaluate import Accuracy, accuracy_of, logits_of, settled
 from edgeprune.train.evaluate import evaluate as evaluate_module
+from edgeprune.widths import DEFAULT_RULES, WidthRules
 
 RECOVERIES = {"none": "", "bn": "after BN recalibration", "reconstruct": "after reconstruction"}
 
@@ -46,7 +47,10 @@ def compress(
     allocate: str = "knapsack",
     recipe: Recipe | None = None,
     recover: str = "bn",
-    round_to: int = 8,
+    round_to: int = DEFAULT_RULES.round_to,
+    min_channels: int = DEFAULT_RULES.min_channels,
+    max_remove: float = DEFAULT_RULES.max_remove,
+    keep_dense: Sequence[str] = DEFAULT_RULES.keep_dense,
     formats: Sequence[str] = ("onnx",),
     out: str | Path | None = None,
     resume: bool = False,
@@ -61,12 +65,11 @@ def compress(
 
     `model` is left as it was; `example_inputs` is a tensor or the forward's positional arguments. `data`: whatever `load_data` takes,
     or Data; None: no accuracy, no recalibration, no training, and only criteria that read weights. `recipe` None: three epochs where
-    there are labelled training images, none otherwise. `round_to`: widths are multiples of it. `out`: the run folder (default
-    runs/<name>-<device>); `resume` goes on with the run in it, and stages whose inputs are unchanged are read back.
+    there are labelled training images, none otherwise. `round_to`, `min_channels`, `max_remove`, `keep_dense`: which widths a plan
+    may choose, see WidthRules. `out`: the run folder (default runs/<name>-<device>); `resume` goes on with the run in it, and stages
+    whose inputs are unchanged are read back.
     Raises BudgetError when no plan meets the budget, and the other errors of errors.py.
     """
-    if recover not in RECOVERIES:
-        raise UsageError(f"recover must be one of {', '.join(RECOVERIES)}, got {recover!r}.")
     if seed < 0:
         raise UsageError(f"the seed must be 0 or more, got {seed}.")
     target = device if isinstance(device, Device) else find_device(device)
@@ -82,7 +85,7 @@ def compress(
         allocator=allocate,
         recipe=recipe or Recipe(epochs=default_epochs(source)),
         recover=recover,
-        round_to=round_to,
+        rules=WidthRules(round_to=round_to, min_channels=min_channels, max_remove=max_remove, keep_dense=keep_dense),
         formats=tuple(formats),
         seed=seed,
         calibration_images=calibration_images,
@@ -111,6 +114,7 @@ def default_epochs(data: Data | None) -> int:
 def _stages(job: Job, run: Run, command: str, progress: Progress) -> Result:
     stages = Pipeline(job, run, progress)
     graph = stages.graph
+    job.rules.allowed(graph)  # a pattern that matches nothing is known before hours are spent
     accuracies = {"dense": stages.accuracy("dense", job.model)}
     scores = stages.scores()
     choice = stages.choose(scores)
@@ -146,12 +150,14 @@ def _stages(job: Job, run: Run, command: str, progress: Progress) -> Result:
 
 def _check(job: Job) -> None:
     """What can be known to fail before hours are spent."""
+    if job.recover not in RECOVERIES:
+        raise UsageError(f"recover must be one of {', '.join(RECOVERIES)}, got {job.recover!r}.")
     find("criteria", job.criterion, "criterion")
     find("allocate", job.allocator, "allocator")
     if unknown := [f for f in job.formats if f not in known_formats()]:
         raise UsageError(f"unknown artifact format {unknown[0]!r}; there is: {', '.join(known_formats())}.")
-    if not job.formats or job.round_to < 1 or job.calibration_images < 1:
-        raise UsageError("at least one format, round_to of 1 or more and calibration_images of 1 or more are needed.")
+    if not job.formats or job.calibration_images < 1:
+        raise UsageError("at least one format and calibration_images of 1 or more are needed.")
     if job.recipe.epochs and (job.data is None or not len(job.data.train)):
         raise DataError("fine-tuning needs training images: give data with a training part, or 0 epochs.")
     if job.data:
@@ -170,7 +176,7 @@ def _asked(job: Job) -> dict[str, Any]:
         "criterion": job.criterion,
         "allocate": job.allocator,
         "recover": job.recover,
-        "round_to": job.round_to,
+        **job.rules.to_json(),
         "recipe": job.recipe.to_json(),
         "formats": list(job.formats),
         "seed": job.seed,

@@ -37,6 +37,7 @@ from edgeprune.train import Epoch, Progress, Recipe
 from edgeprune.train.evaluate import Accuracy, batch_norms, evaluate, recalibrate, settled
 from edgeprune.train.finetune import finetune
 from edgeprune.train.reconstruct import reconstruct
+from edgeprune.widths import WidthRules
 
 ROUNDS = 5
 HEADROOM = 0.97  # of the asked latency: what a measurement a few minutes later must still meet
@@ -58,7 +59,7 @@ class Job:
     allocator: str
     recipe: Recipe
     recover: str
-    round_to: int
+    rules: WidthRules
     formats: tuple[str, ...]
     seed: int
     calibration_images: int
@@ -191,7 +192,7 @@ class Pipeline:
         inputs = {
             "budget": job.budget.limits(),
             "allocator": job.allocator,
-            "round_to": job.round_to,
+            "rules": job.rules.to_json(),
             "device": [job.device.profile, job.device.card.model_dump(mode="json")],
         }
         return self.run.cached("allocate", inputs, compute, write=write, read=read)
@@ -199,7 +200,7 @@ class Pipeline:
     def _allocate(self, scores: Scores, correction: float) -> Plan:
         job = self.job
         cost = CostModel(job.device, correction)
-        return allocate(self.graph, scores, job.budget, method=job.allocator, cost=cost, round_to=job.round_to)
+        return allocate(self.graph, scores, job.budget, method=job.allocator, cost=cost, **job.rules.to_json())
 
     def _closed_loop(self, scores: Scores, asked_ms: float) -> Choice:
         """Export, measure, correct the prediction, allocate again, until the measured latency fits and the budget is used."""

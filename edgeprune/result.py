@@ -7,6 +7,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from edgeprune.widths import DEFAULT_RULES
+
 if TYPE_CHECKING:
     from torch import nn
 
@@ -70,7 +72,7 @@ def facts(found: Findings, manifest: Mapping[str, Any], used: Mapping[str, bool]
         "device": {"name": device.name, "profile": device.profile, "description": device.description, "attached": device.attached},
         "criterion": job.criterion,
         "allocator": job.allocator,
-        "round_to": job.round_to,
+        **job.rules.to_json(),
         "seed": job.seed,
         "budgets": _budgets(found),
         "figures": _figures(found),
@@ -101,11 +103,25 @@ def facts(found: Findings, manifest: Mapping[str, Any], used: Mapping[str, bool]
         "preprocessing": job.data.preprocessing.to_json() if job.data else None,
         "notes": [
             *job.notes,
+            *_rules(found),
             *([device.resolved] if device.resolved else []),
             *found.cost.notes,
             *(f"measuring the {name} network: {problem}" for name, m in found.measurements.items() for problem in m.problems),
         ],
     }
+
+
+def _rules(found: Findings) -> list[str]:
+    """What the user forbade, in words; nothing where nothing was."""
+    rules, dense = found.job.rules, sorted(found.job.rules.dense_groups(found.graph))
+    words = []
+    if rules.keep_dense:
+        words.append(f"kept dense as asked ({', '.join(rules.keep_dense)}): {', '.join(dense) or 'nothing that could have shrunk'}")
+    if rules.min_channels != DEFAULT_RULES.min_channels:
+        words.append(f"no layer was cut below {rules.min_channels} channels, as asked")
+    if rules.max_remove != DEFAULT_RULES.max_remove:
+        words.append(f"no group lost more than {rules.max_remove:.0%} of its channels, as asked")
+    return words
 
 
 def _reached(found: Findings) -> dict[str, tuple[float, str]]:

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import os
+import runpy
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -20,6 +23,18 @@ def data_dir() -> Path:
     if not path.is_dir():
         pytest.skip(f"no data folder at {path}: set EDGEPRUNE_DATA")
     return path
+
+
+@pytest.fixture(scope="session")
+def torchvision(data_dir: Path) -> Any:
+    """torchvision; its CPU shim first, where the wheel was built for another torch."""
+    shim = data_dir / "peers" / "torchvision_cpu_shim.py"
+    if not shim.is_file():
+        pytest.skip(f"no {shim.name} in {shim.parent}")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        runpy.run_path(str(shim))
+        return pytest.importorskip("torchvision")
 
 
 @pytest.fixture(autouse=True)

@@ -28,6 +28,7 @@ from edgeprune.plan import Scores
 from edgeprune.result import Result
 from edgeprune.run import Run
 from edgeprune.train import silent
+from edgeprune.widths import WidthRules
 from tests.colours import FACTORY, SIDE, colour_data, colour_net, same, weights, write_npz, write_weights
 
 EXAMPLE = torch.zeros(1, 3, SIDE, SIDE)
@@ -225,8 +226,8 @@ def loop(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[
         monkeypatch.setattr(Pipeline, "measured", lambda pipe, name, model, *, quick: board(pipe, name, model, quick=quick))
         job = Job(
             name="x", model=colour_net(), example_inputs=(LARGE,), budget=ep.Budget(latency_ms=asked_ms), device=ep.device("host"),
-            data=None, criterion="l1", allocator="knapsack", recipe=ep.Recipe(epochs=0), recover="bn", round_to=1, formats=("onnx",),
-            seed=0, calibration_images=1,
+            data=None, criterion="l1", allocator="knapsack", recipe=ep.Recipe(epochs=0), recover="bn", rules=WidthRules(round_to=1),
+            formats=("onnx",), seed=0, calibration_images=1,
         )  # fmt: skip
         with Run.open(tmp_path / "run", asked={}, command=[]) as folder:
             pipe = Pipeline(job, folder, silent)

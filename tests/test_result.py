@@ -19,6 +19,7 @@ from edgeprune.pipeline import Choice, Job, Round
 from edgeprune.result import Findings, Result, facts
 from edgeprune.train import Epoch
 from edgeprune.train.evaluate import Accuracy
+from edgeprune.widths import WidthRules
 from tests.colours import SIDE, colour_net
 
 MANIFEST = {
@@ -42,8 +43,8 @@ def found(device: str = "rpi4", *, budget: ep.Budget | None = None, **changes: A
     plan, target = ep.Plan.uniform(graph, 0.5), ep.device(device)
     job = Job(
         name="net", model=model, example_inputs=(example,), budget=budget or ep.Budget(macs=0.5, latency_ms=30), device=target, data=None,
-        criterion="l1", allocator="uniform", recipe=ep.Recipe(epochs=0), recover="bn", round_to=8, formats=("onnx",), seed=0,
-        calibration_images=1, notes=("from the file",),
+        criterion="l1", allocator="uniform", recipe=ep.Recipe(epochs=0), recover="bn", rules=WidthRules(round_to=8), formats=("onnx",),
+        seed=0, calibration_images=1, notes=("from the file",),
     )  # fmt: skip
     artifact = Artifact(
         path=Path("run/model.onnx"), format="onnx", sha256="ab", size_bytes=1234, opset=18, dynamic_batch=True, parity_max_abs=1e-6,

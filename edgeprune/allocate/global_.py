@@ -13,6 +13,7 @@ from edgeprune.criteria.probe import Probe
 from edgeprune.device.cost import CostModel
 from edgeprune.graph import ChannelGraph
 from edgeprune.plan import Budget, Plan, Scores
+from edgeprune.widths import DEFAULT_RULES, WidthRules
 
 NEEDS = ()
 PAPER = "Molchanov et al., ICLR 2017; per cost after Shen et al., NeurIPS 2022"
@@ -25,13 +26,12 @@ def allocate(
     cost: CostModel | None,
     probe: Probe | None,
     *,
-    round_to: int = 8,
-    min_keep: float = 0.1,
+    rules: WidthRules = DEFAULT_RULES,
     normalise: str = "sum",
     per_cost: bool = True,
 ) -> Plan:
     """Remove the globally least important steps until the budget holds, then fill. Raises BudgetError with the floor."""
-    search = Search(graph, scores, budget, cost, round_to=round_to, min_keep=min_keep, normalise=normalise)
+    search = Search(graph, scores, budget, cost, rules=rules, normalise=normalise)
     search.check()
     levels = search.shrink(search.top, (lambda saved: saved) if per_cost else None)
     return search.plan(search.from_levels(search.fill(levels)))

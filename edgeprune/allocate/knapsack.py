@@ -28,6 +28,7 @@ from edgeprune.criteria.probe import Probe
 from edgeprune.device.cost import CostModel
 from edgeprune.graph import ChannelGraph
 from edgeprune.plan import Budget, Plan, Scores
+from edgeprune.widths import DEFAULT_RULES, WidthRules
 
 NEEDS = ()
 PAPER = "after Shen et al., Structural Pruning via Latency-Saliency Knapsack, NeurIPS 2022"
@@ -43,13 +44,12 @@ def allocate(
     cost: CostModel | None,
     probe: Probe | None,
     *,
-    round_to: int = 8,
-    min_keep: float = 0.1,
+    rules: WidthRules = DEFAULT_RULES,
     normalise: str = "sum",
     concave: bool = True,
 ) -> Plan:
     """The most valuable widths found that fit. Raises BudgetError with the floor."""
-    search = Search(graph, scores, budget, cost, round_to=round_to, min_keep=min_keep, normalise=normalise, concave=concave)
+    search = Search(graph, scores, budget, cost, rules=rules, normalise=normalise, concave=concave)
     search.check()
     values = search.values
     if math.prod(len(v) for v in values) <= EXHAUSTIVE:

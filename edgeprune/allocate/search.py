@@ -7,7 +7,7 @@ above 1. Figures of many choices are computed at once, in closed form, without t
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import numpy as np
@@ -18,6 +18,7 @@ from edgeprune.device.kernels import Kernels, kernels
 from edgeprune.errors import BudgetError, UsageError
 from edgeprune.graph import ChannelGraph
 from edgeprune.plan import Budget, Plan, Scores
+from edgeprune.widths import DEFAULT_RULES, WidthRules
 
 Widths = NDArray[np.int64]
 Floats = NDArray[np.float64]
@@ -35,22 +36,19 @@ NORMALISERS: dict[str, Callable[[Floats], Floats]] = {
 class Search:
     """One allocation problem.
 
-    round_to: widths are multiples of it. min_keep: smallest share of a group, at least one channel stays. concave: the value of a
-    group is log(share of its importance kept), per layer that writes it, instead of the importance itself, so that no group is starved.
+    rules: the widths that groups may take. concave: the value of a group is log(share of its importance kept), per layer that writes
+    it, instead of the importance itself, so that no group is starved.
     """
 
     graph: ChannelGraph
     scores: Scores
     budget: Budget
     cost: CostModel | None
-    round_to: int = 8
-    min_keep: float = 0.1
+    rules: WidthRules = DEFAULT_RULES
     normalise: str = "sum"
     concave: bool = False
 
     def __post_init__(self) -> None:
-        if self.round_to < 1 or not 0 <= self.min_keep <= 1:
-            raise UsageError(f"round_to must be at least 1 and min_keep in [0, 1], got {self.round_to} and {self.min_keep}.")
         if self.normalise not in NORMALISERS:
             raise UsageError(f"normalise must be one of {', '.join(NORMALISERS)}, got {self.normalise!r}.")
         wants = sorted({"latency_ms", "energy_mj"} & set(self.budget.limits()))
@@ -60,7 +58,7 @@ class Search:
     @cached_property
     def allowed(self) -> tuple[Widths, ...]:
         """The widths each group may take, ascending."""
-        return tuple(np.array(g.widths(self.round_to, int(np.ceil(self.min_keep * g.channels)))) for g in self.graph.groups)
+        return tuple(np.array(a, dtype=np.int64) for a in self.rules.allowed(self.graph))
 
     @cached_property
     def importance(self) -> tuple[Floats, ...]:
@@ -139,15 +137,20 @@ class Search:
         floor, asked = float(figures[name][0]), self.limits[name]
         where = f" on {self.cost.device.profile}" if self.cost and name in ("latency_ms", "energy_mj") else ""
         help_text = f"Ask for at least {self._worded(name, 1.02 * floor)}"
-        if self.round_to > 1:
-            free = Search(self.graph, self.scores, self.budget, self.cost, round_to=1, min_keep=self.min_keep)
-            lower = float(free.figures(free.smallest[None])[name][0])
-            help_text += f", or allow widths of any number (--round-to 1 goes down to {self._worded(name, lower)})"
+        if self.rules.round_to > 1:
+            help_text += f", or allow widths of any number (--round-to 1 goes down to {self._floor(name, replace(self.rules, round_to=1))})"
+        if self.rules != (usual := WidthRules(round_to=self.rules.round_to)):
+            help_text += f", or loosen --keep-dense, --min-channels or --max-remove (without them {self._floor(name, usual)})"
         raise BudgetError(
             f"no plan reaches {self._worded(name, asked)}{where}: the floor is {self._worded(name, floor)}, with every layer at its "
             f"narrowest. {help_text}, or use a smaller input.",
             self.plan(smallest),
         )
+
+    def _floor(self, name: str, rules: WidthRules) -> str:
+        """The least that a figure can be under other rules, in words."""
+        other = replace(self, rules=rules)
+        return self._worded(name, float(other.figures(other.smallest[None])[name][0]))
 
     def _worded(self, name: str, value: float) -> str:
         """A figure as a user would type and read it; counts with their share of the dense network."""

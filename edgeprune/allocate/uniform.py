@@ -12,6 +12,7 @@ from edgeprune.criteria.probe import Probe
 from edgeprune.device.cost import CostModel
 from edgeprune.graph import ChannelGraph
 from edgeprune.plan import Budget, Plan, Scores
+from edgeprune.widths import DEFAULT_RULES, WidthRules
 
 NEEDS = ()
 PAPER = "customary baseline"
@@ -24,12 +25,11 @@ def allocate(
     cost: CostModel | None,
     probe: Probe | None,
     *,
-    round_to: int = 8,
-    min_keep: float = 0.1,
+    rules: WidthRules = DEFAULT_RULES,
     normalise: str = "sum",
 ) -> Plan:
     """The largest share that fits, then filled. Raises BudgetError with the floor."""
-    search = Search(graph, scores, budget, cost, round_to=round_to, min_keep=min_keep, normalise=normalise)
+    search = Search(graph, scores, budget, cost, rules=rules, normalise=normalise)
     search.check()
     shares = np.linspace(0, 1, 401)
     levels = np.stack(

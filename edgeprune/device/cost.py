@@ -18,9 +18,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgeprune.device.card import Device, KernelKind
-from edgeprune.device.kernels import FLOAT_BYTES, Floats, KernelsAt, kernels
+from edgeprune.device.kernels import FLOAT_BYTES, KernelsAt, kernels
 from edgeprune.errors import UsageError
 from edgeprune.graph.channels import ChannelGraph
+from edgeprune.graph.lengths import Floats
 
 # Widening of the interval, as a share of the prediction: per share of the time in kernels that the fitted networks spent less time
 # in (all of it for kinds they had none of), and per doubling of the distance from the latencies they had. The evidence is in

@@ -8,7 +8,7 @@ and weights are products of such sizes) and allocators ask in loops.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -16,10 +16,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from edgeprune.errors import UsageError
 from edgeprune.graph.channels import ChannelGraph, Op
-
-Floats = NDArray[np.float64]
+from edgeprune.graph.lengths import Floats, Sizes, axis_lengths, checked, elements
 
 FLOAT_BYTES = 4
 # An ONNX file beyond its weights: header, opset and graph tables, and the node, names and attributes of each kernel.
@@ -44,17 +42,6 @@ class KernelsAt:
 
 
 @dataclass(frozen=True, eq=False)
-class _Sizes:
-    """Sizes that are linear in the widths: fixed + widths @ slope, for many quantities at once."""
-
-    fixed: Floats  # (quantities,)
-    slope: Floats  # (groups, quantities)
-
-    def at(self, widths: Floats) -> Floats:
-        return self.fixed + widths @ self.slope
-
-
-@dataclass(frozen=True, eq=False)
 class Kernels:
     """The kernels a runtime executes for `graph`, in order.
 
@@ -72,32 +59,31 @@ class Kernels:
 
     def at(self, widths: NDArray[Any]) -> KernelsAt:
         """MACs and elements of every kernel under every plan."""
-        w = self._checked(widths)
-        elements = self._activations.at(w)
-        sizes = _product(self._weights, w)
+        w = checked(widths, len(self.graph.groups))
+        held = self._activations.at(w)
+        sizes = elements(self._weights, w)
         bias = self._biases.at(w)
         return KernelsAt(
             names=self.names,
             kinds=self.kinds,
             macs=sizes * self._positions,
-            input_elements=elements @ self._reading,
-            output_elements=elements[:, list(self.writes)],
+            input_elements=held @ self._reading,
+            output_elements=held[:, list(self.writes)],
             weight_elements=sizes * self._has_weight + bias,
         )
 
     def macs(self, widths: NDArray[Any]) -> Floats:
         """Multiply-accumulates of conv and linear, (plans,)."""
-        total: Floats = _product(self._weights, self._checked(widths)) @ self._positions
+        total: Floats = elements(self._weights, checked(widths, len(self.graph.groups))) @ self._positions
         return total
 
     def params(self, widths: NDArray[Any]) -> Floats:
         """Trainable parameters as the user's framework counts them (before folding), (plans,)."""
-        total: Floats = _product(self._parameters, self._checked(widths)).sum(axis=1)
-        return total
+        return self.graph.params_at(widths)
 
     def size_bytes(self, widths: NDArray[Any]) -> Floats:
         """The float32 artifact: weights after folding, each shared weight once, and a little for the container, (plans,)."""
-        return self._weight_bytes(self._checked(widths)) + FILE_BYTES + KERNEL_FILE_BYTES * len(self.names)
+        return self._weight_bytes(checked(widths, len(self.graph.groups))) + FILE_BYTES + KERNEL_FILE_BYTES * len(self.names)
 
     def peak_memory_bytes(self, widths: NDArray[Any]) -> Floats:
         """Weights and the largest set of activations alive at once, float32, (plans,).
@@ -105,19 +91,13 @@ class Kernels:
         Elementwise kernels overwrite an input that nobody reads later, as runtimes do. Scratch buffers of the runtime (im2col,
         packed weights) and the runtime itself are not in it.
         """
-        w = self._checked(widths)
+        w = checked(widths, len(self.graph.groups))
         arena = (self._activations.at(w) @ self._alive).max(axis=1, initial=0.0)
         peak: Floats = self._weight_bytes(w) + FLOAT_BYTES * arena
         return peak
 
-    def _checked(self, widths: NDArray[Any]) -> Floats:
-        w = np.atleast_2d(np.asarray(widths, dtype=np.float64))
-        if w.ndim != 2 or w.shape[1] != len(self.graph.groups):
-            raise UsageError(f"widths must have the shape (plans, {len(self.graph.groups)} groups), got {np.shape(widths)}.")
-        return w
-
     def _weight_bytes(self, w: Floats) -> Floats:
-        sizes = _product(self._weights, w) * self._has_weight + self._biases.at(w)
+        sizes = elements(self._weights, w) * self._has_weight + self._biases.at(w)
         total: Floats = FLOAT_BYTES * (sizes @ self._first_use)
         return total
 
@@ -139,22 +119,18 @@ class Kernels:
         return np.array([name is None or weights.index(name) == n for n, name in enumerate(weights)], dtype=np.float64)
 
     @cached_property
-    def _weights(self) -> tuple[_Sizes, ...]:
-        return _axes(self.graph, [op.weight if op.kind in ("conv", "linear") else None for op in self._main])
+    def _weights(self) -> tuple[Sizes, ...]:
+        return axis_lengths(self.graph, [op.weight if op.kind in ("conv", "linear") else None for op in self._main])
 
     @cached_property
-    def _parameters(self) -> tuple[_Sizes, ...]:
-        return _axes(self.graph, sorted(self.graph.trainable))
-
-    @cached_property
-    def _biases(self) -> _Sizes:
+    def _biases(self) -> Sizes:
         """The vectors beside the weights: a conv's bias (its own or the folded norm's), all four of a norm that stands alone."""
         lengths = [self._vectors(numbers) for numbers in self.operations]
-        per_kernel = [_axes(self.graph, names)[0] if names else None for names in lengths]
+        per_kernel = [axis_lengths(self.graph, names)[0] if names else None for names in lengths]
         fixed = np.array([s.fixed.sum() if s else 0.0 for s in per_kernel])
         none = np.zeros(len(self.graph.groups))
         slope = np.stack([s.slope.sum(axis=1) if s else none for s in per_kernel], axis=1) if per_kernel else np.zeros((len(none), 0))
-        return _Sizes(fixed, slope)
+        return Sizes(fixed, slope)
 
     def _vectors(self, numbers: tuple[int, ...]) -> list[str]:
         op = self.graph.ops[numbers[0]]
@@ -168,13 +144,13 @@ class Kernels:
         return (own or norms)[:1]
 
     @cached_property
-    def _activations(self) -> _Sizes:
+    def _activations(self) -> Sizes:
         activations = self.graph.activations
         slope = np.zeros((len(self.graph.groups), len(activations)))
         for number, activation in enumerate(activations):
-            for group, elements in activation.per_channel:
-                slope[group, number] += elements
-        return _Sizes(np.array([a.fixed for a in activations], dtype=np.float64), slope)
+            for group, per_channel in activation.per_channel:
+                slope[group, number] += per_channel
+        return Sizes(np.array([a.fixed for a in activations], dtype=np.float64), slope)
 
     @cached_property
     def _reading(self) -> Floats:
@@ -279,35 +255,3 @@ def _buffers(made: Kernels) -> dict[int, int]:
 def _same_size(graph: ChannelGraph, one: int, other: int) -> bool:
     a, b = graph.activations[one], graph.activations[other]
     return a.fixed == b.fixed and sorted(a.per_channel) == sorted(b.per_channel)
-
-
-def _axes(graph: ChannelGraph, names: Iterable[str | None]) -> tuple[_Sizes, ...]:
-    """Axis lengths of the named parameters (None: a scalar), one _Sizes per axis number."""
-    wanted = list(names)
-    shapes = [graph.shapes[name] if name else () for name in wanted]
-    columns: dict[str, list[int]] = {}
-    for column, name in enumerate(wanted):
-        columns.setdefault(name or "", []).append(column)
-    rank = max((len(shape) for shape in shapes), default=0)
-    fixed = [np.array([s[axis] if axis < len(s) else 1.0 for s in shapes], dtype=np.float64) for axis in range(rank)]
-    slope = [np.zeros((len(graph.groups), len(wanted))) for _ in range(rank)]
-    for group, parameter, axis, channels, span in _spans(graph):
-        for column in columns.get(parameter, ()):
-            slope[axis][group, column] += span
-            fixed[axis][column] -= channels * span
-    return tuple(_Sizes(f, s) for f, s in zip(fixed, slope, strict=True))
-
-
-def _spans(graph: ChannelGraph) -> Iterator[tuple[int, str, int, int, int]]:
-    for number, group in enumerate(graph.groups):
-        for member in group.members:
-            yield number, member.parameter, member.axis, *member.indices.shape
-
-
-def _product(axes: tuple[_Sizes, ...], widths: Floats) -> Floats:
-    """Elements of each parameter: the product of its axes, (plans, parameters)."""
-    result = np.ones((len(widths), len(axes[0].fixed) if axes else 0))
-    for axis in axes:
-        # Kernel axes never change: skip the matrix product for them.
-        result *= axis.at(widths) if axis.slope.any() else axis.fixed
-    return result

@@ -8,13 +8,15 @@ functions of the group widths: the cost models evaluate any plan from them witho
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
+
+from edgeprune.graph.lengths import Floats, Sizes, axis_lengths, checked, elements
 
 
 class Member(NamedTuple):
@@ -37,15 +39,33 @@ class ChannelGroup:
     members: tuple[Member, ...]
     producing: int = 1
 
+    @property
+    def filters(self) -> int:
+        """Filters of the producing layer per channel: more than one where a grouped conv or a shuffle ties some."""
+        return int(self.members[0].indices.shape[1])
+
     def widths(self, round_to: int = 1, minimum: int = 1) -> tuple[int, ...]:
         """The widths a plan may choose, ascending, the dense one last.
 
         Multiples of `round_to` of the producing axis (a channel of a grouped conv spans several positions of it); a group
         narrower than that stays whole. Never below `minimum`, never below 1.
         """
-        span = self.members[0].indices.shape[1]
-        step = round_to // math.gcd(round_to, span)
+        step = round_to // math.gcd(round_to, self.filters)
         return (*(w for w in range(step, self.channels, step) if w >= minimum), self.channels)
+
+
+class Share(NamedTuple):
+    """What a group weighs in the dense network.
+
+    `macs` and `params` would vanish if the whole group went and everything else stayed: all of every layer whose weight it reaches
+    on one axis, or the part of it that belongs to the group. A layer that reads one group and makes another counts for both, so
+    the groups of a network add up to more than the network. `channel_macs` and `channel_params` are what its first channel saves.
+    """
+
+    macs: int
+    params: int
+    channel_macs: int
+    channel_params: int
 
 
 class Tap(NamedTuple):
@@ -116,9 +136,54 @@ class ChannelGraph:
     @property
     def macs(self) -> int:
         """Multiply-accumulates of conv and linear, one sample, dense."""
-        return sum(op.positions * math.prod(self.shapes[op.weight]) for op in self.ops if op.kind in ("conv", "linear") and op.weight)
+        return sum(op.positions * math.prod(self.shapes[op.weight]) for op in self.multiplying if op.weight)
 
     @property
     def params(self) -> int:
         """Parameters (no buffers), dense."""
         return sum(math.prod(self.shapes[name]) for name in self.trainable)
+
+    def macs_at(self, widths: NDArray[Any]) -> Floats:
+        """MACs of the slim network, as `macs` counts them: widths (plans, groups) or (groups,) -> (plans,)."""
+        total: Floats = elements(self._weights_by_axis, checked(widths, len(self.groups))) @ self._positions
+        return total
+
+    def params_at(self, widths: NDArray[Any]) -> Floats:
+        """Parameters of the slim network, as `params` counts them: widths (plans, groups) or (groups,) -> (plans,)."""
+        total: Floats = elements(self._parameters_by_axis, checked(widths, len(self.groups))).sum(axis=1)
+        return total
+
+    @cached_property
+    def shares(self) -> tuple[Share, ...]:
+        """What each group weighs, in the order of `groups`."""
+        alone = np.diag(self.dense_widths)
+        saved = [np.rint(dense - count(self.dense_widths - less)).astype(np.int64)
+                 for less in (alone, np.eye(len(self.groups), dtype=np.int64)) for dense, count in self._counts()]  # fmt: skip
+        return tuple(Share(*map(int, row)) for row in zip(*saved, strict=True))
+
+    @property
+    def prunable(self) -> tuple[float, float]:
+        """The shares of MACs and of parameters that vanish when every group keeps one channel: no plan removes more."""
+        ones = np.ones(len(self.groups))
+        macs, params = (1 - float(count(ones)[0]) / dense if dense else 0.0 for dense, count in self._counts())
+        return macs, params
+
+    def _counts(self) -> tuple[tuple[int, Callable[[NDArray[Any]], Floats]], ...]:
+        return (self.macs, self.macs_at), (self.params, self.params_at)
+
+    @cached_property
+    def multiplying(self) -> tuple[Op, ...]:
+        """The convs and linears with a weight: the operations whose MACs count."""
+        return tuple(op for op in self.ops if op.kind in ("conv", "linear") and op.weight)
+
+    @cached_property
+    def _positions(self) -> Floats:
+        return np.array([op.positions for op in self.multiplying], dtype=np.float64)
+
+    @cached_property
+    def _weights_by_axis(self) -> tuple[Sizes, ...]:
+        return axis_lengths(self, [op.weight for op in self.multiplying])
+
+    @cached_property
+    def _parameters_by_axis(self) -> tuple[Sizes, ...]:
+        return axis_lengths(self, sorted(self.trainable))

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import json
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
@@ -20,6 +21,7 @@ from edgeprune.plan import Plan
 from edgeprune.run import product_version, write_atomic
 
 FORMAT = "edgeprune-1"
+LEAVES = ("weight", "bias", "running_mean", "running_var")
 
 
 def save(module: nn.Module, path: str | Path, *, plan: Plan | None = None) -> Path:
@@ -47,11 +49,33 @@ def load(path: str | Path, *, model: nn.Module) -> nn.Module:
             f"{path} does not belong to {type(model).__name__}: {len(missing)} tensors are missing ({', '.join(missing[:3])}), "
             f"{len(unknown)} are unknown ({', '.join(unknown[:3])}). Build the network with the constructor it was trained with."
         )
-    ranks = {name: t.ndim for name, t in named_tensors(small)}
-    if wrong := [name for name, t in tensors.items() if t.ndim != ranks[name]]:
-        raise ModelError(f"{path} does not belong to {type(model).__name__}: {wrong[0]} has {tensors[wrong[0]].ndim} dimensions.")
+    if problem := next(_misfits(small, tensors), None):
+        raise ModelError(
+            f"{path} does not belong to {type(model).__name__}: {problem}. Build the network with the constructor it was trained with, or "
+            "save the slim network again."
+        )
     resize(small, tensors)
     return small
+
+
+def _misfits(dense: nn.Module, tensors: Mapping[str, Tensor]) -> Iterator[str]:
+    """What slimming cannot have done to the dense network: other kinds of numbers, longer axes, other kernels, norms of two lengths."""
+    for name, own in named_tensors(dense):
+        saved, sizes = tensors[name], (tuple(tensors[name].shape), tuple(own.shape))
+        if (saved.is_floating_point(), saved.is_complex()) != (own.is_floating_point(), own.is_complex()):
+            yield f"{name} holds {str(saved.dtype).removeprefix('torch.')} where the network has {str(own.dtype).removeprefix('torch.')}"
+        elif saved.ndim != own.ndim:
+            yield f"{name} has {saved.ndim} dimensions, the network's has {own.ndim}"
+        elif any(not 0 < a <= b for a, b in zip(*sizes, strict=True)) and own.numel():
+            yield f"{name} has the shape {sizes[0]}, which is no part of the network's {sizes[1]}"
+    aliases = {alias: name for name, others in aliases_of(dense).items() for alias in others}
+    for path, layer in dense.named_modules():
+        own_names = {leaf: aliases[f"{path}.{leaf}".lstrip(".")] for leaf in LEAVES if isinstance(getattr(layer, leaf, None), Tensor)}
+        shapes = {leaf: tuple(tensors[name].shape) for leaf, name in own_names.items()}
+        if isinstance(layer, nn.modules.conv._ConvNd) and "weight" in shapes and shapes["weight"][2:] != layer.kernel_size:
+            yield f"{path}.weight has a kernel of {shapes['weight'][2:]}, the network's has {layer.kernel_size}"
+        if isinstance(layer, nn.modules.batchnorm._NormBase) and len(set(shapes.values())) > 1:
+            yield f"the tensors of {path} have different lengths ({', '.join(f'{leaf} {shape[0]}' for leaf, shape in shapes.items())})"
 
 
 def _read(path: Path) -> dict[str, Tensor]:
@@ -59,6 +83,9 @@ def _read(path: Path) -> dict[str, Tensor]:
         with safe_open(path, framework="pt") as file:
             if (file.metadata() or {}).get("format") != FORMAT:
                 raise ModelError(f"{path} was not written by edgeprune.save; load it with the tool that wrote it.")
-            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  not a dict
+            # Clones, because where a tensor lies in the file is where it lies in memory: off its alignment other kernels compute it,
+            # with other roundings.
+            return {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118  not a dict
     except (SafetensorError, OSError) as error:
-        raise ModelError(f"{path} cannot be read as safetensors: {error}.") from error
+        reason = str(error).rstrip(".")
+        raise ModelError(f"{path} cannot be read as safetensors ({reason}): it is damaged, cut off or another kind of file.") from error

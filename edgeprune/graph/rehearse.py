@@ -13,13 +13,12 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map
 
 from edgeprune.errors import SlimError
 from edgeprune.graph.channels import ChannelGraph
 from edgeprune.graph.duplicate import duplicate
-from edgeprune.graph.running import evaluating, tensors_in
+from edgeprune.graph.running import Observer, evaluating, tensors_in
 from edgeprune.graph.slim import named_tensors, removed_positions, resize, slim
 from edgeprune.plan import Plan
 
@@ -106,11 +105,11 @@ def _run(small: nn.Module, inputs: tuple[Any, ...], watch: _Watch) -> None:
         raise _DoesNotRun from error
 
 
-class _Watch(TorchDispatchMode):
+class _Watch(Observer):
     """Compares the size of every operation's first output with what the labels say."""
 
     def __init__(self, sizes: Mapping[int, int]) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]  # torch leaves it untyped
+        super().__init__()
         self.calls = 0
         self.checked = 0
         self.busy = False

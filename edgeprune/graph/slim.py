@@ -149,6 +149,7 @@ def resize(module: nn.Module, tensors: Mapping[str, Tensor]) -> None:
 
 def _remember_sizes(layer: nn.Module) -> None:
     weight = getattr(layer, "weight", None)
+    weight = getattr(layer, "running_mean", None) if weight is None else weight  # a norm without scale
     if not isinstance(weight, Tensor):
         return
     if isinstance(layer, nn.modules.conv._ConvNd):
@@ -163,6 +164,8 @@ def _remember_sizes(layer: nn.Module) -> None:
             layer.out_channels, layer.in_channels = weight.shape[0], weight.shape[1] * layer.groups
     elif isinstance(layer, nn.Linear):
         layer.out_features, layer.in_features = weight.shape
+    elif isinstance(layer, (nn.Embedding, nn.EmbeddingBag)):
+        layer.num_embeddings, layer.embedding_dim = weight.shape
     elif isinstance(layer, nn.modules.batchnorm._NormBase):
         layer.num_features = weight.shape[0]
     elif isinstance(layer, nn.PReLU):

@@ -16,7 +16,6 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from edgeprune.errors import TraceError
@@ -26,7 +25,7 @@ from edgeprune.graph.kinds import KINDS
 from edgeprune.graph.labels import Labels, core, varies
 from edgeprune.graph.rehearse import Misfit, misfit
 from edgeprune.graph.rules import RULES, Call, Labelled, Weight, give_up
-from edgeprune.graph.running import evaluating, first_line, single_sample, tensors_in
+from edgeprune.graph.running import Observer, evaluating, first_line, single_sample, tensors_in
 
 
 @contextmanager
@@ -90,11 +89,11 @@ class _Seen:
     written: list[int] = field(default_factory=list)
 
 
-class _Tracer(TorchDispatchMode):
+class _Tracer(Observer):
     """Runs every operation as it is, then asks its rule what happened to the labels."""
 
     def __init__(self, model: nn.Module) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]  # torch leaves it untyped
+        super().__init__()
         self.book = Labels()
         self.tensors: dict[str, Tensor] = {}
         for name, tensor in [*model.named_parameters(), *model.named_buffers()]:

@@ -16,6 +16,7 @@ from edgeprune.graph.slim import slim
 from edgeprune.graph.trace import trace
 from edgeprune.plan import Budget, Plan, Scores
 from edgeprune.registry import entries
+from edgeprune.widths import WidthRules
 from tests.networks import images, traced
 
 ALLOCATORS = [e.name for e in entries("allocate")]
@@ -30,7 +31,7 @@ def problem(name: str) -> tuple[nn.Module, ChannelGraph, Scores]:
 def between(graph: ChannelGraph, scores: Scores, share: float, *figures: str, round_to: int = 1) -> Budget:
     """A budget that lies `share` of the way from the smallest allowed network to the dense one, in each figure."""
     any_budget = Budget(**dict.fromkeys(figures, 1e9))
-    search = Search(graph, scores, any_budget, COST, round_to=round_to)
+    search = Search(graph, scores, any_budget, COST, rules=WidthRules(round_to=round_to))
     low, high = (search.figures(np.atleast_2d(w)) for w in (search.smallest, graph.dense_widths))
     return Budget(**{f: float(low[f][0] + share * (high[f][0] - low[f][0])) for f in figures})
 
@@ -55,7 +56,7 @@ def real_figures(name: str, plan: Plan) -> dict[str, float]:
 
 def is_full(graph: ChannelGraph, scores: Scores, budget: Budget, plan: Plan, round_to: int) -> bool:
     """No group can be widened by one step without breaking a limit."""
-    search = Search(graph, scores, budget, COST, round_to=round_to)
+    search = Search(graph, scores, budget, COST, rules=WidthRules(round_to=round_to))
     now = widths(graph, plan)
     for g, allowed in enumerate(search.allowed):
         wider = [w for w in allowed if w > now[g]]

@@ -6,6 +6,7 @@ import pytest
 from edgeprune.allocate import allocate
 from edgeprune.allocate.search import Search
 from edgeprune.plan import Budget, Scores
+from edgeprune.widths import WidthRules
 from tests.allocate.problems import between, problem, widths
 
 
@@ -15,7 +16,7 @@ def test_without_prices_and_normalisation_it_is_one_ranking_of_all_channels() ->
     rng = np.random.default_rng(1)
     scores = Scores("x", {g.name: rng.random(g.channels) for g in graph.groups})
     budget = between(graph, scores, 0.5, "macs")
-    search = Search(graph, scores, budget, None, round_to=1, normalise="none")
+    search = Search(graph, scores, budget, None, rules=WidthRules(round_to=1), normalise="none")
     levels = search.shrink(search.top)
     kept = search.from_levels(levels)
     ranked = [np.sort(scores.values[g.name])[::-1] for g in graph.groups]
@@ -50,6 +51,6 @@ def test_before_filling_harsher_budgets_keep_a_subset() -> None:
     _, graph, scores = problem("inception")
     shrunk = []
     for fraction in (0.8, 0.5, 0.3):
-        search = Search(graph, scores, Budget(macs=fraction), None, round_to=1)
+        search = Search(graph, scores, Budget(macs=fraction), None, rules=WidthRules(round_to=1))
         shrunk.append(search.from_levels(search.shrink(search.top, lambda saved: saved)))
     assert (shrunk[0] >= shrunk[1]).all() and (shrunk[1] >= shrunk[2]).all()

@@ -13,6 +13,7 @@ from edgeprune.allocate.search import Search
 from edgeprune.graph import ChannelGraph
 from edgeprune.graph.trace import trace
 from edgeprune.plan import Plan, Scores
+from edgeprune.widths import WidthRules
 from tests.allocate.problems import COST, between, problem, widths
 from tests.networks import NETWORKS, traced
 
@@ -38,7 +39,7 @@ def test_it_finds_the_best_of_all_choices(name: str, figures: tuple[str, ...], s
     _, graph, scores = problem(name)
     budget = between(graph, scores, share, *figures, round_to=round_to)
     plan = allocate(graph, scores, budget, method="knapsack", cost=COST, round_to=round_to)
-    search = Search(graph, scores, budget, COST, round_to=round_to, concave=True)
+    search = Search(graph, scores, budget, COST, rules=WidthRules(round_to=round_to), concave=True)
     assert value(search, graph, plan) == pytest.approx(best_of_all(search), abs=1e-9)
 
 
@@ -49,7 +50,7 @@ def test_the_integer_program_and_its_repairs_come_close_to_it(name: str, share: 
     monkeypatch.setattr(knapsack, "EXHAUSTIVE", 0)
     _, graph, scores = problem(name)
     budget = between(graph, scores, share, "macs")
-    search = Search(graph, scores, budget, None, round_to=1, concave=True)
+    search = Search(graph, scores, budget, None, rules=WidthRules(round_to=1), concave=True)
     mine, best = value(search, graph, allocate(graph, scores, budget, method="knapsack", round_to=1)), best_of_all(search)
     worst = sum(v[0] for v in search.values)
     assert mine <= best + 1e-9
@@ -76,7 +77,7 @@ def test_where_costs_are_sums_the_integer_program_is_exact(share: float, concave
     rng = np.random.default_rng(3)
     scores = Scores("x", {g.name: rng.random(g.channels) for g in graph.groups})
     budget = between(graph, scores, share, "macs")
-    search = Search(graph, scores, budget, None, round_to=1, concave=concave)
+    search = Search(graph, scores, budget, None, rules=WidthRules(round_to=1), concave=concave)
     plan = allocate(graph, scores, budget, method="knapsack", round_to=1, concave=concave)
     assert value(search, graph, plan) >= best_of_all(search) - 1e-3
 
@@ -90,7 +91,7 @@ def test_a_larger_budget_is_never_worth_less(name: str, figure: str) -> None:
     for share in np.linspace(0.1, 1, 10):
         budget = between(graph, scores, float(share), figure)
         plan = allocate(graph, scores, budget, method="knapsack", cost=COST, round_to=1)
-        worth.append(value(Search(graph, scores, budget, COST, round_to=1, concave=True), graph, plan))
+        worth.append(value(Search(graph, scores, budget, COST, rules=WidthRules(round_to=1), concave=True), graph, plan))
     assert all(b >= a - 1e-9 for a, b in itertools.pairwise(worth))
 
 
@@ -99,7 +100,7 @@ def test_a_larger_budget_is_never_worth_less(name: str, figure: str) -> None:
 def test_it_is_worth_at_least_what_the_others_find(name: str, share: float) -> None:
     _, graph, scores = problem(name)
     budget = between(graph, scores, share, "macs")
-    search = Search(graph, scores, budget, None, round_to=1, concave=True)
+    search = Search(graph, scores, budget, None, rules=WidthRules(round_to=1), concave=True)
     mine, ranked, uniform = (
         value(search, graph, allocate(graph, scores, budget, method=m, round_to=1)) for m in ("knapsack", "global", "uniform")
     )

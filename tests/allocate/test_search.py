@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+import types
 from typing import Any
 
 import numpy as np
@@ -14,6 +16,7 @@ from edgeprune.allocate.search import NORMALISERS, Search
 from edgeprune.errors import BudgetError, UsageError
 from edgeprune.graph.trace import trace
 from edgeprune.plan import Budget, Plan, Scores
+from edgeprune.widths import WidthRules
 from tests.allocate.problems import ALLOCATORS, COST, between, is_full, problem, real_figures, widths
 from tests.networks import NETWORKS, traced
 
@@ -106,7 +109,7 @@ def test_a_budget_of_everything_removes_nothing(method: str) -> None:
 def test_what_cannot_be_reached_is_a_budget_error_with_the_floor(method: str) -> None:
     _, graph, scores = problem("residual")
     with pytest.raises(BudgetError, match=r"the floor is .* M MACs \(.* of the dense network's\).*--round-to 1 goes down to") as refused:
-        allocate(graph, scores, Budget(macs=0.001), method=method, round_to=4, min_keep=0.5)
+        allocate(graph, scores, Budget(macs=0.001), method=method, round_to=4, max_remove=0.5)
     assert refused.value.exit_code == 3
     assert refused.value.plan is not None
     assert widths(graph, refused.value.plan).tolist() == [4, 4, 4]
@@ -119,9 +122,9 @@ def test_what_cannot_be_reached_is_a_budget_error_with_the_floor(method: str) ->
 
 
 @pytest.mark.parametrize("method", ALLOCATORS)
-def test_min_keep_is_kept(method: str) -> None:
+def test_no_group_loses_more_than_max_remove(method: str) -> None:
     _, graph, scores = problem("inception")
-    plan = allocate(graph, scores, Budget(macs=0.5), method=method, round_to=1, min_keep=0.5)
+    plan = allocate(graph, scores, Budget(macs=0.5), method=method, round_to=1, max_remove=0.5)
     assert all(2 * len(plan.keep[g.name]) >= g.channels for g in graph.groups)
 
 
@@ -147,11 +150,13 @@ def test_unknown_methods_options_and_missing_devices_are_usage_errors() -> None:
     _, graph, scores = problem("residual")
     with pytest.raises(UsageError, match=r"no allocator named 'knapsak'\. Did you mean knapsack"):
         allocate(graph, scores, Budget(macs=0.5), method="knapsak")
-    with pytest.raises(UsageError, match="uniform has no option concave; it has: round_to, min_keep, normalise"):
+    with pytest.raises(
+        UsageError, match="uniform has no option concave; it has: keep_dense, max_remove, min_channels, normalise, round_to"
+    ):
         allocate(graph, scores, Budget(macs=0.5), method="uniform", concave=True)
     with pytest.raises(UsageError, match="latency_ms needs a device"):
         allocate(graph, scores, Budget(latency_ms=1))
-    for wrong in ({"round_to": 0}, {"min_keep": 1.5}, {"normalise": "l7"}):
+    for wrong in ({"round_to": 0}, {"max_remove": 1.5}, {"min_channels": 0}, {"normalise": "l7"}):
         with pytest.raises(UsageError, match=next(iter(wrong))):
             allocate(graph, scores, Budget(macs=0.5), **wrong)
 
@@ -161,7 +166,9 @@ def test_figures_of_many_choices_equal_those_of_the_real_networks(name: str) -> 
     """At least two channels each: one channel turns a depthwise conv into a plain one, a grouped one into a depthwise one."""
     _, graph, scores = problem(name)
     rng = np.random.default_rng(0)
-    search = Search(graph, scores, Budget(macs=1, params=1, latency_ms=1, size_bytes=1, peak_memory_bytes=1), COST, round_to=1)
+    search = Search(
+        graph, scores, Budget(macs=1, params=1, latency_ms=1, size_bytes=1, peak_memory_bytes=1), COST, rules=WidthRules(round_to=1)
+    )
     choices = np.stack([rng.integers(2, g.channels + 1, size=3) for g in graph.groups], axis=1)
     figures = search.figures(choices)
     for row, choice in enumerate(choices):
@@ -173,21 +180,62 @@ def test_figures_of_many_choices_equal_those_of_the_real_networks(name: str) -> 
 def test_values_are_the_importance_that_a_width_keeps() -> None:
     _, graph = traced("residual")
     scores = Scores("x", {g.name: np.arange(1.0, 9.0) for g in graph.groups})
-    plain = Search(graph, scores, Budget(macs=0.5), None, round_to=4)
+    plain = Search(graph, scores, Budget(macs=0.5), None, rules=WidthRules(round_to=4))
     stream, inner = graph.groups[0], graph.groups[1]
     assert (stream.producing, inner.producing) == (3, 1)
     np.testing.assert_allclose(plain.values[1], [(8 + 7 + 6 + 5) / 36, 1])
     np.testing.assert_allclose(plain.values[0], 3 * plain.values[1])
-    concave = Search(graph, scores, Budget(macs=0.5), None, round_to=4, concave=True)
+    concave = Search(graph, scores, Budget(macs=0.5), None, rules=WidthRules(round_to=4), concave=True)
     np.testing.assert_allclose(concave.values[1], [np.log(26 / 36), 0], atol=1e-12)
 
 
 def test_fill_and_shrink_meet_the_budget_from_both_sides() -> None:
     _, graph, scores = problem("inception")
-    search = Search(graph, scores, Budget(macs=0.4), None, round_to=1)
+    search = Search(graph, scores, Budget(macs=0.4), None, rules=WidthRules(round_to=1))
     small = search.shrink(search.top, lambda saved: saved)
     assert search.fits(search.from_levels(small)[None])[0]
     full = search.fill(np.zeros_like(search.top))
     assert search.fits(search.from_levels(full)[None])[0]
     assert (search.fill(full) == full).all()
     assert (search.shrink(full) == full).all()
+
+
+@pytest.mark.parametrize("method", ALLOCATORS)
+def test_every_allocator_honours_the_rules(method: str) -> None:
+    _, graph, scores = problem("inception")
+    dense = graph.groups[0].name
+    rules: dict[str, Any] = {"round_to": 1, "min_channels": 3, "max_remove": 0.4, "keep_dense": [dense]}
+    plan = allocate(graph, scores, Budget(macs=0.7), method=method, **rules)
+    for group, allowed in zip(graph.groups, WidthRules(**rules).allowed(graph), strict=True):
+        assert len(plan.keep[group.name]) in allowed
+    assert len(plan.keep[dense]) == graph.groups[0].channels
+    free = allocate(graph, scores, Budget(macs=0.7), method=method, round_to=1)
+    assert free != plan
+    with pytest.raises(BudgetError, match="loosen --keep-dense, --min-channels or --max-remove"):
+        allocate(graph, scores, Budget(macs=0.1), method=method, **rules)
+    with pytest.raises(UsageError, match="'nowhere' matches no group"):
+        allocate(graph, scores, Budget(macs=0.7), method=method, keep_dense=["nowhere"])
+
+
+def test_allocators_of_others_take_the_rules_they_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    _, graph, scores = problem("residual")
+    seen: list[dict[str, Any]] = []
+    any_option, one_option = types.ModuleType("any_option"), types.ModuleType("one_option")
+
+    def anything(graph: Any, scores: Any, budget: Any, cost: Any, probe: Any, **options: Any) -> Plan:
+        seen.append(options)
+        return Plan.uniform(graph, 0.5)
+
+    def rounded(graph: Any, scores: Any, budget: Any, cost: Any, probe: Any, *, round_to: int = 4) -> Plan:
+        seen.append({"round_to": round_to})
+        return Plan.uniform(graph, 0.5)
+
+    vars(any_option)["allocate"], vars(one_option)["allocate"] = anything, rounded
+    found = {"any_option": any_option, "one_option": one_option}
+    monkeypatch.setitem(vars(sys.modules["edgeprune.allocate"]), "find", lambda folder, name, kind: found[name])
+    allocate(graph, scores, Budget(macs=0.5), method="any_option", keep_dense=["fc.*"], depth=3)
+    assert seen.pop() == {"round_to": 8, "min_channels": 1, "max_remove": 0.9, "keep_dense": ("fc.*",), "depth": 3}
+    allocate(graph, scores, Budget(macs=0.5), method="one_option", round_to=2)
+    assert seen.pop() == {"round_to": 2}
+    with pytest.raises(UsageError, match="one_option has no option max_remove; it has: round_to"):
+        allocate(graph, scores, Budget(macs=0.5), method="one_option", max_remove=0.2)

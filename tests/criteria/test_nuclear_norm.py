@@ -7,14 +7,20 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy.stats import spearmanr
 from torch import Tensor, nn
 
+from benchmarks import cifar10
 from edgeprune import criteria
 from edgeprune.criteria import nuclear_norm
 from edgeprune.criteria.nuclear_norm import nuclear_norms
-from edgeprune.errors import DataError
+from edgeprune.data import load_data
+from edgeprune.errors import DataError, UsageError
 from edgeprune.graph.trace import trace
+from edgeprune.load import load_model
 from tests.networks import images, traced
+
+WEIGHTS = cifar10.data_folder() / "weights" / "resnet20-12fca82f.th"
 
 
 def by_svd(maps: Tensor) -> Any:
@@ -29,7 +35,8 @@ def maps(*shape: int, seed: int = 0) -> Tensor:
 @given(h=st.integers(1, 9), w=st.integers(1, 9), seed=st.integers(0, 99))
 def test_the_gram_route_equals_singular_values(h: int, w: int, seed: int) -> None:
     x = maps(2, 3, h, w, seed=seed)
-    np.testing.assert_allclose(nuclear_norms(x).numpy(), by_svd(x), rtol=1e-6, atol=1e-9)
+    for route in ("gram", "svd"):
+        np.testing.assert_allclose(nuclear_norms(x, route).numpy(), by_svd(x), rtol=1e-6, atol=1e-9)
 
 
 def test_known_values() -> None:
@@ -83,9 +90,9 @@ class Maps(nn.Module):
         return out
 
 
-def scored(model: nn.Module, data: Any) -> Any:
+def scored(model: nn.Module, data: Any, **options: Any) -> Any:
     graph = trace(model, maps(1, 3, 9, 9))
-    return criteria.score(graph, model, "nuclear_norm", data=data).values[graph.groups[0].name]
+    return criteria.score(graph, model, "nuclear_norm", data=data, **options).values[graph.groups[0].name]
 
 
 def test_scores_are_the_mean_energy_of_the_maps_the_next_layer_reads() -> None:
@@ -100,6 +107,83 @@ def test_scores_do_not_depend_on_batches_or_labels() -> None:
     whole = scored(model, [x])
     for batches in ([x[:5], x[5:]], [x[i : i + 1] for i in range(12)], [(x, torch.zeros(12))], [(x, torch.randperm(12))], (x,)):
         np.testing.assert_allclose(scored(model, batches), whole, rtol=1e-9)
+
+
+def stacked_by_svd(features: Tensor) -> Any:
+    return np.linalg.svd(features.flatten(2).transpose(0, 1).double().numpy(), compute_uv=False).sum(-1)
+
+
+@pytest.mark.parametrize("route", ["gram", "svd"])
+def test_stacked_is_the_norm_of_all_images_rows(route: str) -> None:
+    model, x = Maps().double(), maps(60, 3, 9, 9)
+    with torch.no_grad():
+        expected = stacked_by_svd(model.features(x))
+        few = stacked_by_svd(model.features(x[:5]))
+    for batches in ([x], [x[:7], x[7:]], [x[i : i + 1] for i in range(60)]):
+        np.testing.assert_allclose(scored(model, batches, mode="stacked", route=route), expected, rtol=1e-6)
+    np.testing.assert_allclose(scored(model, [x[:3], x[3:5]], mode="stacked", route=route), few, rtol=1e-6)
+
+
+def test_stacked_vectors_have_their_length() -> None:
+    model, graph = traced("mlp")
+    x = images("mlp", 9)[0]
+    with torch.no_grad():
+        hidden = model[:3](x)  # type: ignore[index]
+    for route in ("gram", "svd"):
+        values = criteria.score(graph, model, "nuclear_norm", data=[x[:4], x[4:]], mode="stacked", route=route).values["0"]
+        np.testing.assert_allclose(values, hidden.norm(dim=0).numpy(), rtol=1e-9)
+
+
+def test_large_maps_are_averaged_over_squares(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, x = Maps().double(), maps(4, 3, 9, 9)
+    with torch.no_grad():
+        features = model.features(x)  # 7 x 7: squares of 2 leave 4 x 4, the last ones cut
+        halved = torch.nn.functional.avg_pool2d(features, 2, ceil_mode=True)
+        corner = features[:, :, 6, 6]
+        third = torch.nn.functional.avg_pool2d(features, 3, ceil_mode=True)
+    assert halved.shape[2:] == (4, 4) and torch.equal(halved[:, :, 3, 3], corner)
+    np.testing.assert_allclose(scored(model, [x], max_side=4), by_svd(halved).mean(0), rtol=1e-6)
+    np.testing.assert_allclose(scored(model, [x], max_side=7), by_svd(features).mean(0), rtol=1e-6)
+    monkeypatch.setattr(nuclear_norm, "GRAM_BYTES", 8 * 8 * 9**2)  # 8 channels of 3 x 3
+    np.testing.assert_allclose(scored(model, [x], mode="stacked"), stacked_by_svd(third), rtol=1e-6)
+
+
+def test_dear_singular_values_are_taken_of_every_kth_image(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, x = Maps().double(), maps(40, 3, 9, 9)
+    graph = trace(model, x[:1])
+    every, first = nuclear_norm._thinning(graph)
+    elements, macs = 8 * 7 * 7, 7 * 7 * (8 * 27 + 8 * 4)
+    assert graph.macs == macs and every == -(-1000 * elements // macs) and first > 40
+    np.testing.assert_array_equal(scored(model, [x]), scored(model, [x], every=1))  # few maps: all of them count
+    monkeypatch.setattr(nuclear_norm, "EXACT_ELEMENTS", 0)
+    used = [i for i in range(40) if i < 16 or i % every == 0]
+    assert 16 < len(used) < 40
+    with torch.no_grad():
+        expected = by_svd(model.features(x[used])).mean(0)
+        third = by_svd(model.features(x[::3])).mean(0)
+    for batches in ([x], [x[:17], x[17:19], x[19:]]):
+        np.testing.assert_allclose(scored(model, batches), expected, rtol=1e-6)
+        np.testing.assert_allclose(scored(model, batches, every=3), third, rtol=1e-6)
+
+
+def test_options_are_checked() -> None:
+    model, x = Maps().double(), maps(2, 3, 9, 9)
+    for options in ({"mode": "rows"}, {"route": "qr"}, {"every": -1}, {"max_side": 0}):
+        with pytest.raises(UsageError, match=next(iter(options))):
+            scored(model, [x], **options)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not WEIGHTS.exists(), reason="needs the shared CIFAR-10 images and weights (EDGEPRUNE_DATA)")
+def test_few_images_rank_the_channels_of_a_trained_network_as_many_do() -> None:
+    x, y = cifar10.test_images(2)
+    model = load_model(WEIGHTS, factory="benchmarks.networks:resnet20", input_shape=(1, 3, 32, 32)).model
+    split = load_data((None, (x, y)), mean=cifar10.MEAN, std=cifar10.STD).val
+    batches = list(split.batches(128, limit=1280))
+    graph = trace(model, batches[0][0][:1])
+    few, many = (criteria.score(graph, model, "nuclear_norm", data=b).values for b in (batches[:1], batches))
+    agreement = [spearmanr(few[g.name], many[g.name]).statistic for g in graph.groups]
+    assert min(agreement) > 0.95
 
 
 def test_scores_follow_a_permutation_of_the_channels() -> None:

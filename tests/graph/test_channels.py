@@ -163,3 +163,36 @@ def test_taps_hold_all_channels_of_their_group(name: str) -> None:
             assert tap.indices.shape[0] == g.channels
             assert tap.indices.max() < shapes[tap.call][tap.axis]
             assert len(np.unique(tap.indices)) == tap.indices.size
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_counts_at_any_widths_are_those_of_the_slim_network(name: str) -> None:
+    model, graph = traced(name)
+    plans = [random_plan(graph, seed) for seed in range(3)]
+    widths = np.array([[len(plan.keep[g.name]) for g in graph.groups] for plan in plans])
+    for plan, macs, params in zip(plans, graph.macs_at(widths), graph.params_at(widths), strict=True):
+        small = slim(model, graph, plan)
+        assert macs == counted_macs(small, images(name))
+        assert params == sum(p.numel() for p in small.parameters())
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_a_share_is_what_goes_with_the_group(name: str) -> None:
+    model, graph = traced(name)
+    for g, share in zip(graph.groups, graph.shares, strict=True):
+        small = slim(model, graph, Plan({g.name: tuple(range(1, g.channels))}))
+        assert share.channel_macs == graph.macs - counted_macs(small, images(name)) > 0
+        assert share.channel_params == graph.params - sum(p.numel() for p in small.parameters())
+        assert share.channel_macs <= share.macs <= g.channels * share.channel_macs
+    thinnest = slim(model, graph, Plan({g.name: (0,) for g in graph.groups}))
+    assert graph.prunable[0] == pytest.approx(1 - counted_macs(thinnest, images(name)) / graph.macs)
+    assert graph.prunable[1] == pytest.approx(1 - sum(p.numel() for p in thinnest.parameters()) / graph.params)
+
+
+def test_shares_of_a_chain_by_hand() -> None:
+    """Three convs of 8, 12 and 6 channels at 64, 16 and 16 positions, then five classes: a layer between two groups counts twice."""
+    graph = traced("plain")[1]
+    first, second, third = 64 * 27 * 8, 16 * 72 * 12, 16 * 108 * 6
+    assert [s.macs for s in graph.shares] == [first + second, second + third, third + 30]
+    assert [s.params for s in graph.shares] == [27 * 8 + 16 + 864, 864 + 24 + 648, 648 + 12 + 30]
+    assert graph.macs == first + second + third + 30

@@ -1,9 +1,6 @@
 from __future__ import annotations
 
 import copy
-import runpy
-import warnings
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -249,18 +246,6 @@ def test_inputs_are_not_written_to() -> None:
 
 PEERS = ["resnet18", "mobilenet_v2", "efficientnet_b0", "googlenet", "shufflenet_v2_x1_0", "densenet121"]
 TIMM = ["ghostnet_100", "mixnet_s", "res2net50_26w_4s"]
-
-
-@pytest.fixture(scope="module")
-def torchvision(data_dir: Path) -> Any:
-    """torchvision; its CPU shim first, where the wheel was built for another torch."""
-    shim = data_dir / "peers" / "torchvision_cpu_shim.py"
-    if not shim.is_file():
-        pytest.skip(f"no {shim.name} in {shim.parent}")
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        runpy.run_path(str(shim))
-        return pytest.importorskip("torchvision")
 
 
 @pytest.mark.slow

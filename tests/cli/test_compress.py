@@ -1,14 +1,11 @@
-"""The commands as a user meets them: exit codes, what is printed where, and what is left behind."""
+"""What compress prints where, its exit codes, and what is left behind."""
 
 from __future__ import annotations
 
 import gc
 import json
 import os
-import subprocess
-import sys
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,77 +14,8 @@ import pytest
 import torch
 from PIL import Image
 
-from edgeprune.cli import main
-from tests.colours import FACTORY, arrays, colour_net, images, weights, write_npz, write_weights
-
-ROOT = Path(__file__).parents[1]
-NET = ["net.pt", "--model", FACTORY]
-QUICK = [*NET, "--data", "data.npz", "--device", "rpi4", "--epochs", "0"]
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """How a command ended."""
-
-    code: int
-    out: str
-    err: str
-
-    @property
-    def message(self) -> str:
-        """The one paragraph of an error: what comes after the lines of progress."""
-        assert "Traceback" not in self.err
-        lines = self.err.strip().splitlines()
-        begin = max(n for n, line in enumerate(lines) if line.startswith("edgeprune: "))
-        assert not any(line.startswith(" ") for line in lines[begin:])
-        assert max(map(len, lines[begin:])) < 200
-        return " ".join(lines[begin:])
-
-
-Command = Callable[..., Outcome]
-
-
-@pytest.fixture(scope="module")
-def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """net.pt and data.npz."""
-    folder = tmp_path_factory.mktemp("inputs")
-    write_weights(folder / "net.pt")
-    write_npz(folder / "data.npz")
-    return folder
-
-
-@pytest.fixture
-def here(tmp_path: Path, inputs: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A fresh working directory with the inputs in it."""
-    for file in inputs.iterdir():
-        (tmp_path / file.name).symlink_to(file)
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "path", list(sys.path))
-    return tmp_path
-
-
-@pytest.fixture
-def edgeprune(here: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Command:
-    """The command, in this process (which has torch already)."""
-
-    def run(*words: str) -> Outcome:
-        monkeypatch.setattr(sys, "argv", ["edgeprune", *map(str, words)])
-        capfd.readouterr()
-        with pytest.raises(SystemExit) as end:
-            main()
-        out, err = capfd.readouterr()
-        return Outcome(int(end.value.code or 0), out, err)
-
-    return run
-
-
-def nothing_new(here: Path, *allowed: str) -> bool:
-    left = {p.name for p in here.iterdir()} - {"net.pt", "data.npz", "__pycache__", *allowed}
-    assert not left, left
-    return True
-
-
-# compress
+from tests.cli.conftest import NET, QUICK, Command, nothing_new
+from tests.colours import FACTORY, arrays, colour_net, images, weights
 
 
 def test_compress_tells_what_was_reached(edgeprune: Command, here: Path) -> None:
@@ -140,6 +68,27 @@ def test_resume_goes_on(edgeprune: Command, here: Path) -> None:
     assert "--resume needs --out" in lost.message
 
 
+def test_users_say_what_stays(edgeprune: Command, here: Path) -> None:
+    """ColourNet's groups: a (16, the stream that a and b make) and c (32)."""
+    common = ["compress", *QUICK, "--macs", "0.8", "--round-to", "1", "--out", "run"]
+    done = edgeprune(*common, "--keep-dense", "c", "--max-remove", "0.5", "--min-channels", "9", "--json")
+    assert done.code == 0, done.err
+    kept = {g["name"]: g["kept"] for g in json.loads(done.out)["groups"]}
+    assert kept["c"] == 32
+    assert 9 <= kept["a"] < 16
+    asked = json.loads(Path("run/run.json").read_text())["asked"]
+    assert (asked["keep_dense"], asked["max_remove"], asked["min_channels"], asked["round_to"]) == (["c"], 0.5, 9, 1)
+    page = Path("run/report.md").read_text()
+    assert "kept dense as asked (c): c" in page
+    assert "no layer was cut below 9 channels" in page
+    assert "no group lost more than 50% of its channels" in page
+    other = edgeprune(*common, "--keep-dense", "a", "--json", "--resume")  # other rules, another plan: nothing stale is read back
+    assert other.code == 0, other.err
+    kept = {g["name"]: g["kept"] for g in json.loads(other.out)["groups"]}
+    assert kept["a"] == 16
+    assert kept["c"] < 32
+
+
 def test_a_missed_budget_is_a_failed_gate(edgeprune: Command, monkeypatch: pytest.MonkeyPatch) -> None:
     """The artifact turns out larger than the plan promised."""
     from edgeprune import result
@@ -183,6 +132,9 @@ EARLY: list[tuple[list[str], int, str]] = [
     ([*QUICK, "--macs", "0.5", "--format", "tflight"], 2, "'tflight'"),
     ([*QUICK, "--macs", "0.5", "--quantize", "int8"], 2, "int8"),
     ([*QUICK, "--macs", "0.5", "--round-to", "0"], 2, "round_to"),
+    ([*QUICK, "--macs", "0.5", "--min-channels", "0"], 2, "min_channels"),
+    ([*QUICK, "--macs", "0.5", "--max-remove", "70"], 2, "max_remove"),
+    ([*QUICK, "--macs", "0.5", "--keep-dense", "a", "--keep-dense", "haed.*"], 2, "'haed.*' matches no group"),
     ([*QUICK, "--macs", "0.5", "--epochs", "-1"], 2, "epochs cannot be -1"),
     ([*QUICK, "--macs", "0.5", "--batch-size", "1"], 2, "batch_size cannot be 1"),
     ([*QUICK, "--macs", "0.5", "--lr", "nan"], 2, "lr cannot be nan"),
@@ -320,121 +272,3 @@ def test_an_exported_program(edgeprune: Command, here: Path) -> None:
     done = edgeprune("compress", "net.pt2", *QUICK[3:], "--macs", "0.5", "--out", "run", "--epochs", "1", "--batch-size", "16")
     assert done.code == 0, done.err
     assert done.out.startswith("net for rpi4: ")
-
-
-# the other commands
-
-
-def test_inspect(edgeprune: Command) -> None:
-    done = edgeprune("inspect", *NET, "--input-shape", "1,3,8,8")
-    assert done.code == 0
-    assert done.out.splitlines()[0].split() == ["group", "channels", "parameter", "axes"]
-    assert "2 group(s) of channels can shrink" in done.out
-    assert "head.weight[0]" in done.out
-    found = json.loads(edgeprune("inspect", *NET, "--input-shape", "1,3,8,8", "--json").out)
-    assert {g["channels"] for g in found["groups"]} == {16, 32}
-    assert list(found["frozen"]) == ["head.weight[0]"]
-
-
-def test_profile_of_a_model_is_a_prediction(edgeprune: Command) -> None:
-    words = ["profile", *NET, "--input-shape", "1,3,8,8", "--device", "rpi4"]
-    done = edgeprune(*words)
-    assert done.code == 0
-    assert "predicted, not measured" in done.out
-    assert {"a", "b", "c", "head"} <= {line.split()[0] for line in done.out.splitlines() if line}
-    found = json.loads(edgeprune(*words, "--json").out)
-    shares = [float(line.split()[-1].rstrip("%")) for line in done.out.splitlines() if line.endswith(("%", "% "))]
-    assert sum(shares) == pytest.approx(100, abs=1)
-    assert found["latency_ms"]["low"] < found["latency_ms"]["value"] < found["latency_ms"]["high"]
-
-
-def test_profile_of_an_artifact_is_a_measurement(edgeprune: Command, here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import edgeprune as ep
-    from edgeprune.device import measure
-
-    ep.export(colour_net(), torch.zeros(1, 3, 8, 8), here / "net.onnx")
-    monkeypatch.setattr(measure, "FULL", {"processes": 3, "min_runs": 10, "min_seconds": 0.0, "warmup_runs": 1, "warmup_seconds": 0.0})
-    done = edgeprune("profile", "net.onnx")
-    assert done.code == 0
-    assert "ms measured" in done.out
-    found = json.loads(edgeprune("profile", "net.onnx", "--json").out)
-    assert found["low_ms"] <= found["latency_ms"] <= found["high_ms"]
-    refused = edgeprune("profile", "net.onnx", "--device", "rpi4")
-    assert refused.code == 4
-    assert "predicted" in refused.message
-
-
-def test_evaluate(edgeprune: Command, here: Path) -> None:
-    import edgeprune as ep
-
-    expected = ep.evaluate(colour_net(), here / "data.npz")
-    done = edgeprune("evaluate", *NET, "--data", "data.npz")
-    assert done.out == f"{100 * expected.accuracy:.2f}% of 30 validation images right, loss {expected.loss:.4f}\n"
-    ep.export(colour_net(), torch.zeros(1, 3, 8, 8), here / "net.onnx")
-    found = json.loads(edgeprune("evaluate", "net.onnx", "--data", "data.npz", "--json").out)
-    assert (found["accuracy"], found["images"]) == (expected.accuracy, 30)
-
-
-def test_report_is_written_again(edgeprune: Command, here: Path) -> None:
-    assert edgeprune("compress", *QUICK, "--macs", "0.5", "--out", "run").code == 0
-    page = Path("run/report.html")
-    before = page.read_text()
-    page.unlink()
-    done = edgeprune("report", "run")
-    assert (done.code, done.out.strip()) == (0, "run/report.html")
-    assert page.read_text() == before
-    nothing = edgeprune("report", "nowhere")
-    assert nothing.code == 2
-    assert nothing.message.startswith("edgeprune: nowhere holds no finished run")
-    Path("run/result.json").write_text("{")
-    assert "damaged" in edgeprune("report", "run").message
-
-
-@pytest.mark.parametrize(("command", "names"), [("criteria", ["l1", "nuclear_norm"]), ("allocators", ["uniform", "global", "knapsack"])])
-def test_registries(edgeprune: Command, command: str, names: list[str]) -> None:
-    done = edgeprune(command)
-    assert set(names) <= {line.split()[0] for line in done.out.splitlines()}
-    found = json.loads(edgeprune(command, "--json").out)
-    assert set(names) <= found.keys()
-    assert all(entry["summary"] and entry["source"] for entry in found.values())
-
-
-def test_devices(edgeprune: Command) -> None:
-    done = edgeprune("device", "list")
-    assert {("host", "measured"), ("rpi4", "predicted")} <= {(w[0], w[2]) for w in map(str.split, done.out.splitlines()[1:])}
-    shown = edgeprune("device", "show", "rpi4")
-    assert json.loads(shown.out)["board"]["soc"].startswith("Broadcom")
-    assert "rpi4-ort" in shown.err
-    assert edgeprune("device", "show", "rpi9").code == 4
-
-
-LIGHT = [["--help"], ["compress", "--help"], ["criteria"], ["allocators"], ["device", "list"], ["device", "show", "rpi4"]]
-
-
-def test_light_commands_import_nothing_heavy(tmp_path: Path) -> None:
-    """In one process of their own, one after the other."""
-    code = f"""
-import sys
-from edgeprune.cli import main
-for words in {LIGHT!r}:
-    sys.argv = ["edgeprune", *words]
-    try:
-        main()
-    except SystemExit as end:
-        assert not end.code, (words, end.code)
-    heavy = {{"torch", "onnx", "onnxruntime", "plotly", "scipy", "sklearn"}} & sys.modules.keys()
-    assert not heavy, (words, heavy)
-"""
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    assert "knapsack" in done.stdout
-
-
-def test_the_module_is_the_command(tmp_path: Path) -> None:
-    words = [sys.executable, "-m", "edgeprune", "device", "show", "rpi9"]
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    done = subprocess.run(words, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
-    assert (done.returncode, done.stdout) == (4, "")
-    assert done.stderr.startswith("edgeprune: no device is called 'rpi9'.")
-    assert "Traceback" not in done.stderr

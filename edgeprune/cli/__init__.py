@@ -1,0 +1,48 @@
+"""The commands, and nothing else: options in, one api call, words out; here they are gathered in the order of --help.
+
+Exit codes: 0 done; 1 a gate failed; 2 usage; 3 no plan meets the budget; 4 device or connection; 5 export or parity; 6 model or
+data; 130 interrupted. Errors are one paragraph on stderr; a traceback means a bug. With --json, stdout holds one JSON object.
+"""
+
+from __future__ import annotations
+
+import sys
+
+import typer
+
+from edgeprune.cli import board, compress, look, runs
+from edgeprune.errors import EdgepruneError
+from edgeprune.terminal import complain
+
+app = typer.Typer(
+    name="edgeprune",
+    help="Compress trained CNNs for small boards: a smaller network that meets the budget, ready to deploy, with the evidence.",
+    no_args_is_help=True,
+    add_completion=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+devices_app = typer.Typer(help="Boards and their profiles.", no_args_is_help=True, rich_markup_mode=None)
+app.add_typer(devices_app, name="device")
+for command in (
+    compress.compress,
+    compress.demo,
+    look.inspect,
+    look.profile,
+    look.evaluate,
+    runs.report,
+    look.criteria,
+    look.allocators,
+):
+    app.command()(command)
+devices_app.command("list")(board.list_)
+devices_app.command("show")(board.show)
+
+
+def main() -> None:
+    """The command `edgeprune`: every error of ours becomes one paragraph and its exit code."""
+    try:
+        app()
+    except EdgepruneError as error:
+        complain(str(error))
+        sys.exit(error.exit_code)

@@ -1,0 +1,182 @@
+"""The main job as a command, and its demonstration."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from edgeprune.cli.options import (
+    AsJson,
+    DataOption,
+    DeviceName,
+    Factory,
+    Model,
+    Numbers,
+    Shape,
+    TrustPickle,
+    load,
+    must_be_writable,
+    numbers_of,
+    shape_of,
+)
+from edgeprune.errors import GateError, UsageError
+from edgeprune.terminal import complain, print_json, progress_bars, say
+from edgeprune.widths import DEFAULT_RULES
+
+if TYPE_CHECKING:
+    from edgeprune.result import Result
+
+
+def compress(
+    path: Model,
+    device: DeviceName = "host",
+    latency_ms: Annotated[float | None, typer.Option(help="largest latency of one inference")] = None,
+    energy_mj: Annotated[float | None, typer.Option(help="largest energy of one inference")] = None,
+    macs: Annotated[float | None, typer.Option(help="largest MACs: a count, or a share of the dense network's")] = None,
+    params: Annotated[float | None, typer.Option(help="largest number of parameters: a count, or a share")] = None,
+    size_mb: Annotated[float | None, typer.Option(help="largest artifact, in MB")] = None,
+    peak_memory_mb: Annotated[float | None, typer.Option(help="largest memory of one inference, in MB")] = None,
+    data: DataOption = None,
+    factory: Factory = None,
+    input_shape: Shape = None,
+    mean: Numbers = None,
+    std: Numbers = None,
+    criterion: Annotated[str, typer.Option(help="importance of channels, see `edgeprune criteria`")] = "l1",
+    allocator: Annotated[str, typer.Option("--allocate", help="how much of each layer stays, see `edgeprune allocators`")] = "knapsack",
+    recover: Annotated[str, typer.Option(help="before training: none, bn (batch norms) or reconstruct (refit every layer)")] = "bn",
+    epochs: Annotated[int | None, typer.Option(help="epochs of fine-tuning (default: 3 with labelled training images)")] = None,
+    distill: Annotated[bool, typer.Option(help="fine-tune towards the dense network's answers too")] = True,
+    lr: Annotated[float, typer.Option(help="largest learning rate of the cosine schedule")] = 0.01,
+    batch_size: Annotated[int, typer.Option(help="images per training step")] = 128,
+    flip: Annotated[bool, typer.Option(help="mirror training images at random")] = True,
+    round_to: Annotated[int, typer.Option(help="widths are multiples of this")] = DEFAULT_RULES.round_to,
+    min_channels: Annotated[int, typer.Option(help="no layer gets fewer channels")] = DEFAULT_RULES.min_channels,
+    max_remove: Annotated[float, typer.Option(help="largest share of a group's channels that may go")] = DEFAULT_RULES.max_remove,
+    keep_dense: Annotated[
+        list[str] | None, typer.Option(help="groups, layers or parameters that stay as they are; * and ? match, may be repeated")
+    ] = None,
+    quantize: Annotated[str, typer.Option(help="none: weights and activations stay fp32")] = "none",
+    formats: Annotated[str, typer.Option("--format", help="artifact formats, comma-separated: onnx")] = "onnx",
+    out: Annotated[Path | None, typer.Option(help="run folder (default: runs/<model>-<device>)")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="go on with the run in --out")] = False,
+    seed: Annotated[int, typer.Option(min=0, help="for everything random")] = 0,
+    trust_pickle: TrustPickle = False,
+    as_json: AsJson = False,
+) -> None:
+    """A smaller network that meets the budget on the device, as an artifact with a report."""
+    from edgeprune.device.card import device as find_device
+    from edgeprune.plan import Budget
+
+    budget = Budget(
+        latency_ms=latency_ms,
+        energy_mj=energy_mj,
+        macs=macs,
+        params=params,
+        size_bytes=size_mb * 1e6 if size_mb is not None else None,
+        peak_memory_bytes=peak_memory_mb * 1e6 if peak_memory_mb is not None else None,
+    )
+    if quantize != "none":
+        raise UsageError(f"--quantize {quantize!r} is not there yet: this version writes fp32 artifacts (--quantize none).")
+    if resume and out is None:
+        raise UsageError("--resume needs --out: name the run folder to go on with.")
+    target = find_device(device)
+
+    from edgeprune import api
+    from edgeprune.data import load_data
+    from edgeprune.run import default_folder
+    from edgeprune.train import Recipe
+
+    if out:
+        must_be_writable(out)
+    shape = shape_of(input_shape)
+    size = (shape[2], shape[3]) if shape and len(shape) == 4 and data and Path(data).is_dir() else None
+    source = load_data(data, size=size, mean=numbers_of(mean), std=numbers_of(std), seed=seed) if data else None
+    loaded = load(path, factory, shape, trust_pickle, sample=source.sample_shape if source else None)
+    epochs = api.default_epochs(source) if epochs is None else epochs
+    folder = out or default_folder(loaded.name, target.name)
+    say(f"the run folder is {folder}")
+    with _resumable(folder), progress_bars() as progress:
+        result = api.compress(
+            loaded.model,
+            loaded.example_inputs,
+            budget=budget,
+            device=target,
+            data=source,
+            criterion=criterion,
+            allocate=allocator,
+            recipe=Recipe(
+                epochs=api.default_epochs(source) if epochs is None else epochs, distill=distill, lr=lr, batch_size=batch_size, flip=flip
+            ),
+            recover=recover,
+            round_to=round_to,
+            min_channels=min_channels,
+            max_remove=max_remove,
+            keep_dense=keep_dense or (),
+            formats=[f.strip() for f in formats.split(",")],
+            out=folder,
+            resume=resume,
+            seed=seed,
+            name=loaded.name,
+            notes=loaded.notes,
+            command=["edgeprune", *sys.argv[1:]],
+            progress=progress,
+        )
+    if as_json:
+        print_json(result.to_json())
+    else:
+        _tell(result)
+    _gate(result)
+
+
+def demo(
+    out: Annotated[Path, typer.Option(help="folder for both runs")] = Path("runs/demo"),
+    as_json: AsJson = False,
+) -> None:
+    """The main job on data and a small network that need no download: train, compress for rpi4 and for this machine, report."""
+    from edgeprune.demo import run_demo, summary
+
+    must_be_writable(out)
+    with progress_bars() as progress:
+        results = run_demo(out, progress)
+    if as_json:
+        print_json({result.folder.name: result.to_json() for result in results})
+    else:
+        typer.echo(summary(results))
+    for result in results:
+        _gate(result)
+
+
+@contextmanager
+def _resumable(folder: Path) -> Iterator[None]:
+    """Ctrl-C says how to go on; typer turns it into the exit code 130."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        complain(f"interrupted; the same command with --resume --out {folder} goes on from the last finished stage or epoch.")
+        raise
+
+
+def _tell(result: Result) -> None:
+    from edgeprune.report import headline, label
+
+    typer.echo(f"{result.facts['title']}: {headline(result.facts)}")
+    for budget in result.facts["budgets"]:
+        typer.echo(f"  {label(budget['name'])}, {budget['how']}")
+    names = ", ".join(a["path"] for a in result.facts["artifacts"])
+    typer.echo(f"  {names} and report.html are in {result.folder}")
+
+
+def _gate(result: Result) -> None:
+    missed = [b for b in result.facts["budgets"] if not b["met"]]
+    if missed:
+        worst = missed[0]
+        noise = " or try again on a quieter machine" if worst["name"] == "latency_ms" and worst["basis"] == "measured" else ""
+        raise GateError(
+            f"the finished artifact misses the budget: {worst['name']} is {worst['reached']:.6g}, asked for {worst['asked']:.6g}. All "
+            f"files are in {result.folder}; ask for a little less than you need{noise}."
+        )

@@ -1,0 +1,193 @@
+"""Commands that look at a network, an artifact, or what there is to choose from, and leave everything as it was."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from edgeprune.cli.options import AsJson, DeviceName, Factory, Model, Numbers, Shape, TrustPickle, load, numbers_of, shape_of
+from edgeprune.terminal import print_json, print_table, progress_bars
+
+if TYPE_CHECKING:
+    from edgeprune.graph import ChannelGraph
+
+NAMED = 4  # parameter axes that a line names
+
+
+def inspect(
+    path: Model,
+    factory: Factory = None,
+    input_shape: Shape = None,
+    layers: Annotated[bool, typer.Option("--layers", help="list every conv and linear too")] = False,
+    trust_pickle: TrustPickle = False,
+    as_json: AsJson = False,
+) -> None:
+    """The groups of channels that can go, what each weighs, what stays and why, and how much can go at all."""
+    from edgeprune.graph.trace import trace
+    from edgeprune.report import quantity
+
+    loaded = load(path, factory, shape_of(input_shape), trust_pickle)
+    graph = trace(loaded.model, loaded.example_inputs)
+    found = _anatomy(graph)
+    if as_json:
+        print_json(found)
+        return
+    rows = [[g["name"], g["channels"], len(g["members"]), *_weight(g, "macs"), *_weight(g, "params")] for g in found["groups"]]
+    print_table(["group", "channels", "parameter axes", "MACs", "of all", "parameters", "of all"], rows)
+    macs, params = (math.floor(1000 * share) / 10 for share in graph.prunable)  # 99.98% must not read as everything
+    typer.echo(
+        f"\n{quantity(graph.macs)} MACs, {quantity(graph.params)} parameters, {len(graph.groups)} group(s) of channels can shrink\n"
+        f"With one channel left in every group, {macs}% of the MACs and {params}% of the parameters are gone: no plan removes more.\n"
+        "A group's figures are what goes with all of it alone; a layer between two groups counts for both, so shares exceed 100%."
+    )
+    if layers:
+        typer.echo()
+        rows = [[x["name"], x["kind"], x["weight"], quantity(x["macs"]), quantity(x["params"])] for x in found["layers"]]
+        print_table(["layer", "kind", "weight", "MACs", "parameters"], rows)
+    if graph.frozen:
+        typer.echo("\nStays dense:")
+        print_table(
+            ["reason", "parameter axes", "which"], [[why, len(axes), _some(axes)] for why, axes in found["frozen_by_reason"].items()]
+        )
+
+
+def profile(
+    path: Annotated[Path, typer.Argument(help="a model, or an artifact (.onnx) to measure on this machine")],
+    device: DeviceName = "host",
+    factory: Factory = None,
+    input_shape: Shape = None,
+    trust_pickle: TrustPickle = False,
+    as_json: AsJson = False,
+) -> None:
+    """Latency per layer: predicted for a board that is not attached, measured end to end on this machine for an artifact."""
+    from dataclasses import asdict
+
+    from edgeprune.device.card import device as find_device
+
+    target = find_device(device)
+    if path.suffix == ".onnx":
+        from edgeprune.device.measure import measure
+
+        found = measure(path, target)
+        if as_json:
+            print_json(found.to_json())
+        else:
+            typer.echo(
+                f"{path.name} on {target.profile}: {found.latency_ms:.3f} ms measured ({found.low_ms:.3f} to {found.high_ms:.3f}), "
+                f"p90 {found.p90_ms:.3f} ms, {found.runs:,} runs, threads: {found.threads}"
+            )
+        return
+    from edgeprune.api import predict
+
+    loaded = load(path, factory, shape_of(input_shape), trust_pickle)
+    cost = predict(loaded.model, loaded.example_inputs, target)
+    if as_json:
+        print_json(asdict(cost))
+        return
+    rows = [[c.name, c.kind, f"{c.latency_ms:.3f}", f"{c.macs / 1e6:.2f}", f"{c.share:.1%}"] for c in cost.per_layer]
+    latency = cost.latency_ms
+    if (fixed := latency.value - sum(c.latency_ms for c in cost.per_layer)) > 0:
+        rows.append(["(once per inference)", "", f"{fixed:.3f}", "", f"{fixed / latency.value:.1%}"])
+    print_table(["layer", "kind", "ms", "M MACs", "share"], rows)
+    typer.echo(f"\n{latency.value:.2f} ms ({latency.low:.2f} to {latency.high:.2f}, 90% interval); {cost.basis}")
+    for note in cost.notes:
+        typer.echo(f"- {note}")
+
+
+def evaluate(
+    path: Annotated[Path, typer.Argument(help="a model, or an artifact (.onnx)")],
+    data: Annotated[str, typer.Option("--data", help="see compress")],
+    factory: Factory = None,
+    input_shape: Shape = None,
+    mean: Numbers = None,
+    std: Numbers = None,
+    trust_pickle: TrustPickle = False,
+    as_json: AsJson = False,
+) -> None:
+    """Top-1 accuracy on the validation images; an artifact is run by its own runtime."""
+    from edgeprune import api
+    from edgeprune.data import load_data
+
+    source = load_data(data, mean=numbers_of(mean), std=numbers_of(std))
+    model: Any = path
+    if path.suffix != ".onnx":
+        model = load(path, factory, shape_of(input_shape), trust_pickle, sample=source.sample_shape).model
+    with progress_bars() as progress:
+        found = api.evaluate(model, source, progress=progress)
+    if as_json:
+        print_json({"accuracy": found.accuracy, "loss": found.loss, "images": found.images})
+    else:
+        typer.echo(f"{100 * found.accuracy:.2f}% of {found.images:,} validation images right, loss {found.loss:.4f}")
+
+
+def criteria(as_json: AsJson = False) -> None:
+    """Importance criteria: what each needs and where it comes from."""
+    _registry("criteria", as_json)
+
+
+def allocators(as_json: AsJson = False) -> None:
+    """Ways to decide how much of each layer stays."""
+    _registry("allocate", as_json)
+
+
+def _anatomy(graph: ChannelGraph) -> dict[str, Any]:
+    """Everything `inspect` knows, as JSON."""
+    reasons: dict[str, list[str]] = {}
+    for axis, reason in graph.frozen.items():
+        reasons.setdefault(reason, []).append(axis)
+    macs, params = graph.prunable
+    return {
+        "macs": graph.macs,
+        "params": graph.params,
+        "prunable": {"macs": macs, "params": params, "definition": "share that is gone with one channel left in every group"},
+        "groups": [
+            {
+                "name": g.name,
+                "channels": g.channels,
+                "members": [{"parameter": m.parameter, "axis": m.axis, "positions_per_channel": m.indices.shape[1]} for m in g.members],
+                **share._asdict(),
+                "macs_share": share.macs / graph.macs if graph.macs else 0.0,
+                "params_share": share.params / graph.params if graph.params else 0.0,
+            }
+            for g, share in zip(graph.groups, graph.shares, strict=True)
+        ],
+        "layers": [
+            {
+                "name": weight.removesuffix(".weight"),
+                "kind": op.kind,
+                "weight": list(graph.shapes[weight]),
+                "macs": op.positions * math.prod(graph.shapes[weight]),
+                "params": math.prod(graph.shapes[weight]) + math.prod(graph.shapes.get(weight.removesuffix("weight") + "bias", (0,))),
+            }
+            for op in graph.multiplying
+            if (weight := op.weight)
+        ],
+        "frozen": dict(graph.frozen),
+        "frozen_by_reason": dict(sorted(reasons.items(), key=lambda entry: -len(entry[1]))),
+    }
+
+
+def _weight(group: Mapping[str, Any], figure: str) -> tuple[str, str]:
+    from edgeprune.report import quantity
+
+    return quantity(group[figure]), f"{group[figure + '_share']:.1%}"
+
+
+def _some(names: Sequence[str]) -> str:
+    rest = f" and {len(names) - NAMED} more (--json has all)" if len(names) > NAMED else ""
+    return ", ".join(names[:NAMED]) + rest
+
+
+def _registry(folder: str, as_json: bool) -> None:
+    from edgeprune.registry import entries
+
+    found = entries(folder)
+    if as_json:
+        known = {e.name: {"summary": e.summary, "needs": e.constants.get("NEEDS"), "source": e.constants.get("PAPER")} for e in found}
+        return print_json(known)
+    rows = [[e.name, ", ".join(e.constants.get("NEEDS", ())) or "-", e.summary, e.constants.get("PAPER", "")] for e in found]
+    print_table(["name", "needs", "what it does", "source"], rows)

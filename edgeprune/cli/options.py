@@ -1,0 +1,70 @@
+"""The options that several commands share, and what becomes of their words. Heavy imports wait until a command needs them."""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from edgeprune.errors import UsageError
+
+if TYPE_CHECKING:
+    from edgeprune.load import LoadedModel
+
+Model = Annotated[Path, typer.Argument(help="a state dict (.pt, .pth, .th, .safetensors; with --model) or an exported program (.pt2)")]
+Factory = Annotated[
+    str | None,
+    typer.Option("--model", help="builds the network of a state dict: pkg.mod:function, file.py:function, timm:NAME or torchvision:NAME"),
+]
+Shape = Annotated[str | None, typer.Option(help="shape of one input, such as 1,3,224,224")]
+TrustPickle = Annotated[bool, typer.Option("--trust-pickle", help="load a pickled module; this executes code from the file")]
+AsJson = Annotated[bool, typer.Option("--json", help="print one JSON object on stdout; progress goes to stderr")]
+DataOption = Annotated[
+    str | None, typer.Option("--data", help="folder of class folders, .npz with x_train … y_val, or pkg.mod:function giving (train, val)")
+]
+Numbers = Annotated[str | None, typer.Option(help="per channel, 0 to 1, comma-separated (default: ImageNet's for colour images)")]
+DeviceName = Annotated[str, typer.Option("--device", help="a board or profile of `edgeprune device list`, or a .toml card")]
+
+
+def load(path: Path, factory: str | None, shape: tuple[int, ...] | None, trust_pickle: bool, sample: Any = None) -> LoadedModel:
+    """`load_model`, imported when it is needed; `sample` is the shape of one image of the data."""
+    from edgeprune.load import load_model
+
+    return load_model(path, factory=factory, input_shape=shape, sample_shape=sample, trust_pickle=trust_pickle)
+
+
+def must_be_writable(folder: Path) -> None:
+    """Known before anything is loaded: the output folder can be written."""
+    existing = next(p for p in (folder.absolute(), *folder.absolute().parents) if p.exists())
+    if not existing.is_dir():
+        raise UsageError(f"--out {folder} cannot be a folder: {existing} is a file.")
+    try:
+        with tempfile.TemporaryFile(dir=existing):
+            pass
+    except OSError as error:
+        raise UsageError(f"--out {folder} cannot be written ({existing}: {error.strerror}): choose another folder.") from error
+
+
+def shape_of(text: str | None) -> tuple[int, ...] | None:
+    """What --input-shape says."""
+    if text is None:
+        return None
+    try:
+        shape = tuple(int(part) for part in text.split(","))
+    except ValueError:
+        shape = ()
+    if not shape or min(shape) < 1:
+        raise UsageError(f"--input-shape must be positive whole numbers such as 1,3,224,224, got {text!r}.")
+    return shape
+
+
+def numbers_of(text: str | None) -> tuple[float, ...] | None:
+    """What --mean or --std says."""
+    if text is None:
+        return None
+    try:
+        return tuple(float(part) for part in text.split(","))
+    except ValueError:
+        raise UsageError(f"--mean and --std must be numbers such as 0.485,0.456,0.406, got {text!r}.") from None
