@@ -6,7 +6,7 @@
 Each criterion meets three budgets (percent of the MACs removed) under three allocations, in channels of any number. Criteria that take
 a seed run with three at -50% (--all-seeds: everywhere). All figures are on 2,000 training images that nothing else reads (the first
 1,000 right after pruning). The networks saw them in their own training, so they compare criteria; they do not predict test accuracy.
-The winners on them, and only these, see the 10,000 test images, once. Fine-tuning, a short one on 10,240 images: of ResNet-20 at -50%
+The winners on them, and only these, see the 10,000 test images, once. Fine-tuning, a short one on 7,680 images: of ResNet-20 at -50%
 each criterion under its best allocation, of ResNet-56 the three best. Torch-Pruning takes part where it is installed (see
 benchmarks/peer_pruning.py). One row per combination in benchmarks/results/criteria.json, written as it is measured; rows of a
 criterion whose file has changed are measured again. Needs EDGEPRUNE_DATA with cifar10/ and weights/.
@@ -21,7 +21,7 @@ import json
 import platform
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -53,6 +53,7 @@ ALLOCATIONS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 BUDGETS = (50, 64, 35)  # percent of the MACs that go, the most telling first
 TUNED = 50
+TRAINING = 7_680
 SEEDS = 3
 BATCH = 50
 
@@ -66,7 +67,6 @@ class Sizes:
     reconstruction: int = 256
     validation: int = 2000
     glance: int = 1000
-    training: int = 10_240
 
 
 @dataclass(frozen=True)
@@ -168,17 +168,17 @@ class Bench:
             "sizes": asdict(self.sizes),
         }
 
-    def tuned(self, cell: Cell) -> nn.Module:
-        """The reconstructed network after one pass over the training images, with the product's recipe; kept on disk."""
+    def tuned(self, cell: Cell, images: int) -> nn.Module:
+        """The reconstructed network after one pass over `images` training images, with the product's recipe; kept on disk."""
         plan, _ = self.plan(cell)
-        name = hashlib.sha256(f"{self.network}{plan.sha256}{asdict(self.sizes)}".encode()).hexdigest()[:16]
+        name = hashlib.sha256(f"{self.network}{plan.sha256}{asdict(self.sizes)}{images}".encode()).hexdigest()[:16]
         path = self.work / f"{name}.safetensors"
         small = self.small(plan, "reconstructed")
         if path.exists():
             small.load_state_dict(load_file(path))
             return small
-        images = self.rest.subset(np.random.default_rng(0).permutation(len(self.rest))[: self.sizes.training])
-        small, _ = finetune(small, self.dense, images, None, ep.Recipe(epochs=1), seed=0)
+        chosen = self.rest.subset(np.random.default_rng(0).permutation(len(self.rest))[:images])
+        small, _ = finetune(small, self.dense, chosen, None, ep.Recipe(epochs=1), seed=0)
         path.parent.mkdir(parents=True, exist_ok=True)
         save_file({k: v.contiguous() for k, v in small.state_dict().items()}, path)
         return small
@@ -283,8 +283,8 @@ class Clock:
             raise OutOfTime
 
 
-def run(bench: Bench, results: Results, wanted: Sequence[Cell], clock: Clock, *, train: bool = True) -> None:
-    """Everything for one network that is not on disk yet."""
+def run(bench: Bench, results: Results, wanted: Sequence[Cell], clock: Clock, *, training: int = TRAINING) -> None:
+    """Everything for one network that is not on disk yet; fine-tuned on `training` images, 0 for not at all."""
     if "validation" not in (dense := results.dense.setdefault(bench.network, {})):
         dense["validation"] = bench.accuracy(bench.dense)
     for cell in wanted:
@@ -294,12 +294,13 @@ def run(bench: Bench, results: Results, wanted: Sequence[Cell], clock: Clock, *,
         row = bench.measure(cell)
         results.put(row)
         print(f"{cell.key} {row['validation']} {row['cpu_seconds']} CPU-s", flush=True)
-    for row in to_tune(list(results.rows.values()), bench.network) if train else ():
-        if "fine-tuned" in row["validation"] or _cell(row) not in wanted:
+    for row in to_tune(list(results.rows.values()), bench.network) if training else ():
+        if row.get("training_images") == training or _cell(row) not in wanted:
             continue
         clock.check()
         started = time.process_time()
-        row["validation"]["fine-tuned"] = bench.accuracy(bench.tuned(_cell(row)))
+        row["validation"]["fine-tuned"] = bench.accuracy(bench.tuned(_cell(row), training))
+        row["training_images"] = training
         row["tuning_cpu_seconds"] = round(time.process_time() - started, 2)
         results.put(row)
         print(f"{_cell(row).key} fine-tuned {row['validation']['fine-tuned']} {row['tuning_cpu_seconds']} CPU-s", flush=True)
@@ -313,7 +314,7 @@ def judge(bench: Bench, results: Results, clock: Clock) -> None:
         if stage not in row.setdefault("test", {}):
             clock.check()
             plan, _ = bench.plan(_cell(row))
-            model = bench.tuned(_cell(row)) if stage == "fine-tuned" else bench.small(plan, stage)
+            model = bench.tuned(_cell(row), row["training_images"]) if stage == "fine-tuned" else bench.small(plan, stage)
             row["test"][stage] = bench.test_accuracy(model)
             results.put(row)
             print(f"{_cell(row).key} {stage}: test {row['test'][stage]}", flush=True)
@@ -333,9 +334,8 @@ def main() -> None:
     parser.add_argument("--criteria", help="names, comma-separated (default: all in the registry, and Torch-Pruning)")
     parser.add_argument("--budgets", default=",".join(map(str, BUDGETS)), help="percent of the MACs that go (default: %(default)s)")
     parser.add_argument("--limit-minutes", type=float, default=float("inf"), help="stop after the row that passes this")
-    parser.add_argument("--training-images", type=int, default=Sizes.training, help="for fine-tuning (default: %(default)s; all: 48000)")
+    parser.add_argument("--training-images", type=int, default=TRAINING, help="default %(default)s; 48000: all; 0: no fine-tuning")
     parser.add_argument("--all-seeds", action="store_true", help="three seeds at every budget, not at -50%% only")
-    parser.add_argument("--no-training", action="store_true", help="without fine-tuning")
     parser.add_argument("--no-test", action="store_true", help="without the winners' test images")
     parser.add_argument("--results", type=Path, default=RESULTS / "criteria.json")
     options = parser.parse_args()
@@ -343,14 +343,13 @@ def main() -> None:
     if not peers:
         print("no rows of Torch-Pruning: it is not installed (see benchmarks/peer_pruning.py).")
     criteria = options.criteria.split(",") if options.criteria else [e.name for e in entries("criteria")] + peers
-    sizes = replace(Sizes(), training=options.training_images)
     clock = Clock(time.monotonic() + 60 * options.limit_minutes)
     results = Results(options.results)
     try:
         for network in [options.network] if options.network else sorted(WEIGHTS):
-            bench = load(network, sizes, Path("runs") / "bench" / "criteria")
+            bench = load(network, Sizes(), Path("runs") / "bench" / "criteria")
             wanted = list(cells(network, criteria, [int(b) for b in options.budgets.split(",")], all_seeds=options.all_seeds))
-            run(bench, results, wanted, clock, train=not options.no_training)
+            run(bench, results, wanted, clock, training=options.training_images)
             if not options.no_test:
                 judge(bench, results, clock)
     except OutOfTime:

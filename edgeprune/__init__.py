@@ -34,6 +34,9 @@ if TYPE_CHECKING:
     from edgeprune.plan import Budget as Budget
     from edgeprune.plan import Plan as Plan
     from edgeprune.plan import Scores as Scores
+    from edgeprune.sparsify import load_sparse as load_sparse
+    from edgeprune.sparsify import save_sparse as save_sparse
+    from edgeprune.sparsify import sparsify as sparsify
     from edgeprune.train import Recipe as Recipe
 
 _HOMES = {
@@ -57,6 +60,9 @@ _HOMES = {
     "Budget": "plan",
     "Plan": "plan",
     "Scores": "plan",
+    "load_sparse": "sparsify",
+    "save_sparse": "sparsify",
+    "sparsify": "sparsify",
     "Recipe": "train",
 }
 __all__ = sorted(_HOMES)  # noqa: PLE0605  a list of str

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from edgeprune.errors import EdgepruneError, ModelError, UsageError
+from edgeprune.graph.exported import opened
 from edgeprune.pt2 import is_exported_program, load_exported_program
 from edgeprune.run import hash_file
 
@@ -66,7 +67,7 @@ def load_model(
         if factory:
             raise UsageError(f"{path} is an exported program, which carries its own network: leave --model out.")
         program = load_exported_program(path, trusted=trust_pickle)
-        model = _frozen_eval(program.module())
+        model: nn.Module = opened(program)
         own_shape = _example_shape(program.example_inputs)
     else:
         content = _read_safetensors(path) if kind == "safetensors" else _read_pickle(path, trusted=trust_pickle)
@@ -303,12 +304,6 @@ def _try_out(model: nn.Module, example: Tensor, path: Path) -> None:
             f"the network of {path} fails on an input of shape {shape} ({type(error).__name__}: {_one_line(error)}): give the shape it was "
             "trained with, for example --input-shape 1,3,32,32 (an exported program must take a batch of one)."
         ) from error
-
-
-def _frozen_eval(model: nn.Module) -> nn.Module:
-    for module in model.modules():  # an exported module refuses eval(): its mode was fixed at export, and checked
-        module.training = False
-    return model
 
 
 def _import_module(name: str) -> Any:

@@ -162,11 +162,11 @@ class Pipeline:
 
         def write(scores: Scores) -> dict[str, Any]:
             write_atomic(self.run.path(file), save(dict(scores.values)))
-            return {"criterion": scores.criterion, "files": [file], **scores.facts}
+            return {"criterion": scores.criterion, "additive": scores.additive, "files": [file], **scores.facts}
 
         def read(facts: Mapping[str, Any]) -> Scores:
-            rest = {k: v for k, v in facts.items() if k not in ("criterion", "files")}
-            return Scores(facts["criterion"], load_file(self.run.path(file)), rest)
+            rest = {k: v for k, v in facts.items() if k not in ("criterion", "additive", "files")}
+            return Scores(facts["criterion"], load_file(self.run.path(file)), rest, facts["additive"])
 
         data = job.data.fingerprint if job.data else None
         inputs = {"criterion": job.criterion, "images": job.calibration_images, "seed": job.seed, "data": data}

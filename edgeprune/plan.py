@@ -58,11 +58,15 @@ class Budget:
 
 @dataclass(frozen=True, eq=False)
 class Scores:
-    """Importance of every channel: `values[group.name]` is float64 (channels,), finite, higher = keep."""
+    """Importance of every channel: `values[group.name]` is float64 (channels,), finite, higher = keep.
+
+    `additive`: the scores of all groups are in one unit (a loss), so they may be compared and added as they are.
+    """
 
     criterion: str
     values: Mapping[str, NDArray[np.float64]]
     facts: Mapping[str, Any] = field(default_factory=dict)
+    additive: bool = False
 
 
 @dataclass(frozen=True)

@@ -20,9 +20,13 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 import torch
+from torch import nn
 from torch.export import ExportedProgram
 
-from edgeprune.errors import ModelError
+from edgeprune.errors import ModelError, UsageError
+from edgeprune.graph.exported import Unexportable, exported_program
+from edgeprune.graph.running import quiet_torch, single_sample
+from edgeprune.run import write_atomic
 
 # from_file is the one aten operator that opens files by name.
 _TARGET = re.compile(
@@ -75,6 +79,24 @@ def load_exported_program(path: Path, *, trusted: bool) -> ExportedProgram:
     if name := _training_op(program):
         raise ModelError(f"{path} was exported in training mode ({name}): call model.eval() before torch.export.export.")
     return program
+
+
+def save_program(model: nn.Module, path: Path, example_inputs: Any) -> Path:
+    """Write the network in eval mode, for any batch, as an exported program that `load_exported_program` reads; returns the path.
+
+    Raises UsageError without example inputs, ModelError for a network that cannot be exported.
+    """
+    if example_inputs is None:
+        raise UsageError(f"{path} is to hold a whole network, which is exported: give save(…, example_inputs=) what it runs on.")
+    try:
+        program = exported_program(model, single_sample(example_inputs))
+    except Unexportable as error:
+        raise ModelError(f"the network cannot be written to {path}: {error}. Save it as .safetensors instead.") from error
+    buffer = io.BytesIO()
+    with quiet_torch():
+        torch.export.save(program, buffer)
+    write_atomic(path, buffer.getvalue())
+    return path
 
 
 def _load(source: Path | io.BytesIO) -> ExportedProgram:

@@ -281,6 +281,8 @@ def test_exported_program(here: Path) -> None:
     loaded = load_model("a.pt2")
     assert torch.equal(loaded.model(*loaded.example_inputs), dense(*loaded.example_inputs))
     assert loaded.example_inputs[0].shape == (1, 3, 8, 8)
+    batch = torch.randn(3, 3, 8, 8)
+    assert torch.equal(loaded.model(batch), dense(batch)), "it was exported for a batch of one"
     assert not any(module.training for module in loaded.model.modules())
     with pytest.raises(UsageError, match="leave --model out"):
         load_model("a.pt2", factory="factories:net")

@@ -8,8 +8,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from edgeprune.errors import ModelError
-from edgeprune.pt2 import load_exported_program
+from edgeprune.errors import ModelError, UsageError
+from edgeprune.graph.exported import opened
+from edgeprune.pt2 import load_exported_program, save_program
 from tests.test_load import Hostile, net
 
 Edit = Callable[[dict[str, Any], Path], None]
@@ -145,3 +146,30 @@ def test_training_mode_is_refused(tmp_path: Path) -> None:
     torch.export.save(torch.export.export(net().train(), (torch.zeros(2, 3, 8, 8),)), tmp_path / "a.pt2")
     with pytest.raises(ModelError, match=r"training mode.*model\.eval"):
         load_exported_program(tmp_path / "a.pt2", trusted=False)
+
+
+def test_what_we_write_is_data_and_computes_the_same_for_any_batch(tmp_path: Path) -> None:
+    model = net().train()
+    path = save_program(model, tmp_path / "a.pt2", torch.zeros(1, 3, 8, 8))
+    assert all(module.training for module in model.modules())
+    with zipfile.ZipFile(path) as archive:
+        documents = [archive.read(name) for name in archive.namelist() if name.endswith(".json")]
+        assert not any(b'"use_pickle": true' in document for document in documents)
+        assert not any(name.endswith(".pkl") for name in archive.namelist())
+    back = opened(load_exported_program(path, trusted=False))
+    for n in (1, 2, 5):
+        x = torch.randn(n, 3, 8, 8, generator=torch.Generator().manual_seed(n))
+        assert torch.equal(back(x), model.eval()(x))
+
+
+class Branches(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x if x.sum() > 0 else -x
+
+
+def test_what_cannot_be_written_as_a_program_says_so(tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match=r"cannot be written to .*a\.pt2.*safetensors"):
+        save_program(Branches(), tmp_path / "a.pt2", torch.zeros(1, 3))
+    with pytest.raises(UsageError, match="example_inputs"):
+        save_program(net(), tmp_path / "a.pt2", None)
+    assert not list(tmp_path.iterdir())

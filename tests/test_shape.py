@@ -27,6 +27,7 @@ UNTYPED: set[tuple[str, str]] = set()
 BROAD_EXCEPTS = {
     "edgeprune/graph/trace.py": "the user's forward may raise anything",
     "edgeprune/graph/slim.py": "the user's forward and deepcopy may raise anything",
+    "edgeprune/graph/exported.py": "the user's forward, and what torch.export makes of it, may raise anything",
     "edgeprune/graph/rehearse.py": "the user's forward may raise anything",
     "edgeprune/load.py": "the user's factory, and torch's readers on damaged bytes, may raise anything",
     "edgeprune/pt2.py": "torch's reader on damaged bytes may raise anything",

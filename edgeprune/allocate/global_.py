@@ -27,7 +27,7 @@ def allocate(
     probe: Probe | None,
     *,
     rules: WidthRules = DEFAULT_RULES,
-    normalise: str = "sum",
+    normalise: str = "auto",
     per_cost: bool = True,
 ) -> Plan:
     """Remove the globally least important steps until the budget holds, then fill. Raises BudgetError with the floor."""

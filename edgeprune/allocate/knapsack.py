@@ -45,10 +45,11 @@ def allocate(
     probe: Probe | None,
     *,
     rules: WidthRules = DEFAULT_RULES,
-    normalise: str = "sum",
-    concave: bool = True,
+    normalise: str = "auto",
+    concave: bool | None = None,
 ) -> Plan:
-    """The most valuable widths found that fit. Raises BudgetError with the floor."""
+    """The most valuable widths found that fit; concave (see Search) unless the scores are additive. Raises BudgetError with the floor."""
+    concave = not scores.additive if concave is None else concave
     search = Search(graph, scores, budget, cost, rules=rules, normalise=normalise, concave=concave)
     search.check()
     values = search.values

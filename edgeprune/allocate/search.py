@@ -13,6 +13,7 @@ from functools import cached_property
 import numpy as np
 from numpy.typing import NDArray
 
+from edgeprune.criteria import NORMALISERS
 from edgeprune.device.cost import CostModel
 from edgeprune.device.kernels import Kernels, kernels
 from edgeprune.errors import BudgetError, UsageError
@@ -23,21 +24,15 @@ from edgeprune.widths import DEFAULT_RULES, WidthRules
 Widths = NDArray[np.int64]
 Floats = NDArray[np.float64]
 UNITS = {"latency_ms": ("ms", 1.0), "energy_mj": ("mJ", 1.0), "macs": ("M MACs", 1e-6), "params": ("M parameters", 1e-6)}
-NORMALISERS: dict[str, Callable[[Floats], Floats]] = {
-    "none": lambda s: s,
-    "sum": lambda s: s / max(s.sum(), 1e-300),
-    "mean": lambda s: s / max(s.mean(), 1e-300),
-    "max": lambda s: s / max(s.max(), 1e-300),
-    "rank": lambda s: (np.argsort(np.argsort(s, kind="stable"), kind="stable") + 1) / len(s),
-}
 
 
 @dataclass(frozen=True, eq=False)
 class Search:
     """One allocation problem.
 
-    rules: the widths that groups may take. concave: the value of a group is log(share of its importance kept), per layer that writes
-    it, instead of the importance itself, so that no group is starved.
+    rules: the widths that groups may take. normalise: what makes the scores of groups comparable (see NORMALISERS of the criteria);
+    auto leaves additive scores as they are and divides others by their sum. concave: the value of a group is log(share of its
+    importance kept), per layer that writes it, instead of the importance itself, so that no group is starved.
     """
 
     graph: ChannelGraph
@@ -45,12 +40,12 @@ class Search:
     budget: Budget
     cost: CostModel | None
     rules: WidthRules = DEFAULT_RULES
-    normalise: str = "sum"
+    normalise: str = "auto"
     concave: bool = False
 
     def __post_init__(self) -> None:
-        if self.normalise not in NORMALISERS:
-            raise UsageError(f"normalise must be one of {', '.join(NORMALISERS)}, got {self.normalise!r}.")
+        if self.normalise not in ("auto", *NORMALISERS):
+            raise UsageError(f"normalise must be auto or one of {', '.join(NORMALISERS)}, got {self.normalise!r}.")
         wants = sorted({"latency_ms", "energy_mj"} & set(self.budget.limits()))
         if wants and self.cost is None:
             raise UsageError(f"a budget in {' and '.join(wants)} needs a device that it can be predicted for (cost=, --device).")
@@ -62,12 +57,18 @@ class Search:
 
     @cached_property
     def importance(self) -> tuple[Floats, ...]:
-        """The normalised scores of each group, best first, times the number of layers that write the group.
+        """The normalised scores of each group, best first, never below 0, times the number of layers that write the group.
 
         Channels that a residual stream ties are the channels of many layers at once: each layer counts (the chain sum of LeGR).
+        Additive scores have counted all of them already.
         """
-        normal = NORMALISERS[self.normalise]
-        return tuple(g.producing * np.sort(normal(np.clip(self.scores.values[g.name], 0, None)))[::-1] for g in self.graph.groups)
+        as_they_are = self.normalise == "auto" and self.scores.additive
+        normal = NORMALISERS["none" if as_they_are else "sum" if self.normalise == "auto" else self.normalise]
+        found = []
+        for group in self.graph.groups:
+            values = normal(np.clip(self.scores.values[group.name], 0, None))
+            found.append((1 if as_they_are else group.producing) * np.sort(values - min(0.0, values.min()))[::-1])
+        return tuple(found)
 
     @cached_property
     def values(self) -> tuple[Floats, ...]:

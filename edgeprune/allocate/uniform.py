@@ -26,7 +26,7 @@ def allocate(
     probe: Probe | None,
     *,
     rules: WidthRules = DEFAULT_RULES,
-    normalise: str = "sum",
+    normalise: str = "auto",
 ) -> Plan:
     """The largest share that fits, then filled. Raises BudgetError with the floor."""
     search = Search(graph, scores, budget, cost, rules=rules, normalise=normalise)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
@@ -105,4 +106,4 @@ def _checked(graph: ChannelGraph, scores: Scores, normalise: str) -> Scores:
                 "Inf. Check the preprocessing (mean, std) and the weights."
             )
         values[group.name] = NORMALISERS[normalise](found)
-    return Scores(scores.criterion, values, scores.facts)
+    return replace(scores, values=values, additive=scores.additive and normalise == "none")

@@ -5,7 +5,8 @@ Formula, features X (images, M) and targets Y (images, K) centred to Xb and Yb, 
 mode="pooled" (default): one feature a channel, the mean of its map; sums over all images. order="drop": the exact loss of leaving the
 channel out, ||W_c||^2 / (S + rho I)^-1_cc, all from one inverse. order="greedy": channels are removed one at a time, the least
 loss first, the inverse downdated; s_c = what is lost in all when c goes, so the order of the scores is the order of removal (of two
-equal channels the second is dear). order="gradient": 2 rho ||W_c||^2. rho is `rho` (1e-3) times tr(S) / M, fixed for a layer.
+equal channels the second is dear). order="gradient": 2 rho ||W_c||^2. rho is `rho` (1) times tr(S) / M, fixed for a layer: with much
+less, features that are faint everywhere are rated as high as strong ones, though the network makes little use of them.
 mode="maps": every pixel a feature, one batch at a time, mean over batches. order="gradient" (default, the published code's score, the
 derivative by a factor on the channel): 2 rho ||W_c||^2 from K = Xb Xb' + rho I, in closed form. order="drop": the exact loss of
 leaving the channel's block out. rho is absolute (0.1).
@@ -77,7 +78,7 @@ def statistic(
     if not 0 <= rho < float("inf"):
         raise UsageError(f"rho must be a positive number (0: the default of the mode), got {rho!r}.")
     if mode == "pooled":
-        return _Pooled(graph, probe, order=order or "drop", unit=labels == "unit", outputs=targets == "outputs", rho=rho or 1e-3)
+        return _Pooled(graph, probe, order=order or "drop", unit=labels == "unit", outputs=targets == "outputs", rho=rho or 1.0)
     if order == "greedy":
         raise UsageError("order greedy needs mode pooled: in mode maps every batch would have an order of its own.")
     return _Maps(graph, probe, order=order or "gradient", unit=labels == "unit", outputs=targets == "outputs", rho=rho or 0.1)

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from edgeprune.criteria.reaction import reactions
 from edgeprune.errors import DataError, UsageError
 from edgeprune.graph import ChannelGraph, ChannelGroup, Tap
 from edgeprune.graph.running import evaluating, tensors_in
@@ -26,6 +27,7 @@ from edgeprune.graph.slim import named_tensors
 from edgeprune.plan import Scores
 
 Floats = NDArray[np.float64]
+REACTING_IMAGES = 256  # a random direction for each image, averaged over its positions: more change the ranking little
 REDUCERS: dict[str, Callable[[Floats], Floats]] = {
     "mean": lambda rows: rows.mean(axis=0),
     "sum": lambda rows: rows.sum(axis=0),
@@ -64,11 +66,13 @@ class Statistic:
     """What one criterion gathers while the network runs over the data; a criterion overrides what it needs.
 
     `gradients`: whether the run goes backward too. `operations`: by call number, what wants an operation's arguments and result.
+    `layers`: the weights of the layers whose outputs' effect on the network's outputs is asked for.
     """
 
     gradients: ClassVar[bool] = False
     maps: ClassVar[bool] = True
     operations: Mapping[int, Callable[[tuple[Any, ...], Any], None]] = {}
+    layers: frozenset[str] = frozenset()
 
     def update(self, view: View) -> None:
         """One batch of one group's maps at one of its taps."""
@@ -78,6 +82,9 @@ class Statistic:
 
     def backward(self, gradients: Mapping[str, Tensor], images: int) -> None:
         """Gradients of the mean cross-entropy of one batch of `images`, by parameter name."""
+
+    def react(self, reactions: Mapping[str, Tensor], images: int) -> None:
+        """Squared change of the network's outputs per unit change of each layer's (see reaction.py), summed over one batch of `images`."""
 
     def scores(self, images: int) -> Scores:
         """The result, after `images` images."""
@@ -126,12 +133,13 @@ class Probe:
         data, for maps that are not finite, and where gradients are asked for without labels.
         """
         images = 0
+        directions = torch.Generator().manual_seed(0)
         with evaluating(self.model):
             for batch in self.data if self.data is not None else ():
                 inputs, labels = _parts(batch)
-                images += len(next(tensors_in(inputs), ()))
+                images += count_of(inputs)
                 if forward := [s for s in statistics if s.maps or s.operations]:
-                    with torch.no_grad(), _Watch(self.graph, forward, len(next(tensors_in(inputs))), labels):
+                    with torch.no_grad(), _Watch(self.graph, forward, count_of(inputs), labels):
                         outputs = self.model(*inputs)
                     for statistic in forward:
                         statistic.finish_batch(outputs)
@@ -139,9 +147,18 @@ class Probe:
                     gradients, count = self._gradients(inputs, labels)
                     for statistic in backward:
                         statistic.backward(gradients, count)
+                if any(s.layers for s in statistics) and (left := REACTING_IMAGES - images + count_of(inputs)) > 0:
+                    self._react(statistics, _first(inputs, left), directions)
         if not images:
             raise DataError("the calibration data are empty: give at least one batch of images.")
         return tuple(s.scores(images) for s in statistics)
+
+    def _react(self, statistics: Sequence[Statistic], inputs: tuple[Any, ...], directions: torch.Generator) -> None:
+        weights = {name: self.tensors[name] for s in statistics for name in s.layers}
+        size = 2 * 4 * sum(int(np.prod(a.shape)) for a in self.graph.activations)
+        found = reactions(self.model, inputs, weights, generator=directions, bytes_per_image=size)
+        for statistic in statistics:
+            statistic.react({name: r for name, r in found.items() if name in statistic.layers}, count_of(inputs))
 
     def _gradients(self, inputs: tuple[Any, ...], labels: Tensor | None) -> tuple[dict[str, Tensor], int]:
         if labels is None:
@@ -157,6 +174,17 @@ class Probe:
             loss = F.cross_entropy(logits, labels)
             found = torch.autograd.grad(loss, list(parameters.values()), allow_unused=True)
         return {name: g for name, g in zip(parameters, found, strict=True) if g is not None}, len(labels)
+
+
+def count_of(inputs: tuple[Any, ...]) -> int:
+    """Images in a batch."""
+    return len(next(tensors_in(inputs), ()))
+
+
+def _first(inputs: tuple[Any, ...], images: int) -> tuple[Any, ...]:
+    """At most `images` of a batch; the whole batch where its inputs are lists of images."""
+    whole = count_of(inputs) <= images or not all(isinstance(t, Tensor) for t in inputs)
+    return inputs if whole else tuple(t[:images] for t in inputs)
 
 
 def _parts(batch: Any) -> tuple[tuple[Any, ...], Tensor | None]:

@@ -1,11 +1,15 @@
-"""What the layers behind a channel cannot get back: the share of their output that is lost when it goes and the rest is refitted.
+"""What the network's outputs lose when a channel goes and the layers that read it are refitted to the rest.
 
-Formula: s_c = sum over the convs and linears that read channel c of tr(W_c [(H^-1)_cc]^-1 W_c^T) / tr(W H W^T), H the second moments
-of all columns of the layer's input (channel x kernel tap; about the mean where the layer has a bias or a batch norm behind it), W_c
-and (H^-1)_cc the columns that belong to c. This is the least squared error that any new weights for the remaining columns leave.
+Formula: s_c = sum over the convs and linears that read channel c of tr(R W_c [(H^-1)_cc]^-1 W_c^T), H the second moments of all columns
+of the layer's input (channel x kernel tap; about the mean where the layer has a bias or a batch norm behind it), W_c and (H^-1)_cc the
+columns that belong to c. Without R this is the least squared error that any new weights for the remaining columns leave. R is the
+diagonal of how much the network's outputs react to the layer's (reaction.py): with it every layer is measured in one unit, the mean
+squared change of the outputs, and scores of different layers may be compared and added. `measure="layer"` leaves R out and divides by
+tr(W H W^T) instead: the share of the layer's own output that is lost.
 `order="greedy"` removes the channels of a group one by one, least loss first, and scores each by the loss at its removal (never below
-that of one removed before); `order="single"` scores each as if it were the only one to go.
-Cost: one forward pass, and per layer columns² * images * `positions` + columns³; no labels, no gradients.
+that of one removed before; in at most 128 steps, so several at a time in wider groups); `order="single"` scores each as if it were the
+only one to go.
+Cost: one forward pass, a backward pass over 256 images, and per layer columns² * images * `positions` + columns³; no labels.
 Source: ours, in the family of Hassibi, Stork, "Second Order Derivatives for Network Pruning: Optimal Brain Surgeon", NIPS 1992; the
 error of a layer's output as the measure after Luo, Wu, Lin, "ThiNet", ICCV 2017, and Frantar, Alistarh, "Optimal Brain Compression",
 NeurIPS 2022. It is exactly what recovery by reconstruction (train/reconstruct.py) minimises.
@@ -14,12 +18,14 @@ Rules. Columns are standardised first, so `ridge` is the same for all and a resc
 A layer with more than 2,304 columns, and the largest ones first while all matrices take more than 2 GiB, is measured tap by tap: each
 kernel tap refitted from the same tap of the other channels, which needs moments between channels only. A depthwise conv is no reader:
 its channels are the group's own, and their readers count. Layers that read through a product of two computed tensors (attention), and
-those too large even tap by tap, are left out; a group without any reader left scores its share of the squared weights that produce it.
+those too large even tap by tap, are left out; a group without any reader left scores its share of the squared weights that produce it,
+times the mean loss of all others. A reader whose effect on the outputs cannot be seen (its weights are computed) has the mean effect of
+the rest; where no output can be differentiated the measure is the layers' own.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -34,36 +40,50 @@ from edgeprune.graph import ChannelGraph, ChannelGroup, Member, Op
 from edgeprune.plan import Scores
 from edgeprune.train.moments import Moments, conv_patches, sampled_places
 
-NEEDS = ("maps",)
+NEEDS = ("maps", "gradients")
 PAPER = "ours; Optimal Brain Surgeon (Hassibi, Stork, NIPS 1992) on the outputs of the layers that read a channel"
 COLUMNS = 2304
 MEMORY_BYTES = 2 << 30
 ROWS = 8192
-CONSTANT = 1e-5  # a column whose variance is below this share of its mean square is rounding noise
+STEPS = 128
+CONSTANT = 1e-10  # a column whose variance is below this share of its mean square is constant
 
 
 def score(graph: ChannelGraph, probe: Probe, **options: Any) -> Scores:
-    """Share of the readers' output energy lost, float64, higher = keep. Shapes: (channels,) per group."""
+    """Mean squared change of the network's outputs, float64, higher = keep. Shapes: (channels,) per group."""
     return probe.gather(statistic(graph, probe, **options))[0]
 
 
-def statistic(graph: ChannelGraph, probe: Probe, *, order: str = "greedy", ridge: float = 1e-3, positions: int = 16) -> Statistic:
+def statistic(
+    graph: ChannelGraph, probe: Probe, *, order: str = "greedy", measure: str = "outputs", ridge: float = 1e-3, positions: int = 16
+) -> Statistic:
     """The running second moments. `positions`: how many places of a map are looked at in each image. Raises UsageError."""
+    if measure not in ("outputs", "layer"):
+        raise UsageError(f"measure must be outputs or layer, got {measure!r}.")
     if order not in ("greedy", "single"):
         raise UsageError(f"order must be greedy or single, got {order!r}.")
     if not ridge > 0 or positions < 1:
         raise UsageError(f"ridge must be above 0 and positions at least 1, got {ridge!r} and {positions!r}.")
-    return _Losses(graph, probe, greedy=order == "greedy", ridge=ridge, positions=positions)
+    return _Losses(graph, probe, greedy=order == "greedy", outputs=measure == "outputs", ridge=ridge, positions=positions)
 
 
 class _Losses(Statistic):
     maps = False
 
-    def __init__(self, graph: ChannelGraph, probe: Probe, *, greedy: bool, ridge: float, positions: int) -> None:
+    def __init__(self, graph: ChannelGraph, probe: Probe, *, greedy: bool, outputs: bool, ridge: float, positions: int) -> None:
         self._graph, self._probe, self._greedy, self._ridge = graph, probe, greedy, ridge
         readers, self._left_out = _affordable(_readers(graph))
         self._read = {r.weight: _Reading(r, positions) for r in readers}
         self.operations = {op.call: partial(reading.add, op) for reading in self._read.values() for op in reading.reader.ops}
+        self.layers = frozenset(self._read) if outputs else frozenset()
+        self._reactions: dict[str, Tensor] = {}
+        self._reacting = 0
+
+    def react(self, reactions: Mapping[str, Tensor], images: int) -> None:
+        """Add one batch."""
+        self._reacting += images
+        for name, reaction in reactions.items():
+            self._reactions[name] = self._reactions.get(name, 0.0) + reaction
 
     def scores(self, images: int) -> Scores:
         """Losses of every group; `facts` names the readers measured tap by tap or not at all, and the groups without any."""
@@ -71,17 +91,23 @@ class _Losses(Statistic):
         solved = {}
         for name in list(self._read):  # moments go as inverses come: both at once would be twice the memory
             if (reading := self._read.pop(name)).seen:
-                solved[name] = reading.solved(self._ridge)
+                reaction = self._reactions.get(name)
+                solved[name] = reading.solved(self._ridge, None if reaction is None else reaction / self._reacting)
+        seen = [s.energy for s in solved.values() if s.reacts]
+        unit = float(np.mean(seen)) if seen else 1.0
         values, unread = {}, []
         for group in self._graph.groups:
-            blocks = [_Block.cut(solved[m.parameter], m) for m in _reading_members(group) if m.parameter in solved]
+            blocks = [_Block.cut(solved[m.parameter], m, unit) for m in _reading_members(group) if m.parameter in solved]
             if blocks:
                 values[group.name] = losses(blocks, greedy=self._greedy)
             else:
                 unread.append(group.name)
-                squares = [part.double().square().sum(dim=1).cpu().numpy() for part in self._probe.slices(group)]
-                values[group.name] = self._probe.reduced([s / max(float(s.sum()), 1e-300) for s in squares])
-        return Scores("reconstruction", values, {"images": images, "tap_by_tap": tapwise, "left_out": self._left_out, "unread": unread})
+        usual = float(np.mean([v.sum() for v in values.values()])) if values else 1.0
+        for group in (g for g in self._graph.groups if g.name in unread):
+            squares = [part.double().square().sum(dim=1).cpu().numpy() for part in self._probe.slices(group)]
+            values[group.name] = usual * self._probe.reduced([s / max(float(s.sum()), 1e-300) for s in squares])
+        facts = {"images": images, "tap_by_tap": tapwise, "left_out": self._left_out, "unread": unread}
+        return Scores("reconstruction", values, facts, additive=bool(seen))
 
 
 @dataclass(frozen=True, eq=False)
@@ -216,22 +242,33 @@ class _Reading:
             self._weight = taps_last.reshape(reader.groups, -1, reader.channels, reader.taps).transpose(2, 3).flatten(1, 2)
         self._moments.add(rows.reshape(rows.shape[0] * rows.shape[1], reader.groups, reader.columns))
 
-    def solved(self, ridge: float) -> _Solved:
-        """The inverse of the standardised second moments, and the weights of standardised columns."""
-        second = self._moments.covariance(centred=self._centred)
+    def solved(self, ridge: float, reaction: Tensor | None) -> _Solved:
+        """The inverse of the standardised second moments, and the weights of standardised columns, each row times its outputs' effect."""
+        mean, second = self._moments.mean(), self._moments.covariance()
+        floor = CONSTANT * (second.diagonal(dim1=1, dim2=2) + mean.square())
+        if not self._centred:
+            second += mean[:, :, None] * mean[:, None, :]
         if not bool(torch.isfinite(second).all()):
             raise DataError(f"what {self.reader.weight} reads holds NaN or Inf: check the preprocessing (mean, std) and the weights.")
-        variance = second.diagonal(dim1=1, dim2=2)
-        floor = CONSTANT * self._moments.covariance(centred=False).diagonal(dim1=1, dim2=2)
-        spread = torch.where(variance > floor, variance, torch.zeros_like(variance)).sqrt()
+        power = second.diagonal(dim1=1, dim2=2)
+        spread = torch.where(power > floor, power, torch.zeros_like(power)).sqrt()
         inverse_spread = torch.where(spread > 0, 1 / spread, torch.zeros_like(spread))
         second *= inverse_spread[:, :, None] * inverse_spread[:, None, :]
-        second.diagonal(dim1=1, dim2=2).add_(ridge)
+        second.diagonal(dim1=1, dim2=2).add_(ridge + self.reader.columns * self._moments.rounding)
         weight = self._weight.double().cpu() * spread[:, None]
+        if reaction is not None:
+            weight *= self._per_row(reaction).sqrt()[:, :, None]
         energy = float(torch.einsum("goc,gcd,god->", weight, second, weight))
         if weight.shape[1] > weight.shape[2]:  # the same products of columns with fewer rows
             weight = torch.linalg.qr(weight, mode="r").R
-        return _Solved(self.reader, torch.cholesky_inverse(torch.linalg.cholesky(second)), weight, energy)
+        return _Solved(self.reader, torch.cholesky_inverse(torch.linalg.cholesky(second)), weight, energy, reaction is not None)
+
+    def _per_row(self, reaction: Tensor) -> Tensor:
+        """A figure of each output as one of each row of the weights, (groups, rows): tap by tap, an output has a row for every tap."""
+        repeats = self._weight.shape[0] * self._weight.shape[1] // len(reaction)
+        linear = self.reader.ops[0].kind == "linear"
+        rows = reaction.repeat(repeats) if linear else reaction.repeat_interleave(repeats)
+        return rows.reshape(self._weight.shape[:2])
 
 
 @dataclass(frozen=True, eq=False)
@@ -240,52 +277,56 @@ class _Solved:
     inverse: Tensor  # (groups, columns, columns)
     weight: Tensor  # (groups, rows, columns)
     energy: float
+    reacts: bool  # rows are weighted by their effect on the network's outputs
 
 
 class _Block:
     """One reader as one group sees it: inverse moments and weights of the group's columns, `table` (channels, columns of each)."""
 
-    def __init__(self, inverse: Tensor, weight: Tensor, table: Tensor, energy: float) -> None:
-        self._inverse, self._weight, self._table, self._energy = inverse, weight, table, energy
+    def __init__(self, inverse: Tensor, weight: Tensor, table: Tensor, scale: float) -> None:
+        self._inverse, self._weight, self._table, self._scale = inverse, weight, table, scale
 
     @staticmethod
-    def cut(solved: _Solved, member: Member) -> _Block:
+    def cut(solved: _Solved, member: Member, unit: float) -> _Block:
+        """`unit`: what a whole reader is worth whose effect on the outputs is not known."""
         table = solved.reader.table(member)
         columns = table.flatten()
         inverse = solved.inverse[:, columns[:, None], columns]
-        return _Block(inverse, solved.weight[:, :, columns], torch.arange(len(columns)).reshape(table.shape), solved.energy)
+        scale = 1.0 if solved.reacts else unit / solved.energy if solved.energy > 0 else 0.0
+        return _Block(inverse, solved.weight[:, :, columns], torch.arange(len(columns)).reshape(table.shape), scale)
 
     def losses(self, channels: Tensor) -> Tensor:
-        """The share of the output energy that each of these channels takes with it, (channels,)."""
+        """What each of these channels takes with it, (channels,)."""
         at = self._table[channels]
         inverse = self._inverse[:, at[:, :, None], at[:, None, :]]
         weight = self._weight[:, :, at].permute(0, 2, 3, 1)
         whitened = torch.linalg.solve_triangular(torch.linalg.cholesky(inverse), weight, upper=False)
-        return whitened.square().sum(dim=(0, 2, 3)) / self._energy if self._energy > 0 else torch.zeros(len(channels), dtype=torch.float64)
+        return whitened.square().sum(dim=(0, 2, 3)) * self._scale
 
-    def remove(self, channel: int) -> None:
-        """The remaining weights become those that make up for the channel best; the inverse loses its columns."""
-        at = self._table[channel]
+    def remove(self, channels: Tensor) -> None:
+        """The remaining weights become those that make up for these channels best; the inverse loses their columns."""
+        at = self._table[channels].flatten()
         rows = self._inverse[:, at]
         gain = torch.linalg.solve(rows[:, :, at], rows)
-        self._weight = self._weight - self._weight[:, :, at] @ gain
-        self._inverse = self._inverse - rows.transpose(1, 2) @ gain
+        self._weight -= self._weight[:, :, at] @ gain
+        self._inverse.baddbmm_(rows.transpose(1, 2), gain, alpha=-1)
 
 
 def losses(blocks: Sequence[_Block], *, greedy: bool) -> Floats:
     """The loss of every channel of a group, summed over its readers, (channels,)."""
     left = torch.arange(len(blocks[0]._table))
+    at_once = -(-len(left) // STEPS)
     values = np.zeros(len(left))
     last = 0.0
     while len(left):
         found = torch.stack([block.losses(left) for block in blocks]).sum(dim=0)
         if not greedy:
             return found.numpy()
-        least = int(found.argmin())
-        channel = int(left[least])
-        last = max(float(found[least]), last * (1 + 1e-9))
-        values[channel] = last
+        order = found.argsort(stable=True)
+        for least in order[:at_once].tolist():
+            last = max(float(found[least]), last * (1 + 1e-9))
+            values[int(left[least])] = last
+        gone, left = left[order[:at_once]], left[order[at_once:].sort().values]
         for block in blocks:
-            block.remove(channel)
-        left = left[left != channel]
+            block.remove(gone)
     return values

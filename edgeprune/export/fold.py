@@ -9,9 +9,7 @@ stays as it is.
 from __future__ import annotations
 
 import copy
-import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -19,6 +17,8 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+
+from edgeprune.graph.running import quiet_torch
 
 _CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
@@ -50,15 +50,6 @@ def frozen_copy(model: nn.Module) -> nn.Module:
 def as_args(example_inputs: Tensor | Sequence[Any]) -> tuple[Any, ...]:
     """The positional arguments of a forward: a lone tensor becomes a tuple of one."""
     return (example_inputs,) if isinstance(example_inputs, Tensor) else tuple(example_inputs)
-
-
-@contextmanager
-def quiet_torch() -> Iterator[None]:
-    """Ignore the one deprecation torch 2.13 raises against itself when it copies or exports a captured program."""
-    with warnings.catch_warnings():
-        # torch.utils._pytree.LeafSpec warns whenever one is unpickled or tested, which torch.export and copy.deepcopy do.
-        warnings.filterwarnings("ignore", message=r"`isinstance\(treespec, LeafSpec\)` is deprecated", category=FutureWarning)
-        yield
 
 
 class _Readers(TorchDispatchMode):

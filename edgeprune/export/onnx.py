@@ -5,16 +5,13 @@ The file carries a hash of its own content, so that damage is noticed when it is
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
-import io
 import json
-import logging
 import os
 import re
 import tempfile
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +28,8 @@ from torch.utils._pytree import tree_leaves
 
 from edgeprune.errors import ExportError, ParityError, UnsupportedOp
 from edgeprune.export import Arrays, Artifact, Runner
-from edgeprune.export.fold import as_args, fold_batchnorm, frozen_copy, quiet_torch
+from edgeprune.export.fold import as_args, fold_batchnorm, frozen_copy
+from edgeprune.graph.running import quiet_torch, silent_torch
 from edgeprune.run import hash_file, product_version
 
 # onnxruntime's errors share no base class of their own
@@ -195,7 +193,7 @@ def _export(model: nn.Module, args: tuple[Tensor, ...], dynamic: tuple[dict[int,
     try:
         with torch.no_grad():
             outputs = len(tree_leaves(model(*(a.clone() for a in args))))
-        with _silence(), quiet_torch():
+        with silent_torch(), quiet_torch():
             # several inputs share the one axis name, which is the point
             warnings.filterwarnings("ignore", message="# The axis name: batch will not be used", category=UserWarning)
             program = torch.onnx.export(
@@ -236,21 +234,6 @@ def _first_line(error: BaseException) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
 
 
-@contextlib.contextmanager
-def _silence() -> Iterator[None]:
-    """Keep the exporter's progress lines, dumped graphs and log records off the terminal."""
-    handlers = [h for name in ("torch", "torch.onnx", "onnxscript") for h in logging.getLogger(name).handlers]
-    levels = [h.level for h in handlers]
-    try:
-        for handler in handlers:
-            handler.setLevel(logging.CRITICAL + 1)
-        with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
-            yield
-    finally:
-        for handler, level in zip(handlers, levels, strict=True):
-            handler.setLevel(level)
-
-
 def _stripped(proto: onnx.ModelProto) -> onnx.ModelProto:
     """Without the exporter's notes (module paths, stack traces): 200 KB in MobileNetV2, and paths of this machine."""
     for part in (
@@ -270,7 +253,7 @@ def _stripped(proto: onnx.ModelProto) -> onnx.ModelProto:
 def _simplified(proto: onnx.ModelProto) -> onnx.ModelProto:
     """What onnxsim gives, or the model as it was where onnxsim cannot handle it: that costs tidiness, not correctness."""
     try:
-        with _silence():
+        with silent_torch():
             simple, same = onnxsim.simplify(proto)
     except (RuntimeError, ValueError, onnx.checker.ValidationError):
         return proto

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from edgeprune.graph.channels import Activation, ChannelGraph, ChannelGroup, Member, Op, Tap
+from edgeprune.graph.channels import Activation, ChannelGraph, ChannelGroup, ExportedSizes, Member, Op, SizedAxis, Tap
 from edgeprune.graph.labels import Labels
 
 
@@ -26,6 +26,7 @@ class Trace(Protocol):
     ops: list[Op]
     inputs: list[int]
     outputs: list[int]
+    exported: tuple[Any, list[tuple[str, int, Tensor]]] | None
 
 
 @dataclass(frozen=True)
@@ -71,7 +72,23 @@ def build(tracer: Trace) -> ChannelGraph:
         taps=_taps(tracer, classes, group_of, channel_of, groups),
         input_activations=tuple(tracer.inputs),
         output_activations=tuple(tracer.outputs),
+        exported=_exported_sizes(tracer, classes, group_of, channel_of, groups),
     )
+
+
+def _exported_sizes(
+    tracer: Trace,
+    classes: NDArray[np.int64],
+    group_of: NDArray[np.int64],
+    channel_of: NDArray[np.int64],
+    groups: list[tuple[ChannelGroup, NDArray[np.int64]]],
+) -> ExportedSizes | None:
+    if tracer.exported is None:
+        return None
+    inputs, axes = tracer.exported
+    offsets = np.cumsum([0, *(group.channels for group, _ in groups)])
+    number = np.where(group_of < 0, -1, offsets[group_of] + channel_of)
+    return ExportedSizes(inputs, tuple(SizedAxis(node, axis, number[classes[labels.numpy()]]) for node, axis, labels in axes))
 
 
 def _rows(roots: list[NDArray[np.int64]], blocked: NDArray[np.bool_]) -> _Rows:

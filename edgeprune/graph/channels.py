@@ -110,12 +110,32 @@ class Op:
     fused: int = -1
 
 
+class SizedAxis(NamedTuple):
+    """An axis whose size an exported network holds as a number in operation `node`.
+
+    `channels[i]` is the channel at position i, counted over all groups in their order, or -1 where the position stays, (n,).
+    """
+
+    node: str
+    axis: int
+    channels: NDArray[np.int64]
+
+
+@dataclass(frozen=True, eq=False)
+class ExportedSizes:
+    """What it takes to slim a network through torch.export: example inputs to export it with (running.described) and its numbers."""
+
+    inputs: Any
+    axes: tuple[SizedAxis, ...]
+
+
 @dataclass(frozen=True, eq=False)
 class ChannelGraph:
     """The traced network. `frozen` maps a parameter axis ("fc.weight[0]") to the reason why its channels stay.
 
     `shapes` holds the dense shape of every parameter and buffer; `output_activations` index the network's outputs;
-    `taps[group.name]` says where its feature maps appear in a run.
+    `taps[group.name]` says where its feature maps appear in a run. `exported` is None where the user's own code takes fewer channels;
+    where it holds their number as a fixed number, the exported network is slimmed instead.
     """
 
     groups: tuple[ChannelGroup, ...]
@@ -127,6 +147,7 @@ class ChannelGraph:
     taps: Mapping[str, tuple[Tap, ...]]
     input_activations: tuple[int, ...]
     output_activations: tuple[int, ...]
+    exported: ExportedSizes | None = None
 
     @cached_property
     def dense_widths(self) -> NDArray[np.int64]:

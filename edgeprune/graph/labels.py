@@ -18,9 +18,14 @@ NEUTRAL = 0
 
 
 class Labels:
-    """Hands out labels and collects what is tied and what is frozen."""
+    """Hands out labels and collects what is tied and what is frozen.
 
-    def __init__(self) -> None:
+    `may_cut`: whether a cut through channels takes its channels with it or freezes them. `cuts`: the labels of what was cut.
+    """
+
+    def __init__(self, *, may_cut: bool = True) -> None:
+        self.may_cut = may_cut
+        self.cuts: list[Tensor] = []
         self._count = 1
         self._left: list[Tensor] = []
         self._right: list[Tensor] = []
@@ -59,6 +64,13 @@ class Labels:
     def freeze(self, labels: Tensor, reason: str) -> None:
         """These channels stay."""
         self.tie(labels, self.frozen((), reason))
+
+    def cuts_removable(self) -> bool:
+        """Whether anything was cut that can go."""
+        if not self.cuts:
+            return False
+        classes, reasons = self.resolve()
+        return not np.isin(classes[torch.cat(self.cuts).numpy()], list(reasons)).all()
 
     def resolve(self) -> tuple[NDArray[np.int64], dict[int, str]]:
         """The class of every label, (labels,), and the reason of every class that is frozen (the first one given)."""

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from edgeprune.graph.labels import compact, varies
+from edgeprune.graph.labels import compact, core, varies
 from edgeprune.graph.rules import Call, Weight, along, core_view, give_up, rule
 
 FIXED_SIZE = "the network's code cuts or pads its channels at fixed positions"
@@ -21,7 +21,13 @@ def same(call: Call) -> Any:
     return call.labels[0]
 
 
-@rule(*"new_zeros new_empty new_full new_ones new_empty_strided zeros ones full empty eye arange linspace rand randn scalar_tensor".split())
+@rule(*"zeros ones full new_zeros new_ones new_full".split())
+def fill(call: Call) -> Any:
+    """The same value everywhere: any position can go, so each axis may follow what it meets."""
+    return Weight(tuple(call.book.fresh(n) for n in call.shape))
+
+
+@rule(*"new_empty new_empty_strided empty eye arange linspace rand randn scalar_tensor".split())
 def constant(call: Call) -> Any:
     """Sizes given as numbers; a tensor it was called on is not read."""
     return call.book.frozen(call.shape, "constant made in the forward pass")
@@ -53,7 +59,9 @@ def reshape(call: Call) -> Any:
         if not any(varies(labels, d) for d in inside):
             continue
         if len(outside) == 2 and len(inside) == 1:
-            call.book.tie(out, out.narrow(outside[0], 0, 1))
+            first = out.narrow(outside[0], 0, 1)
+            call.book.tie(out, first)
+            out = first.expand(shape)
         elif len(outside) > 1:
             return give_up(call, "an axis with channels is split in a way that fixes its size")
     return out
@@ -108,23 +116,26 @@ def stack(call: Call) -> Any:
 
 @rule("split", "split_with_sizes", "unbind", "chunk")
 def split(call: Call) -> Any:
-    """Equal parts of the channels stay equal (tied position by position); unequal parts are fixed numbers in the code."""
+    """Equal parts of the channels stay equal (tied position by position); unequal parts take their channels with them."""
     labels = call.labels[0]
     if isinstance(labels, Weight):
         return give_up(call, "parameter split")
     dim = call.argument(1 if call.name == "unbind" else 2, "dim", 0) % labels.ndim
-    if varies(labels, dim) and (call.name == "unbind" or len({tuple(o.shape) for o in call.out}) > 1):
+    equal = len({tuple(o.shape) for o in call.out}) == 1
+    if varies(labels, dim) and (call.name == "unbind" or not (equal or call.book.may_cut)):
         return give_up(call, FIXED_SIZE)
     parts = call.func(labels, *call.args[1:], **call.kwargs)
-    if varies(labels, dim):
+    if varies(labels, dim) and equal:
         for part in parts[1:]:
             call.book.tie(parts[0], part)
+    elif varies(labels, dim):
+        call.book.cuts.append(core(labels)[0])
     return parts
 
 
 @rule("slice", "select", "roll", "narrow", "index_select", "unfold")
 def cut(call: Call) -> Any:
-    """Along axes without channels anything goes; a cut through the channels is a fixed number in the code."""
+    """Along axes without channels anything goes; a slice through the channels takes its channels with it, other cuts fix them."""
     labels = call.labels[0]
     if isinstance(labels, Weight):
         return give_up(call, "parameter sliced")
@@ -132,7 +143,9 @@ def cut(call: Call) -> Any:
     if tuple(labels.shape) == call.shape and call.name in ("slice", "narrow"):
         return labels
     if any(varies(labels, d % labels.ndim) for d in dims) or not dims:
-        return give_up(call, FIXED_SIZE)
+        if not call.book.may_cut or call.name not in ("slice", "narrow") or call.argument(4, "step", 1) != 1:
+            return give_up(call, FIXED_SIZE)
+        call.book.cuts.append(core(labels)[0])
     return call.func(labels, *call.args[1:], **call.kwargs)
 
 

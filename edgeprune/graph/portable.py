@@ -10,38 +10,55 @@ import copy
 import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as to_bytes
 from torch import Tensor, nn
 
 from edgeprune.errors import ModelError
-from edgeprune.graph.slim import aliases_of, named_tensors, resize
+from edgeprune.graph.exported import Exported, opened
+from edgeprune.graph.running import made_up
+from edgeprune.graph.slim import aliases_of, named_tensors, resize, slim
+from edgeprune.graph.trace import trace
 from edgeprune.plan import Plan
+from edgeprune.pt2 import load_exported_program, save_program
 from edgeprune.run import product_version, write_atomic
 
 FORMAT = "edgeprune-1"
 LEAVES = ("weight", "bias", "running_mean", "running_var")
 
 
-def save(module: nn.Module, path: str | Path, *, plan: Plan | None = None) -> Path:
-    """Write weights, buffers and the plan to `path` (.safetensors), under a temporary name first; returns the path."""
+def save(module: nn.Module, path: str | Path, *, plan: Plan | None = None, example_inputs: Any = None) -> Path:
+    """Write weights, buffers and the plan to `path` (.safetensors), under a temporary name first; returns the path.
+
+    To a .pt2 file goes the whole network (in eval mode, for any batch), so that loading needs no source code; `example_inputs` are
+    then needed to export it. Raises ModelError where that fails.
+    """
     path = Path(path)
+    if path.suffix == ".pt2":
+        return save_program(module, path, example_inputs)
     recipe = {"format": FORMAT, "edgeprune": product_version(), "class": f"{type(module).__module__}.{type(module).__qualname__}"}
     if plan is not None:
         recipe["plan"] = json.dumps(plan.to_json())
+    if isinstance(module, Exported):
+        recipe["exported"] = json.dumps(module.meta["slimmed"])
     tensors = {name: t.detach().cpu().contiguous().clone() for name, t in named_tensors(module)}
     write_atomic(path, to_bytes(tensors, metadata=recipe))
     return path
 
 
-def load(path: str | Path, *, model: nn.Module) -> nn.Module:
-    """The saved network, rebuilt from a fresh dense `model` of the same architecture (left untouched).
+def load(path: str | Path, *, model: nn.Module | None = None) -> nn.Module:
+    """The saved network, rebuilt from a fresh dense `model` of the same architecture (left untouched); a .pt2 file needs none.
 
     Raises ModelError for a file that is not one of ours, or tensors the network does not have.
     """
-    tensors = _read(Path(path))
-    small = copy.deepcopy(model)
+    if Path(path).suffix == ".pt2":
+        return opened(load_exported_program(Path(path), trusted=False))
+    if model is None:
+        raise ModelError(f"{path} holds weights but no network: give load(…, model=) the dense network they were slimmed from.")
+    tensors, exported_steps = _read(Path(path))
+    small = _slimmed_again(model, exported_steps, tensors)
     own = aliases_of(small)
     missing, unknown = sorted(set(own) - set(tensors)), sorted(set(tensors) - set(own))
     if missing or unknown:
@@ -56,6 +73,17 @@ def load(path: str | Path, *, model: nn.Module) -> nn.Module:
         )
     resize(small, tensors)
     return small
+
+
+def _slimmed_again(model: nn.Module, steps: list[dict[str, Any]], tensors: Mapping[str, Tensor]) -> nn.Module:
+    """A copy; where an exported network was saved, exported and slimmed by the same plans, unless the model is that network."""
+    is_it = isinstance(model, Exported) and all(n in tensors and t.shape == tensors[n].shape for n, t in named_tensors(model))
+    if is_it or not steps:
+        return copy.deepcopy(model)
+    for step in steps:
+        graph = trace(model, made_up(step["inputs"]))
+        model = slim(model, graph, Plan.from_json(step))
+    return model
 
 
 def _misfits(dense: nn.Module, tensors: Mapping[str, Tensor]) -> Iterator[str]:
@@ -78,14 +106,16 @@ def _misfits(dense: nn.Module, tensors: Mapping[str, Tensor]) -> Iterator[str]:
             yield f"the tensors of {path} have different lengths ({', '.join(f'{leaf} {shape[0]}' for leaf, shape in shapes.items())})"
 
 
-def _read(path: Path) -> dict[str, Tensor]:
+def _read(path: Path) -> tuple[dict[str, Tensor], list[dict[str, Any]]]:
     try:
         with safe_open(path, framework="pt") as file:
-            if (file.metadata() or {}).get("format") != FORMAT:
+            recipe = file.metadata() or {}
+            if recipe.get("format") != FORMAT:
                 raise ModelError(f"{path} was not written by edgeprune.save; load it with the tool that wrote it.")
+            steps: list[dict[str, Any]] = json.loads(recipe.get("exported", "[]"))
             # Clones, because where a tensor lies in the file is where it lies in memory: off its alignment other kernels compute it,
             # with other roundings.
-            return {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118  not a dict
-    except (SafetensorError, OSError) as error:
+            return {name: file.get_tensor(name).clone() for name in file.keys()}, steps  # noqa: SIM118  not a dict
+    except (SafetensorError, OSError, ValueError) as error:
         reason = str(error).rstrip(".")
         raise ModelError(f"{path} cannot be read as safetensors ({reason}): it is damaged, cut off or another kind of file.") from error

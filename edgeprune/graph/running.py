@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import io
+import logging
 import sys
+import warnings
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import fields, is_dataclass
 from typing import Any, Self
 
@@ -55,6 +58,28 @@ def fresh(inputs: tuple[Any, ...]) -> tuple[Any, ...]:
     return copies
 
 
+def described(value: Any) -> Any:
+    """Inputs as plain data: a tensor becomes {"shape": …, "dtype": …}; numbers, texts, lists, tuples and dicts stay what they are."""
+    if isinstance(value, Tensor):
+        return {"shape": list(value.shape), "dtype": str(value.dtype).removeprefix("torch.")}
+    if isinstance(value, (list, tuple)):
+        return [described(item) for item in value]
+    return {"items": {key: described(item) for key, item in value.items()}} if isinstance(value, dict) else value
+
+
+def made_up(description: Any) -> Any:
+    """Inputs as `described` said: normal noise where the tensor holds fractions, zeros elsewhere."""
+    if isinstance(description, list):
+        return tuple(made_up(item) for item in description)
+    if not isinstance(description, dict):
+        return description
+    if "items" in description:
+        return {key: made_up(item) for key, item in description["items"].items()}
+    dtype = getattr(torch, description["dtype"])
+    noise = torch.randn(description["shape"], generator=torch.Generator().manual_seed(0))
+    return noise.to(dtype) if dtype.is_floating_point else torch.zeros(description["shape"], dtype=dtype)
+
+
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
     """Eval mode for a while; every module gets its own flag back.
@@ -69,6 +94,30 @@ def evaluating(model: nn.Module) -> Iterator[None]:
     finally:
         for module, flag in training:
             module.training = flag
+
+
+@contextmanager
+def quiet_torch() -> Iterator[None]:
+    """Ignore the one deprecation torch 2.13 raises against itself when it copies or exports a captured program."""
+    with warnings.catch_warnings():
+        # torch.utils._pytree.LeafSpec warns whenever one is unpickled or tested, which torch.export and copy.deepcopy do.
+        warnings.filterwarnings("ignore", message=r"`isinstance\(treespec, LeafSpec\)` is deprecated", category=FutureWarning)
+        yield
+
+
+@contextmanager
+def silent_torch() -> Iterator[None]:
+    """Keep the exporter's progress lines, dumped graphs and log records off the terminal."""
+    handlers = [h for name in ("torch", "torch.onnx", "onnxscript") for h in logging.getLogger(name).handlers]
+    levels = [h.level for h in handlers]
+    try:
+        for handler in handlers:
+            handler.setLevel(logging.CRITICAL + 1)
+        with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
+            yield
+    finally:
+        for handler, level in zip(handlers, levels, strict=True):
+            handler.setLevel(level)
 
 
 def tensors_in(value: Any) -> Iterator[Tensor]:

@@ -7,31 +7,88 @@ everything the removed channels own set to zero. Both must compute the same func
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, MutableMapping
 from dataclasses import dataclass
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch.utils._pytree import tree_map
 
 from edgeprune.errors import SlimError
 from edgeprune.graph.channels import ChannelGraph
 from edgeprune.graph.duplicate import duplicate
-from edgeprune.graph.running import evaluating, first_line, fresh, single_sample, tensors_in
+from edgeprune.graph.exported import Exported, Unexportable, assembled, copy_graph, exported, is_exported
+from edgeprune.graph.running import evaluating, first_line, fresh, made_up, single_sample, tensors_in
+from edgeprune.graph.sizes import Stuck, rewrite
 from edgeprune.plan import Plan
+
+_EXPORTED: MutableMapping[ChannelGraph, tuple[fx.Graph, dict[str, Tensor], dict[str, Any]]] = WeakKeyDictionary()
 
 
 def slim(model: nn.Module, graph: ChannelGraph, plan: Plan) -> nn.Module:
     """A new network without the channels the plan leaves out; `model` is untouched.
 
-    Same class and forward signature, same output shapes, trainable further. Raises SlimError when the plan does not belong to
-    this graph or the network cannot be copied.
+    Same class and forward signature, same output shapes, trainable further; where the network's code holds numbers of channels
+    (`graph.exported`), the exported network with other numbers, which computes what the code computes in eval mode. Raises SlimError
+    when the plan does not belong to this graph or the network cannot be copied.
     """
+    if graph.exported is None:
+        small = _copied(model, _resized(model, graph, plan))
+        for layer in small.modules():
+            _remember_sizes(layer)
+        return small
+    try:
+        small = slim_exported(recall(graph, model), graph, plan)
+    except (Stuck, Unexportable) as problem:
+        raise SlimError(
+            f"the exported network does not take the channels of this plan ({problem}): keep more of them, or trace the network again."
+        ) from problem
+    return small.train(model.training and (isinstance(model, Exported) or not is_exported(model)))
+
+
+def slim_exported(network: Exported, graph: ChannelGraph, plan: Plan) -> Exported:
+    """`slim` for a graph of operations: smaller tensors, and the numbers of channels it holds. Raises sizes.Stuck."""
+    assert graph.exported is not None
+    small = _copied(network, _resized(network, graph, plan))
+    assert isinstance(small, Exported)
+    numbers = np.cumsum([0, *(g.channels for g in graph.groups)])
+    stays = np.ones(numbers[-1] + 1, dtype=bool)  # the last one is for positions that always stay: their channel is -1
+    for group, first in zip(graph.groups, numbers, strict=False):
+        if group.name in plan.keep:
+            stays[first : first + group.channels] = False
+            stays[first + np.asarray(plan.keep[group.name], dtype=np.int64)] = True
+    rewrite(small, {(name, axis): stays[channels] for name, axis, channels in graph.exported.axes})
+    small.meta["slimmed"] = [*small.meta.get("slimmed", ()), {"inputs": graph.exported.inputs, **plan.to_json()}]
+    return small
+
+
+def remember(graph: ChannelGraph, network: Exported, model: nn.Module) -> None:
+    """Spare `slim` a second export while the graph lives: the operations are kept, the weights are not."""
+    own = {*dict(model.named_parameters(remove_duplicate=False)), *dict(model.named_buffers(remove_duplicate=False))}
+    constants = {n: t for n, t in network.named_buffers(remove_duplicate=False) if n not in own}
+    _EXPORTED[graph] = (copy_graph(network.graph), constants, dict(network.meta))
+
+
+def recall(graph: ChannelGraph, model: nn.Module) -> Exported:
+    """The dense network as the graph of operations that `slim` thins, sharing the model's tensors, in eval mode."""
+    assert graph.exported is not None
+    if graph not in _EXPORTED:
+        return exported(model, made_up(graph.exported.inputs))
+    operations, constants, meta = _EXPORTED[graph]
+    tensors = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
+    network = assembled(copy_graph(operations), constants | dict(tensors))
+    network.meta.update(meta)
+    return network
+
+
+def _resized(model: nn.Module, graph: ChannelGraph, plan: Plan) -> dict[int, Any]:
+    """The smaller tensors, by the id of the one they replace."""
     gone = removed_positions(graph, plan)
-    tensors = dict(named_tensors(model))
+    tensors = dict([*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)])
     resized: dict[int, Any] = {}
     for name in {name for name, _ in gone}:
         tensor = tensors[name].detach()
@@ -41,10 +98,7 @@ def slim(model: nn.Module, graph: ChannelGraph, plan: Plan) -> nn.Module:
                 tensor = tensor.index_select(axis, kept)
         old = tensors[name]
         resized[id(old)] = nn.Parameter(tensor, requires_grad=old.requires_grad) if isinstance(old, nn.Parameter) else tensor
-    small = _copied(model, resized)
-    for layer in small.modules():
-        _remember_sizes(layer)
-    return small
+    return resized
 
 
 def mask(model: nn.Module, graph: ChannelGraph, plan: Plan) -> nn.Module:
@@ -78,9 +132,13 @@ def prove(model: nn.Module, graph: ChannelGraph, plan: Plan, small: nn.Module, e
         twin64, inputs64 = twin.double(), tree_map(_double, inputs)
         with torch.no_grad(), evaluating(twin64):
             twin64(*fresh(inputs64))
+        return _compare(copy.deepcopy(small).double(), twin64, inputs64, 1e-9)
     except RuntimeError:  # the network casts to a fixed type somewhere
-        return _compare(small, mask(model, graph, plan), inputs, 1e-4)
-    return _compare(copy.deepcopy(small).double(), twin64, inputs64, 1e-9)
+        pass
+    except SlimError:
+        if not (isinstance(small, Exported) and small.meta.get("casts")):
+            raise
+    return _compare(small, mask(model, graph, plan), inputs, 1e-4)
 
 
 def _double(value: Any) -> Any:

@@ -21,11 +21,14 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from edgeprune.errors import TraceError
 from edgeprune.graph.build import build
 from edgeprune.graph.channels import ChannelGraph, Op
+from edgeprune.graph.exported import Exported, Unexportable, exported, is_exported
 from edgeprune.graph.kinds import KINDS
 from edgeprune.graph.labels import Labels, core, varies
-from edgeprune.graph.rehearse import Misfit, misfit
+from edgeprune.graph.rehearse import Misfit, misfit, stuck
 from edgeprune.graph.rules import RULES, Call, Labelled, Weight, give_up
-from edgeprune.graph.running import Observer, evaluating, first_line, single_sample, tensors_in
+from edgeprune.graph.running import Observer, described, evaluating, first_line, fresh, single_sample, tensors_in
+from edgeprune.graph.sizes import read
+from edgeprune.graph.slim import remember
 
 
 @contextmanager
@@ -54,7 +57,27 @@ def trace(model: nn.Module, example_inputs: Any) -> ChannelGraph:
     if isinstance(model, torch.jit.ScriptModule):
         raise TraceError("a TorchScript network cannot be pruned: its code is compiled. Give the nn.Module that it was made from.")
     inputs = single_sample(example_inputs)
-    tracer = _Tracer(model)
+    tracer = _run(model, inputs, Labels())
+    graph = build(tracer)
+    found = misfit(model, graph, fresh(inputs))
+    if found is None and not tracer.book.cuts_removable() and not is_exported(model):
+        return graph
+    # Where the code cuts channels, sizes do not show whether it cuts at a fixed number: the exported network has the answer.
+    try:
+        return _of_exported(exported(model, inputs), model, tracer, inputs)
+    except Unexportable as error:
+        reason = f"the network's code holds their number as a fixed number and cannot be exported ({error})"
+    tracer = _run(model, inputs, Labels(may_cut=False))
+    graph = build(tracer)
+    while (found := misfit(model, graph, fresh(inputs))) is not None and tracer.hold(found, graph, reason):
+        graph = build(tracer)
+    return graph
+
+
+def _run(model: nn.Module, inputs: tuple[Any, ...], book: Labels) -> _Tracer:
+    """The user's own network with labels."""
+    tracer = _Tracer(model, book)
+    inputs = fresh(inputs)
     with evaluating(model), torch.no_grad():
         for leaf in tensors_in(inputs):
             tracer.enter(leaf)
@@ -69,10 +92,26 @@ def trace(model: nn.Module, example_inputs: Any) -> ChannelGraph:
             ) from error
     for leaf in tensors_in(outputs):
         tracer.leave(leaf)
-    graph = build(tracer)
-    while (found := misfit(model, graph, single_sample(example_inputs))) is not None and tracer.hold(found, graph):
+    return tracer
+
+
+def _of_exported(network: Exported, model: nn.Module, tracer: _Tracer, inputs: tuple[Any, ...]) -> ChannelGraph:
+    """The graph with the numbers that the exported network holds; raises Unexportable where an operation takes no other number."""
+    second = _Tracer(model, tracer.book, tracer.axes)
+    reading = read(network, fresh(inputs), second)
+    tracer.exported, removable = (described(inputs), reading.axes), -1
+    while True:
         graph = build(tracer)
-    return graph
+        problem = stuck(network, graph, fresh(inputs))
+        if problem is None:
+            remember(graph, network, model)
+            return graph
+        if removable == (removable := sum(g.channels for g in graph.groups)):
+            tracer.exported = None
+            raise Unexportable(f"{problem.target} takes no other number of channels")
+        for labels in reading.reads.get(problem.node, []):
+            for part in labels.axes if isinstance(labels, Weight) else (labels,):
+                tracer.book.freeze(part, f"their number is fixed in {problem.target}")
 
 
 @dataclass(frozen=True)
@@ -92,14 +131,16 @@ class _Seen:
 class _Tracer(Observer):
     """Runs every operation as it is, then asks its rule what happened to the labels."""
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, book: Labels, axes: dict[tuple[str, int], Tensor] | None = None) -> None:
+        """With the book and axes of a first run of the same tensors: what either run ties or freezes holds for both."""
         super().__init__()
-        self.book = Labels()
+        self.book = book
         self.tensors: dict[str, Tensor] = {}
         for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
             self.tensors[name] = tensor
         self.trainable = frozenset(name for name, _ in model.named_parameters())
-        self.axes: dict[tuple[str, int], Tensor] = {}
+        self.axes: dict[tuple[str, int], Tensor] = {} if axes is None else axes
+        self.exported: tuple[Any, list[tuple[str, int, Tensor]]] | None = None
         self.producers: dict[tuple[str, int], None] = {}
         self.seen: MutableMapping[Tensor, _Seen] = WeakTensorKeyDictionary()
         self.names = {id(t): name for name, t in self.tensors.items()}
@@ -122,13 +163,17 @@ class _Tracer(Observer):
         for part in seen.labels.axes if isinstance(seen.labels, Weight) else (seen.labels,):
             self.book.freeze(part, "output of the network")
 
-    def hold(self, misfit: Misfit, graph: ChannelGraph) -> bool:
+    def labels_of(self, tensor: Tensor) -> Labelled:
+        """The labels of a tensor of this run."""
+        return self._look(tensor).labels
+
+    def hold(self, misfit: Misfit, graph: ChannelGraph, reason: str) -> bool:
         """The channels that an operation, or the nearest one before it that has any, reads or makes stay; False where none is left."""
         for op in reversed([op for op in self.ops if op.call <= misfit.call]):
             numbers = op.inputs if misfit.reads and op.call == misfit.call else (op.output,)
             if free := [n for n in numbers if graph.activations[n].per_channel]:
                 for number in free:
-                    self.book.freeze(self.sizes[number][1], "the network's code holds their number as a fixed number")
+                    self.book.freeze(self.sizes[number][1], reason)
                 return True
         return False
 
@@ -165,7 +210,7 @@ class _Tracer(Observer):
 
     def _parameter(self, name: str) -> Labelled:
         shape = tuple(self.tensors[name].shape)
-        axes = tuple(self.book.fresh(n) for n in shape)
+        axes = tuple(self.axes[name, d] if (name, d) in self.axes else self.book.fresh(n) for d, n in enumerate(shape))
         self.axes.update({(name, d): labels for d, labels in enumerate(axes) if len(labels) > 1})
         long = [d for d, n in enumerate(shape) if n > 1]
         if len(long) > 1:
@@ -201,8 +246,10 @@ class _Tracer(Observer):
             return
         inputs += tuple(dict.fromkeys(n for seen in read for n in seen.written if n not in inputs))
         old = read[0] if isinstance(first, Tensor) else None
-        made = zip(tensors_in(call.out), results, strict=False)  # without the empty statistics that norms return
+        made = list(zip(tensors_in(call.out), results, strict=False))
+        # Norms return empty statistics beside their result.
         numbers = [self._remember(t, r) for t, r in made if isinstance(r, Tensor) and t.shape != (0,)]
+        self.seen.update({t: _Seen(r) for t, r in made if isinstance(r, Weight)})
         if not numbers:
             return
         if old is not None and (alias := call.func._schema.arguments[0].alias_info):

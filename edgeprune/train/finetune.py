@@ -10,6 +10,7 @@ import copy
 import json
 import math
 import time
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -42,16 +43,20 @@ def finetune(
     seed: int = 0,
     checkpoints: Path | None = None,
     key: str = "",
+    before_epoch: Callable[[nn.Module, int], None] | None = None,
     progress: Progress = silent,
 ) -> tuple[nn.Module, tuple[Epoch, ...]]:
     """A trained copy of `small`, and the figures of every epoch; the inputs are untouched.
 
     `dense` is the teacher (None: no distillation). `held` are images to judge by, never trained on. `checkpoints`: a folder that
-    receives one file per epoch and is looked through for one of the same `key` to go on from. Raises DataError for data that
+    receives one file per epoch and is looked through for one of the same `key` to go on from. `before_epoch` may change the network
+    in training, in place, before each epoch (0, 1, …). Raises DataError for data that
     cannot be trained on, GateError when the loss is no longer finite.
     """
     _check(train, recipe, dense)
-    work = _in_format(copy.deepcopy(small), torch.channels_last)
+    work = copy.deepcopy(small)
+    layout = _layout_for(work, train) if recipe.epochs else torch.contiguous_format
+    work = _in_format(work, layout)
     parameters = dict(work.named_parameters())
     optimizer = torch.optim.SGD(
         [p for p in parameters.values() if p.requires_grad],
@@ -67,6 +72,8 @@ def finetune(
     steps = math.ceil(len(train) / recipe.batch_size)
     for epoch in range(len(curve), recipe.epochs):
         started = time.monotonic()
+        if before_epoch is not None:
+            before_epoch(work, epoch)
         torch.manual_seed(seed + 7919 * epoch)
         loss, seen = 0.0, 0
         with suppress(NotImplementedError):  # an exported program: its mode was fixed at export
@@ -75,7 +82,7 @@ def finetune(
         for step, (x, y) in enumerate(batches):
             _set_rate(optimizer, recipe, epoch * steps + step, recipe.epochs * steps)
             if len(x) > 1:  # batch norms cannot train on a last batch of one image
-                loss += _step(work, dense, optimizer, (x, y), recipe) * len(x)
+                loss += _step(work, dense, optimizer, (x.contiguous(memory_format=layout), y), recipe) * len(x)
                 seen += len(x)
             progress("fine-tuning", epoch * steps + step + 1, recipe.epochs * steps)
         _check_finite(work, optimizer)
@@ -103,13 +110,12 @@ def _check(train: Split, recipe: Recipe, dense: nn.Module | None) -> None:
 
 def _step(work: nn.Module, dense: nn.Module | None, optimizer: torch.optim.SGD, batch: tuple[Tensor, Tensor], recipe: Recipe) -> float:
     x, y = batch
-    x = x.contiguous(memory_format=torch.channels_last) if x.ndim == 4 else x
     logits = logits_of(work(x))
     labelled = bool((y >= 0).all())
     loss = F.cross_entropy(logits, y, label_smoothing=recipe.label_smoothing) if labelled else logits.new_zeros(())
     if dense is not None:
         with torch.no_grad(), evaluating(dense):
-            target = logits_of(dense(x))
+            target = logits_of(dense(x.contiguous()))
         t = recipe.temperature
         soft = F.kl_div(F.log_softmax(logits / t, dim=1), F.log_softmax(target / t, dim=1), log_target=True, reduction="batchmean")
         share = recipe.distill_weight if labelled else 1.0
@@ -187,6 +193,19 @@ class _Checkpoints:
 
     def _path(self, epoch: int) -> Path:
         return self.folder / f"epoch-{epoch:04d}.safetensors"
+
+
+def _layout_for(work: nn.Module, train: Split) -> torch.memory_format:
+    """channels_last, which trains faster, unless the network views its feature maps as only contiguous memory allows."""
+    x = next(iter(train.batches(2)))[0]
+    if x.ndim != 4:
+        return torch.contiguous_format
+    try:
+        with torch.no_grad(), evaluating(work):
+            _in_format(work, torch.channels_last)(x.contiguous(memory_format=torch.channels_last))
+    except RuntimeError:
+        return torch.contiguous_format
+    return torch.channels_last
 
 
 def _in_format(module: nn.Module, memory_format: torch.memory_format) -> nn.Module:

@@ -33,24 +33,37 @@ def conv_patches(x: Tensor, weight: Tensor, convolution: Sequence[Sequence[int]]
 
 
 class Moments:
-    """First and second moments of rows (rows, groups, columns), one set per conv group, kept in float64."""
+    """First and second moments of rows (rows, groups, columns), one set per conv group, kept in float64.
+
+    Sums are taken about the mean of the first batch: about zero, a column whose mean is large beside its spread would lose its
+    variance to rounding.
+    """
 
     def __init__(self, groups: int, columns: int) -> None:
+        self.rounding = torch.finfo(torch.float64).eps
+        """Relative error of one product: that of the least precise rows added."""
         self._rows = 0
+        self._shift: Tensor | None = None
         self._sum = torch.zeros(groups, columns, dtype=torch.float64)
         self._squares = torch.zeros(groups, columns, columns, dtype=torch.float64)
 
     def add(self, rows: Tensor) -> None:
         """Products are made in the rows' own precision, float32 at least; sums of batches in float64."""
         x = (rows if rows.dtype == torch.float64 else rows.float()).movedim(0, 1)
+        self.rounding = max(self.rounding, torch.finfo(x.dtype).eps)
+        if self._shift is None:
+            self._shift = x.mean(1)
+        x = x - self._shift[:, None].to(x.dtype)
         self._rows += x.shape[1]
         self._sum += x.sum(1).double().cpu()
         self._squares += (x.transpose(1, 2) @ x).double().cpu()
 
-    def covariance(self, *, centred: bool) -> Tensor:
-        """Mean outer product of the rows (groups, columns, columns), about their mean if `centred`, about zero if not."""
-        second = self._squares / max(1, self._rows)
-        if not centred:
-            return second
-        mean = self._sum / max(1, self._rows)
-        return second - mean[:, :, None] * mean[:, None, :]
+    def covariance(self) -> Tensor:
+        """Mean outer product of the rows about their mean, (groups, columns, columns)."""
+        away = self._sum / max(1, self._rows)
+        return self._squares / max(1, self._rows) - away[:, :, None] * away[:, None, :]
+
+    def mean(self) -> Tensor:
+        """Mean of the rows, (groups, columns)."""
+        shift = torch.zeros_like(self._sum) if self._shift is None else self._shift.double().cpu()
+        return shift + self._sum / max(1, self._rows)

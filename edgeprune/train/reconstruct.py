@@ -27,7 +27,8 @@ from edgeprune.data import Split
 from edgeprune.errors import DataError
 from edgeprune.graph import ChannelGraph, Op
 from edgeprune.graph.running import evaluating
-from edgeprune.graph.slim import named_tensors, removed_positions
+from edgeprune.graph.slim import named_tensors, recall, removed_positions
+from edgeprune.graph.trace import trace
 from edgeprune.plan import Plan
 from edgeprune.train import Progress, silent
 
@@ -52,10 +53,13 @@ def reconstruct(
     `ridge` pulls towards the present weights, as a share of the mean variance of the inputs. Needs images only, no labels.
     At most as many images as their feature maps fit into 3 GB. Raises DataError when there are none.
     """
+    batch = _batch(split, min(images, _affordable(graph)))
+    if graph.exported is not None:  # the slim network runs the exported operations, so the dense one must too
+        dense = recall(graph, dense)
+        graph = trace(dense, batch[:1])
     targets = _targets(graph, plan)
     if not targets:
         return copy.deepcopy(small)
-    batch = _batch(split, min(images, _affordable(graph)))
     fitted = copy.deepcopy(small)
     recorder = _Recorder(targets)
     with _frozen(dense), recorder:

@@ -18,7 +18,7 @@ from benchmarks.networks import resnet
 from edgeprune.data import load_data
 from edgeprune.train.evaluate import evaluate
 
-SIZES = Sizes(scoring=16, recalibration=16, reconstruction=16, validation=20, glance=10, training=16)
+SIZES = Sizes(scoring=16, recalibration=16, reconstruction=16, validation=20, glance=10)
 ENDLESS = Clock(float("inf"))
 
 
@@ -51,16 +51,16 @@ def test_a_run_goes_on_where_it_was(bench: Bench, tmp_path: Path) -> None:
     wanted = list(cells("resnet20", ["l1"], [50]))
     with pytest.raises(OutOfTime):
         run(bench, Results(path), wanted, Clock(time.monotonic() - 1))
-    run(bench, Results(path), wanted[:1], ENDLESS, train=False)
+    run(bench, Results(path), wanted[:1], ENDLESS, training=0)
     first = json.loads(path.read_text())["rows"]
-    run(bench, Results(path), wanted, ENDLESS)
+    run(bench, Results(path), wanted, ENDLESS, training=16)
     rows = json.loads(path.read_text())["rows"]
     assert len(rows) == 3 and [r["cpu_seconds"] for r in rows if r["allocation"] == wanted[0].allocation] == [first[0]["cpu_seconds"]]
     assert all(r["macs_share"] <= 0.5 and set(r["validation"]) >= {"pruned", "recalibrated", "reconstructed"} for r in rows)
     assert sum("fine-tuned" in r["validation"] for r in rows) == 1
     written = path.stat().st_mtime_ns
     results = Results(path)
-    run(bench, results, wanted, ENDLESS)
+    run(bench, results, wanted, ENDLESS, training=16)
     assert path.stat().st_mtime_ns == written
     judge(bench, results, ENDLESS)
     tested = [r for r in results.rows.values() if "test" in r]

@@ -106,6 +106,33 @@ def test_several_statistics_share_one_run() -> None:
     assert all(label is not None and label.tolist() == [0, 1] for label in first.labels)
 
 
+class Ends(Keeper):
+    """Keeps the order of maps and ends of batches."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.order: list[str] = []
+        self.outputs: list[Tensor] = []
+
+    def update(self, view: View) -> None:
+        self.order.append(view.group.name)
+        assert view.aligned
+
+    def finish_batch(self, outputs: Any) -> None:
+        self.order.append("end")
+        self.outputs.append(outputs)
+
+
+def test_the_end_of_each_batch_is_said_with_the_outputs() -> None:
+    model, graph = traced("plain")
+    x, ends = images("plain", 5)[0], Ends()
+    Probe(model, graph, [x[:3], x[3:]]).gather(ends)
+    assert ends.order.count("end") == 2 and ends.order[-1] == "end"
+    assert ends.order[: len(ends.order) // 2] == ends.order[len(ends.order) // 2 :]
+    with torch.no_grad():
+        assert torch.equal(torch.cat(ends.outputs), torch.cat([model(x[:3]), model(x[3:])]))
+
+
 def test_maps_that_are_not_finite_are_refused() -> None:
     model, graph = traced("plain")
     with pytest.raises(DataError, match="NaN or Inf"):

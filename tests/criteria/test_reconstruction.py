@@ -17,7 +17,7 @@ from edgeprune.plan import Scores
 from tests.networks import build, images, traced
 
 EVERYWHERE = 10_000
-EXACT = {"ridge": 1e-9, "positions": EVERYWHERE}
+EXACT = {"ridge": 1e-9, "positions": EVERYWHERE, "measure": "layer"}
 Floats = NDArray[np.float64]
 
 
@@ -104,6 +104,45 @@ def test_of_two_equal_channels_one_goes_for_nothing_and_the_other_then_counts() 
     alone, greedy = (scored(model, x, order=order, ridge=1e-6).values["a"] for order in ("single", "greedy"))
     assert max(alone[1], alone[4]) < 1e-4 < np.delete(alone, [1, 4]).min()
     assert min(greedy[1], greedy[4]) < 1e-4 and max(greedy[1], greedy[4]) > 0.01
+
+
+def linears(rows: list[list[float]], weight: list[list[float]]) -> nn.Module:
+    """Two linears without bias; the first computes `rows` of its input, the second reads them."""
+    model = nn.Sequential(nn.Linear(len(rows[0]), len(rows), bias=False), nn.Linear(len(rows), len(weight), bias=False)).double()
+    with torch.no_grad():
+        model.get_parameter("0.weight").copy_(torch.tensor(rows))
+        model.get_parameter("1.weight").copy_(torch.tensor(weight))
+    return model
+
+
+def test_a_layer_that_cannot_add_a_constant_loses_the_mean_too() -> None:
+    x = torch.randn(400, 2, generator=torch.Generator().manual_seed(0), dtype=torch.float64) + torch.tensor([0.0, 3.0])
+    model = linears([[1, 0], [0, 1]], [[1.0, 1.0], [1.0, -2.0]])
+    weight = model.get_parameter("1.weight").detach().numpy()
+    expected = [lost(x.numpy(), weight, [c], centred=False) for c in range(2)]
+    np.testing.assert_allclose(scored(model, x, order="single").values["0"], expected, rtol=1e-6)
+
+
+def test_a_channel_that_went_later_never_scores_less() -> None:
+    """The output is the small difference of two channels: once one is gone, the other is worth less than that one was."""
+    x = torch.randn(400, 2, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    model = linears([[9.0, 1.0], [9.0, 0.0]], [[1.0, -1.0]])
+    alone, greedy = (scored(model, x, order=order).values["0"] for order in ("single", "greedy"))
+    assert alone[1] < alone[0] and greedy[1] == pytest.approx(alone[1]) and 1 - alone[1] < alone[1]
+    assert greedy[1] < greedy[0] < greedy[1] * 1.001
+
+
+def test_wide_groups_lose_several_channels_a_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, x = build("plain"), images("plain", 24)[0]
+    rows, weight = conv_rows(model, "body.3.0", x)
+    monkeypatch.setattr(reconstruction, "STEPS", 4)
+    values = scored(model, x).values["body.2.0"]
+    order = np.argsort(values)
+    for start in range(0, 12, 3):  # three go at a time, each scored by what it alone would take with it
+        before = [9 * c + t for c in order[:start] for t in range(9)]
+        base = lost(rows, weight, before) if before else 0.0
+        alone = [lost(rows, weight, before + list(range(9 * c, 9 * c + 9))) - base for c in order[start : start + 3]]
+        np.testing.assert_allclose(values[order[start : start + 3]], alone, rtol=1e-3)
 
 
 @pytest.mark.parametrize("order", ["single", "greedy"])
@@ -215,3 +254,56 @@ def test_options_and_inputs_that_make_no_sense_are_refused() -> None:
             criteria.score(graph, model, "reconstruction", data=[x], **options)
     with pytest.raises(DataError, match="NaN or Inf"):
         criteria.score(graph, model, "reconstruction", data=[torch.full_like(x, float("nan"))])
+
+
+def chain(scale: float) -> nn.Sequential:
+    torch.manual_seed(3)
+    net = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 7), nn.ReLU(), nn.Linear(7, 5), nn.Linear(5, 3)).double()
+    with torch.no_grad():
+        net[5].weight.mul_(scale)
+    return net
+
+
+def test_in_the_unit_of_the_outputs_scores_follow_what_comes_behind() -> None:
+    x = torch.randn(64, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    once, twice = (scored(chain(s), x, measure="outputs") for s in (1.0, 2.0))
+    own = [scored(chain(s), x, measure="layer") for s in (1.0, 2.0)]
+    assert once.additive and not own[0].additive
+    for name in once.values:
+        np.testing.assert_allclose(own[0].values[name], own[1].values[name], rtol=1e-9)
+        np.testing.assert_allclose(4 * once.values[name], twice.values[name], rtol=1e-9)
+
+
+def test_in_the_unit_of_the_outputs_a_score_is_the_mean_squared_change_of_the_outputs() -> None:
+    """Behind a channel of the last group there is only a linear map: the loss after a refit is known exactly."""
+    model = chain(1.0)
+    x = torch.randn(4000, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    found = scored(model, x, measure="outputs", order="single").values["2"]
+    hidden = inputs_of(model, "4", x).numpy()
+    hidden = hidden - hidden.mean(axis=0)
+    first, last = (model[i].weight.detach().numpy() for i in (4, 5))
+    y = hidden @ first.T
+    for channel in range(7):
+        rest = np.delete(hidden, channel, axis=1)
+        error = y - rest @ np.linalg.lstsq(rest, y, rcond=None)[0]
+        change = float(((error**2) * (last**2).sum(axis=0)).sum(axis=1).mean())  # the diagonal of J^T J, as the criterion takes it
+        assert found[channel] == pytest.approx(change, rel=0.25)
+
+
+def test_measures_without_differentiable_outputs_or_visible_weights() -> None:
+    class Rounded(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = chain(1.0)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.net(x).argmax(1)
+
+    x = torch.randn(16, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    inner = {f"net.{k}": v for k, v in scored(chain(1.0), x).values.items()}
+    found = scored(Rounded(), x, measure="outputs")
+    assert not found.additive
+    for name, values in found.values.items():
+        np.testing.assert_allclose(values, inner[name], rtol=1e-9)
+    with pytest.raises(UsageError, match="measure must be"):
+        scored(chain(1.0), x, measure="energy")

@@ -14,8 +14,13 @@ from torch import Tensor, nn
 from edgeprune.errors import ExportError, ParityError, UnsupportedOp
 from edgeprune.export import Artifact, load_artifact, run_artifact
 from edgeprune.export.onnx import export_onnx, read_metadata
+from edgeprune.graph.exported import Exported
+from edgeprune.graph.slim import slim
+from edgeprune.graph.trace import trace
+from edgeprune.plan import Plan
 from edgeprune.run import hash_file
 from tests.export.export_nets import NETS, Plain, settle
+from tests.networks import build, images
 
 X = torch.rand(1, 3, 12, 12, generator=torch.Generator().manual_seed(0))
 
@@ -46,6 +51,21 @@ def test_the_artifact_computes_what_the_network_computes(name: str, tmp_path: Pa
     assert all(torch.equal(before[key], value) for key, value in model.state_dict().items())
     assert [p.name for p in tmp_path.iterdir()] == ["m.onnx"]
     assert capfd.readouterr() == ("", "")
+
+
+def test_a_slim_network_of_exported_operations_is_exported_after_it_trained(tmp_path: Path) -> None:
+    dense, x = build("literal_flatten", dtype=torch.float32), images("literal_flatten", 6, dtype=torch.float32)[0]
+    graph = trace(dense, x)
+    small = slim(dense, graph, Plan.uniform(graph, 0.5)).train()
+    assert isinstance(small, Exported)
+    small(x).square().sum().backward()
+    artifact = export_onnx(small.eval(), x[:1], tmp_path / "m.onnx", samples=x)
+    (got,) = run_artifact(artifact.path, x.numpy())
+    assert np.abs(got - small(x).detach().numpy()).max() < 1e-5
+    assert artifact.dynamic_batch and artifact.parity_relative < 1e-5
+    assert "BatchNormalization" not in {n.op_type for n in onnx.load(artifact.path).graph.node}
+    dense_artifact = export_onnx(dense, x[:1], tmp_path / "dense.onnx", samples=x)
+    assert artifact.size_bytes < dense_artifact.size_bytes
 
 
 def test_says_what_was_written(written: tuple[nn.Module, Artifact]) -> None:

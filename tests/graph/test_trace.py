@@ -68,12 +68,12 @@ EXPECTED: dict[str, dict[str, int]] = {
     "twice": {"body.stem": 8, "body.left": 6},
     "transposed": {"stem.0": 6, "down.0": 8, "up": 5},
     "grouped_transposed": {"body.0.0": 4, "body.2.0": 3, "body.3.0": 5},
-    "literal_flatten": {"conv1": 6, "fc1": 12},
+    "literal_flatten": {"conv1": 6, "conv2": 9, "fc1": 12},
     "flatten": {"conv1": 6, "conv2": 9, "fc1": 12},
     "conv1d": {"a": 8, "b": 6},
     "mlp": {"0": 10, "3": 7},
     "two_in_two_out": {"image.0": 8, "mid": 6},
-    "sum_and_slice": {"body.left": 6, "body.free.0": 7},
+    "sum_and_slice": {"body.a.0": 5, "body.a.0#2": 3, "body.left": 6, "body.free.0": 7},
     "attention": {"up": 32},
 }
 
@@ -107,9 +107,7 @@ def test_flattening_gives_a_channel_all_its_columns() -> None:
 
 def test_what_stays_is_named_with_a_reason() -> None:
     assert traced("plain")[1].frozen == {"fc.weight[0]": "output of the network"}
-    frozen = traced("sum_and_slice")[1].frozen
-    assert frozen["body.a.0.weight[0]"] == "the network's code cuts or pads its channels at fixed positions"
-    assert traced("literal_flatten")[1].frozen["conv2.weight[0]"] == "the network's code holds their number as a fixed number"
+    assert traced("literal_flatten")[1].frozen == {"fc2.weight[0]": "output of the network"}
     attention = traced("attention")[1].frozen
     assert attention["patch.weight[0]"] == "layer, group or RMS norm computes its statistics over the channels"
     assert set(attention) == {"patch.weight[0]", "qkv.weight[0]", "proj.weight[0]", "down.weight[0]", "fc.weight[0]"}
@@ -307,13 +305,13 @@ ODD: dict[str, tuple[nn.Module, Any, int]] = {  # network, inputs, removable cha
     "dataclass output": (DataclassOutput(), X, 0),
     "buffers and parameters as scales": (Buffers(), X, 8),
     "writes through spatial views": (WritesThroughViews(), X, 8),
-    "writes into channels": (WritesIntoChannels(), X, 0),
+    "writes into channels": (WritesIntoChannels(), X, 8),
     "scalar parameter and item()": (ScalarParameter(), X, 8),
     "branches on data": (Branches(), X, 0),
     "boolean index": (BooleanIndex(), X, 0),
-    "split by a literal": (LiteralSplit(), X, 0),
+    "split by a literal": (LiteralSplit(), X, 4),
     "split by a share": (Chunk(), X, 4),
-    "assertion on the width": (Assertion(), X, 0),
+    "assertion on the width": (Assertion(), X, 8),
     "glu": (Gated(), X, 0),
     "channel attention": (ChannelAttention(), X, 0),
     "spatial attention": (SpatialAttention(), X, 0),
@@ -361,9 +359,9 @@ def test_odd_but_legal_networks_are_traced_and_slimmed(kind: str) -> None:
 
 
 @pytest.mark.filterwarnings("ignore::FutureWarning")  # copying an exported program
-@pytest.mark.parametrize(("name", "removable"), [("residual", 24), ("flatten", 27), ("shuffle", 6)])
+@pytest.mark.parametrize(("name", "removable"), [("residual", 24), ("flatten", 27), ("shuffle", 16)])
 def test_exported_programs_are_traced(name: str, removable: int) -> None:
-    """Export writes sizes as numbers: a view that splits channels, as in shuffle, keeps them."""
+    """Export writes sizes as numbers, also in a view that splits channels, as in shuffle."""
     module = torch.export.export(build(name), images(name)).module()
     graph = trace(module, images(name))
     assert sum(g.channels for g in graph.groups) == removable
@@ -371,13 +369,21 @@ def test_exported_programs_are_traced(name: str, removable: int) -> None:
     assert prove(module, graph, plan, slim(module, graph, plan), images(name)).max_relative_error < 1e-10
 
 
+class UnexportableSplit(LiteralSplit):
+    """The same, and a branch on data, which cannot be exported."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) if x.mean() < 1e9 else x
+
+
 def test_written_sizes_cost_only_what_they_touch() -> None:
-    """In a deep network with one literal in the middle, everything else stays removable."""
-    layers = [LiteralSplit() if i == 2 else nn.Sequential(nn.Conv2d(4 if i else 3, 8, 1), nn.ReLU(), nn.Conv2d(8, 4, 1)) for i in range(5)]
+    """In a deep network with one literal in the middle that cannot be exported, everything else stays removable."""
+    plain = [nn.Sequential(nn.Conv2d(4 if i else 3, 8, 1), nn.ReLU(), nn.Conv2d(8, 4, 1)) for i in range(4)]
+    layers: Any = [*plain[:2], UnexportableSplit(), *plain[2:]]
     layers[2].a = nn.Conv2d(4, 8, 1)
     graph = trace(nn.Sequential(*layers), X)
-    assert [g.name for g in graph.groups] == ["0.0", "0.2", "1.0", "1.2", "2.b", "3.0", "3.2", "4.0"]
-    assert graph.frozen["2.a.weight[0]"] == "the network's code holds their number as a fixed number"
+    assert [g.name for g in graph.groups] == ["0.0", "0.2", "1.0", "2.b", "3.0", "3.2", "4.0"]  # 1.2 is what the branch reads
+    assert graph.frozen["2.a.weight[0]"].startswith("the network's code holds their number as a fixed number and cannot be exported (")
 
 
 DEVICES: list[str] = []
@@ -406,14 +412,14 @@ class Wide(nn.Module):
     ("between", "names", "runs"),
     [
         ("nothing", ["a", "b", "c"], ["cpu", "meta"]),
-        ("literal", ["b", "c"], ["cpu", "meta", "cpu", "meta"]),
+        ("literal", ["a", "b", "c"], ["cpu", "meta", "cpu"]),
         ("values", ["b", "c"], ["cpu", "meta", "cpu"]),
     ],
 )
 def test_large_networks_are_rehearsed_without_values_where_they_can_be(between: str, names: list[str], runs: list[str]) -> None:
     DEVICES.clear()
     assert [g.name for g in trace(Wide(between), torch.ones(1, 4)).groups] == names
-    assert runs == DEVICES
+    assert runs == DEVICES[:3]
 
 
 def test_what_cannot_run_is_a_trace_error() -> None:

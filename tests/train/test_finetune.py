@@ -202,3 +202,22 @@ def test_no_epochs_is_a_copy() -> None:
     trained, curve = finetune(model, None, colour_data().train, None, Recipe(epochs=0))
     assert curve == ()
     assert same(trained.state_dict(), model.state_dict())
+
+
+class Viewing(nn.Module):
+    """Flattens as only contiguous memory allows."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.fc = nn.Conv2d(3, 4, 3, padding=1), nn.Linear(256, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc(torch.relu(self.conv(x)).view(x.size(0), -1))  # type: ignore[no-any-return]
+
+
+def test_a_network_that_views_its_maps_is_trained_and_teaches() -> None:
+    model = Viewing()
+    trained, curve = finetune(model, model, colour_data(train=32).train, None, Recipe(epochs=1, batch_size=8))
+    assert len(curve) == 1
+    assert all(p.is_contiguous() for p in trained.parameters())
+    assert not torch.equal(next(trained.parameters()), next(model.parameters()))

@@ -130,3 +130,24 @@ def test_the_solution_is_ridge_regression(free: bool) -> None:
     expected = np.linalg.solve(a.T @ a / 200 + pull * np.eye(6), a.T @ b / 200 + pull * present.T).T
     np.testing.assert_allclose(solved[0].numpy(), expected, atol=1e-10)
     np.testing.assert_allclose(intercept.numpy(), mean_y - expected @ mean_x, atol=1e-10)
+
+
+class WritesNumbers(Twins):
+    """The same computation, with the numbers of channels in the code: the slim network is the exported one."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = torch.cat(torch.relu(self.first(x)).split([3, 5], 1), 1)
+        return self.head(torch.relu(self.norm(self.second(h))).view(-1, 6, 64).mean(2))  # type: ignore[no-any-return]
+
+
+def test_networks_with_numbers_in_their_code_are_refitted_too() -> None:
+    model = WritesNumbers(norm=True, bias=False).eval()
+    graph = trace(model, torch.zeros(1, 3, 8, 8))
+    assert graph.exported is not None
+    name = next(g.name for g in graph.groups if g.channels == 8)
+    plan = Plan({name: (0, 1, 2, 3, 4, 6, 7)})
+    small = slim(model, graph, plan)
+    assert sum(p.numel() for p in small.parameters()) < sum(p.numel() for p in model.parameters())
+    lost = float((outputs(small) - outputs(model)).abs().max())
+    fitted = reconstruct(small, model, graph, plan, train_split(), ridge=1e-9)
+    assert float((outputs(fitted) - outputs(model)).abs().max()) < 1e-4 * lost + 1e-5

@@ -1,0 +1,91 @@
+"""How strongly a network's outputs react to what one of its layers computes, without labels.
+
+For a random direction v of the outputs, the gradient of <v, outputs> with respect to a layer's output is J^T v; its square, averaged
+over v ~ N(0, 1), is the squared change of all outputs per unit change there (the diagonal of J^T J, Hutchinson's estimator). One
+backward pass gives it for every layer. Layers are found by the parameter that a call of torch takes as its weight, above autograd:
+module or function, traced graph or plain code.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_map
+
+from edgeprune.graph.running import tensors_in
+
+BYTES = 1 << 30
+
+
+def reactions(
+    model: nn.Module, inputs: tuple[Any, ...], weights: Mapping[str, Tensor], *, generator: torch.Generator, bytes_per_image: int
+) -> dict[str, Tensor]:
+    """Sums over images and positions of squared gradients, by weight name: float64 (outputs of that layer,).
+
+    `weights`: the parameters of the layers asked for. `generator` draws the directions image by image. Layers that the outputs do not
+    depend on are zero; weights that no call takes as they are (standardised ones, say) are left out, and everything is where the outputs
+    cannot be differentiated. A few images at a time, so that what the backward pass keeps stays within 1 GiB.
+    """
+    found: dict[str, Tensor] = {}
+    for part in _parts(inputs, max(1, BYTES // max(1, bytes_per_image))):
+        listener = _Listener({id(t): name for name, t in weights.items()}, found)
+        with torch.enable_grad(), listener:
+            outputs = model(*tree_map(_differentiable, part))
+        ends = [t for t in tensors_in(outputs) if t.requires_grad]
+        if not ends:
+            return {}
+        directions = [torch.stack([torch.randn(row.shape, generator=generator) for row in t]).to(t) for t in ends]
+        leaves = [t for t in listener.outputs if t.requires_grad]
+        if leaves:
+            torch.autograd.grad(ends, leaves, directions, allow_unused=True)
+    return found
+
+
+class _Listener(TorchFunctionMode):
+    """Hangs a hook on the result of every call that takes one of the weights."""
+
+    def __init__(self, names: Mapping[int, str], found: dict[str, Tensor]) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]  # torch leaves it untyped
+        self.outputs: list[Tensor] = []
+        self._names = names
+        self._found = found
+
+    def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:
+        """Run the call; listen to its result if it is a conv or linear with a known weight."""
+        out = func(*args, **(kwargs or {}))
+        named = (self._names.get(id(a)) for a in (*args, *(kwargs or {}).values()) if isinstance(a, nn.Parameter))
+        name = next((n for n in named if n is not None), None)
+        kind = str(getattr(func, "__name__", func))
+        if name is not None and isinstance(out, Tensor) and out.requires_grad and ("conv" in kind or "linear" in kind):
+            axis = -1 if "linear" in kind else 1
+            self._found.setdefault(name, torch.zeros(out.shape[axis], dtype=torch.float64))
+            out.register_hook(self._adder(name, axis))
+            self.outputs.append(out)
+        return out
+
+    def _adder(self, name: str, axis: int) -> Callable[[Tensor], None]:
+        def add(gradient: Tensor) -> None:
+            rows = gradient.movedim(axis, 0).flatten(1)
+            self._found[name] += rows.square().sum(dim=1).double().cpu()
+
+        return add
+
+
+def _differentiable(value: Any) -> Any:
+    """A copy of a floating input that gradients reach: without one, frozen parameters would leave nothing to differentiate."""
+    return value.detach().clone().requires_grad_() if isinstance(value, Tensor) and value.is_floating_point() else value
+
+
+def _parts(inputs: tuple[Any, ...], images: int) -> Iterator[tuple[Any, ...]]:
+    """The batch in slices of at most `images`; whole where its tensors do not share a first axis."""
+    tensors: Iterable[Tensor] = list(tensors_in(inputs))
+    sizes = {t.shape[0] if t.ndim else -1 for t in tensors}
+    if len(sizes) != 1 or isinstance(inputs[0], list):
+        yield inputs
+        return
+    for start in range(0, sizes.pop(), images):
+        yield tree_map(lambda t, at=start: t[at : at + images] if isinstance(t, Tensor) else t, inputs)
