@@ -70,25 +70,43 @@ def network(name: str) -> tuple[nn.Module, tuple[Any, ...]]:
 
 
 def times(name: str, rounds: int = ROUNDS, *, with_peer: bool = True) -> dict[str, Any]:
-    """Medians of one network in this process; the peer's figures are None, with the reason, where it is absent or fails."""
+    """Medians of one network in this process. The peer's are None where it is absent or fails; `peer_note` says what went wrong with it."""
     model, example = network(name)
     seconds: dict[str, list[float]] = {}
-    why_no_peer = None if with_peer else "not asked for"
+    peer_note = None if with_peer else "not asked for"
+    pruned: nn.Module = model
     for counted in range(-1, rounds):
         found = _ours(model, example)
-        if why_no_peer is None:
+        if peer_note is None:
             try:
-                found |= _peers(model, example)
+                pruned = copy.deepcopy(model)
+                found |= _peers(pruned, example)
+            except ImportError:
+                peer_note = f"not installed: pip install --no-deps {PEER}"
             except Exception as error:  # noqa: BLE001  the peer may raise anything
-                why_no_peer = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:120]}"
-                if isinstance(error, ImportError):
-                    why_no_peer = f"not installed: pip install --no-deps {PEER}"
+                peer_note = _one_line(error)
         if counted >= 0:
             for key, value in found.items():
                 seconds.setdefault(key, []).append(value)
     medians: dict[str, Any] = {key: round(statistics.median(values), 4) for key, values in seconds.items() if len(values) == rounds}
     peer = ("peer_graph_cpu_s", "peer_step_cpu_s")
-    return {"network": name, **medians, **{key: medians.get(key) for key in peer}, "why_no_peer": why_no_peer}
+    if peer_note is None:
+        peer_note = _flaw(pruned, example)
+    return {"network": name, **medians, **{key: medians.get(key) for key in peer}, "peer_note": peer_note}
+
+
+def _flaw(pruned: nn.Module, example: tuple[Any, ...]) -> str | None:
+    """Why a pruned network does not run, if so."""
+    try:
+        with torch.no_grad():
+            pruned(*example)
+    except Exception as error:  # noqa: BLE001  a broken network may raise anything
+        return f"its pruned network does not run ({_one_line(error)})"
+    return None
+
+
+def _one_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:120]}"
 
 
 def _ours(model: nn.Module, example: tuple[Any, ...]) -> dict[str, float]:
@@ -99,18 +117,15 @@ def _ours(model: nn.Module, example: tuple[Any, ...]) -> dict[str, float]:
     return {"forward_cpu_s": forward, "trace_cpu_s": tracing, "slim_cpu_s": slimming, "trace_and_slim_cpu_s": tracing + slimming}
 
 
-def _peers(model: nn.Module, example: tuple[Any, ...]) -> dict[str, float]:
-    """Torch-Pruning on a copy; raises ImportError where it is not installed, and whatever it raises itself."""
-    import torch_pruning  # type: ignore[import-not-found,unused-ignore]
+def _peers(own: nn.Module, example: tuple[Any, ...]) -> dict[str, float]:
+    """Torch-Pruning, which prunes the network it is given; raises ImportError where it is not installed, and whatever it raises itself."""
+    import torch_pruning
 
-    own = copy.deepcopy(model)
     last = [m for m in own.modules() if isinstance(m, nn.Linear)][-1:]
     importance = torch_pruning.importance.MagnitudeImportance(p=1)
     options = {"importance": importance, "pruning_ratio": 0.5, "ignored_layers": last}
     building, pruner = _timed(lambda: torch_pruning.pruner.MagnitudePruner(own, example, **options))
     stepping, _ = _timed(pruner.step)
-    with torch.no_grad():
-        own(*example)
     return {"peer_graph_cpu_s": building, "peer_step_cpu_s": stepping}
 
 
@@ -188,18 +203,18 @@ def speed_table(result: dict[str, Any]) -> str:
         "",
         f"{title} Peer: {result['peer']}. Memory: high-water mark of a fresh process, MiB.",
         "",
-        "| network | forward | trace | slim | trace + slim | limit | peer graph + pruner | peer step | peer total | extra memory |",
-        "|---|---|---|---|---|---|---|---|---|---|",
+        "| network | forward | trace | slim | trace + slim | limit | peer graph + pruner | peer step | peer total | peer | extra memory |",
+        "|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for row in result["rows"]:
         if "error" in row:
-            lines.append(f"| {row['network']} | {row['error']} |" + " |" * 8)
+            lines.append(f"| {row['network']} | {row['error']} |" + " |" * 9)
             continue
         graph, step = row["peer_graph_cpu_s"], row["peer_step_cpu_s"]
-        peer = [f"{graph:.2f}", f"{step:.2f}", f"{graph + step:.2f}"] if graph is not None else [row["why_no_peer"], "", ""]
+        peer = [f"{graph:.3f}", f"{step:.3f}", f"{graph + step:.3f}"] if graph is not None else ["", "", ""]
         own = [f"{row[k]:.3f}" for k in ("forward_cpu_s", "trace_cpu_s", "slim_cpu_s", "trace_and_slim_cpu_s")]
         limit = "" if row["limit_cpu_s"] is None else f"{row['limit_cpu_s']}"
-        lines.append(f"| {' | '.join([row['network'], *own, limit, *peer, str(row['extra_mb'])])} |")
+        lines.append(f"| {' | '.join([row['network'], *own, limit, *peer, row['peer_note'] or '', str(row['extra_mb'])])} |")
     return "\n".join(lines) + "\n"
 
 
