@@ -136,10 +136,7 @@ def main() -> None:
 
         result = graph_speed.speed(options.names) if options.part == "speed" else graph_speed.depth()
         table = graph_speed.speed_table(result) if options.part == "speed" else graph_speed.depth_table(result)
-        if options.names:
-            print(table)
-        else:
-            graph_speed.write(options.part, result, table)
+        graph_speed.write(options.part, result, table)
         return
     rows = coverage(options.names)
     if not options.names:
