@@ -19,6 +19,7 @@ import subprocess
 import sys
 import time
 import warnings
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,7 @@ LIMIT_SECONDS = 240
 
 
 def library_model(name: str) -> Any:
-    """A torchvision or timm network with random weights and batch norms that are not trivial."""
+    """A torchvision or timm network with random weights; no batch norm is trivial and no branch is silenced by constant parameters."""
     import torch
 
     sys.path.insert(0, str(DATA / "peers"))
@@ -50,6 +51,10 @@ def library_model(name: str) -> Any:
         if isinstance(module, torch.nn.modules.batchnorm._BatchNorm) and module.weight is not None:
             torch.nn.init.uniform_(module.weight, 0.5, 1.5)
             torch.nn.init.uniform_(module.bias, -0.2, 0.2)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.numel() and float(parameter.std(correction=0)) == 0:  # zero or layer-scale initialisation
+                parameter.add_(0.1 * torch.randn_like(parameter))
     return model.eval()
 
 
@@ -59,6 +64,7 @@ def examine(name: str) -> dict[str, Any]:
     import torch
 
     import edgeprune as ep
+    from edgeprune.graph.running import tensors_in
 
     torch.set_num_threads(1)
     model = library_model(name)
@@ -87,10 +93,15 @@ def examine(name: str) -> dict[str, Any]:
         "trace_cpu_s": round(traced - started, 3),
         "slim_cpu_s": round(slimmed - traced, 3),
         "extra_mb": round((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024),
-        "reasons": sorted(set(graph.frozen.values())),
+        "reasons": dict(Counter(graph.frozen.values()).most_common()),
+        "kept_only": len(graph.mixing),
     }
     proof = ep.prove(model, graph, plan, small, example)
     after = ep.trace(small, example)
+    with torch.no_grad():
+        shapes = [[tuple(t.shape) for t in tensors_in(network(*example))] for network in (model, small)]
+    if not detector and shapes[0] != shapes[1]:
+        return row | {"status": f"outputs of shape {shapes[1]} instead of {shapes[0]}"}
     return row | {
         "status": "ok",
         "error": proof.max_relative_error,
@@ -100,26 +111,73 @@ def examine(name: str) -> dict[str, Any]:
     }
 
 
-def coverage(names: list[str]) -> list[dict[str, Any]]:
-    """One fresh process per network."""
+def coverage(names: list[str], seconds: int) -> None:
+    """One fresh process per network; rows are kept as they come, and a network that has one is run again only when it is named."""
     with (DATA / "peers" / "torch_pruning_coverage.csv").open() as file:
         peer = {r["model"]: r for r in csv.DictReader(file) if r["hints"] != "True"}
-    rows = []
-    for name in names or list(peer):
-        command = [sys.executable, "-m", "benchmarks.graph", "one", name]
-        try:
-            done = subprocess.run(command, capture_output=True, text=True, timeout=LIMIT_SECONDS, check=False)
-            lines = done.stdout.strip().splitlines()
-            good = done.returncode == 0 and lines
-            row = json.loads(lines[-1]) if good else {"network": name, "status": done.stderr.strip().splitlines()[-1][:300]}
-        except subprocess.TimeoutExpired:
-            row = {"network": name, "status": f"over {LIMIT_SECONDS} s"}
-        other = peer.get(name, {})
-        row["torch_pruning"] = {"status": other.get("status"), "macs_removed": float(other.get("macs_red") or 0) or None}
-        rows.append(row)
-        seconds = row.get("trace_cpu_s", 0) + row.get("slim_cpu_s", 0)
-        print(f"{name:45} {row['status'][:90]:12} {row.get('macs_removed', 0):.0%} {seconds:.2f}s", flush=True)
-    return rows
+    path = RESULTS / "graph_coverage.json"
+    rows = {row["network"]: row for row in json.loads(path.read_text())} if path.is_file() else {}
+    for name in names or [name for name in peer if name not in rows]:
+        rows[name] = row = _in_a_process(name, seconds) | {"torch_pruning": _of_peer(peer.get(name, {}))}
+        cpu_s = row.get("trace_cpu_s", 0) + row.get("slim_cpu_s", 0)
+        print(f"{name:45} {row['status'][:90]:12} {row.get('macs_removed', 0):.1%} {row.get('error', -1):.0e} {cpu_s:.2f}s", flush=True)
+        ordered = [rows[n] for n in [*peer, *(n for n in rows if n not in peer)] if n in rows]
+        RESULTS.mkdir(exist_ok=True)
+        path.write_text(json.dumps(ordered, indent=2) + "\n")
+        path.with_suffix(".md").write_text(coverage_table(ordered, len(peer)))
+
+
+def _in_a_process(name: str, seconds: int) -> dict[str, Any]:
+    command = [sys.executable, "-m", "benchmarks.graph", "one", name]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=seconds, check=False)
+    except subprocess.TimeoutExpired:
+        return {"network": name, "status": f"over {seconds} s"}
+    lines = done.stdout.strip().splitlines()
+    if done.returncode or not lines:
+        return {"network": name, "status": (done.stderr.strip().splitlines() or ["killed"])[-1][:300]}
+    row: dict[str, Any] = json.loads(lines[-1])
+    return row
+
+
+def _of_peer(row: dict[str, str]) -> dict[str, Any]:
+    """What Torch-Pruning did with the same network: the MACs it removed where it ran, else where it stopped."""
+    if row.get("status") != "ok":
+        return {"status": f"{row.get('status', 'not run')} {row.get('stage', '')}".strip()}
+    removed = [float(v) for v in (row["macs_red"],) if v and float(v) <= 1]
+    return {"status": "ok", "macs_removed": removed[0] if removed else None}
+
+
+def coverage_table(rows: list[dict[str, Any]], total: int) -> str:
+    """The results as Markdown."""
+    good = [r for r in rows if r["status"] == "ok"]
+    smaller = [r for r in good if r["macs_removed"] > 0]
+    theirs = [r for r in rows if r["torch_pruning"]["status"] == "ok"]
+    lines = [
+        "# Library networks cut to half of every width",
+        "",
+        f"{len(rows)} of {total} networks run; {len(good)} end without an error; {len(smaller)} are smaller, with outputs of the "
+        f"same shapes. Torch-Pruning ends without one on {len(theirs)} of the same {len(rows)}. `python -m benchmarks.graph coverage`.",
+        "",
+        "Error: largest difference between the slim network and the masked dense one, as a share of the output's range. *Kept only*: the",
+        "norms and sums over channels that the dense one computes over the kept channels alone. CPU-seconds of tracing and slimming.",
+        "",
+        "| network | groups | MACs removed | parameters removed | error | precision | kept only | CPU-s | extra MB | Torch-Pruning "
+        "| what stays |",
+        "|---|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    for r in rows:
+        peer = r["torch_pruning"]
+        theirs_removed = f"{peer['macs_removed']:.1%}" if peer.get("macs_removed") is not None else peer["status"]
+        if r["status"] != "ok":
+            lines.append(f"| {r['network']} | | {r['status'].replace('|', '/')} | | | | | | | {theirs_removed} | |")
+            continue
+        stays = "; ".join(f"{reason} ({n})" for reason, n in r["reasons"].items())
+        lines.append(
+            f"| {r['network']} | {r['groups']} | {r['macs_removed']:.1%} | {r['params_removed']:.1%} | {r['error']:.1e} | {r['dtype']} "
+            f"| {r['kept_only']} | {r['trace_cpu_s'] + r['slim_cpu_s']:.2f} | {r['extra_mb']} | {theirs_removed} | {stays} |"
+        )
+    return "\n".join(lines) + "\n"
 
 
 def main() -> None:
@@ -127,6 +185,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("part", choices=("coverage", "speed", "depth", "one"))
     parser.add_argument("names", nargs="*")
+    parser.add_argument("--seconds", type=int, default=LIMIT_SECONDS, help="wall-clock limit for one network")
     options = parser.parse_args()
     if options.part == "one":
         print(json.dumps(examine(options.names[0])))
@@ -138,10 +197,7 @@ def main() -> None:
         table = graph_speed.speed_table(result) if options.part == "speed" else graph_speed.depth_table(result)
         graph_speed.write(options.part, result, table)
         return
-    rows = coverage(options.names)
-    if not options.names:
-        RESULTS.mkdir(exist_ok=True)
-        (RESULTS / f"graph_{options.part}.json").write_text(json.dumps(rows, indent=2) + "\n")
+    coverage(options.names, options.seconds)
 
 
 if __name__ == "__main__":

@@ -32,7 +32,7 @@ from edgeprune.train.evaluate import evaluate
 from edgeprune.train.finetune import finetune
 
 RESULTS = Path(__file__).parent / "results"
-METHODS = {
+METHODS: dict[str, dict[str, Any]] = {
     "magnitude": {"alpha": 0.0},
     "screening, product": {"alpha": 0.5, "combine": "product"},
     "screening, ranks": {"alpha": 0.5, "combine": "rank"},

@@ -231,7 +231,7 @@ class _Screen:
     def _cut(self, pool: list[tuple[_Held, nn.Module, Floats | None]], goal: int) -> None:
         """Keep the `goal` best of the connections that are still there; of equal ones the first."""
         with torch.no_grad():
-            weights = [module.weight.detach().abs().double().cpu().numpy() for _, module, _ in pool]  # type: ignore[union-attr,operator]
+            weights = [module.weight.detach().abs().double().cpu().numpy() for _, module, _ in pool]  # type: ignore[operator]
         there = np.concatenate([h.mask.cpu().numpy().reshape(-1) for h, _, _ in pool])
         score = _mixed(weights, [f for _, _, f in pool], [module for _, module, _ in pool], *self.mix)
         best = np.argsort(np.where(there, -score, np.inf), kind="stable")[:goal]

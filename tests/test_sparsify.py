@@ -77,7 +77,7 @@ def test_significance_alone_keeps_or_drops_all_that_leaves_an_input() -> None:
 def test_the_planted_inputs_are_kept_when_nine_tenths_go(combine: str) -> None:
     with torch.no_grad():
         model = mlp()
-        weight: Tensor = model[1].weight  # type: ignore[index,assignment]
+        weight: Tensor = model[1].weight  # type: ignore[index]
         weight[:, :4] = 0.02  # light, but they say the class: magnitude alone would drop them
     assert not run(model, alpha=0.0, keep=0.1).masks["1.weight"][:, :4].any()
     assert not run(model, alpha=0.9, keep=0.1, combine=combine).masks["1.weight"][:, 4:].any()
@@ -133,7 +133,7 @@ def test_a_shared_weight_is_one_weight() -> None:
     result = run(Shared(), keep=0.5, epochs=2)
     assert set(result.masks) == {"a.weight", "fc.weight"} and result.connections == 16 + 12
     assert result.model.a.weight is result.model.b.weight  # type: ignore[union-attr]
-    assert int((result.model.a.weight != 0).sum()) == 8  # type: ignore[union-attr,arg-type]
+    assert int((result.model.a.weight != 0).sum()) == 8  # type: ignore[union-attr]
 
 
 def test_files_come_back_bit_for_bit_and_are_small(tmp_path: Path) -> None:
@@ -141,7 +141,7 @@ def test_files_come_back_bit_for_bit_and_are_small(tmp_path: Path) -> None:
     odd = result.model[1].bias  # type: ignore[index]
     with torch.no_grad():
         odd.zero_()
-        odd[3], odd[5] = -0.0, float("nan")  # type: ignore[index]
+        odd[3], odd[5] = -0.0, float("nan")
     path = save_sparse(result.model, tmp_path / "m.safetensors")
     fresh = nn.Sequential(nn.Flatten(), nn.Linear(16, 400), nn.BatchNorm1d(400), nn.ReLU(), nn.Linear(400, 3))
     loaded = load_sparse(path, model=fresh)

@@ -63,7 +63,7 @@ def score(
     seed: int = 0,
     progress: Progress = silent,
 ) -> Scores:
-    """Loss in nats that each channel avoids, float64, any sign, higher = keep. Shapes: (channels,) per group.
+    """Loss in nats that each channel avoids, float64, additive, any sign, higher = keep. Shapes: (channels,) per group.
 
     scope: layer (a fit per group) or global (one fit). p: how often a bit is on; by default max(0.7, `keep`), keep being the share of
     channels that this round leaves: the fit is about networks of that occupancy. Where most masks of a pilot destroy the network (loss
@@ -99,7 +99,7 @@ def score(
         "fits": [fit.facts(judge.limit) for fit in fits],
         "standard_errors": {name: [float(f"{e:.6g}") for e in errors[part]] for name, part in judge.masked.columns.items()},
     }
-    return Scores("filter_ensemble", {name: theta[part] for name, part in judge.masked.columns.items()}, facts)
+    return Scores("filter_ensemble", {name: theta[part] for name, part in judge.masked.columns.items()}, facts, additive=True)
 
 
 @dataclass(frozen=True)
@@ -217,7 +217,7 @@ class _Judge:
 
     def _runner(self, names: tuple[str, ...], inputs: tuple[Any, ...], held: int) -> tuple[Callable[[], Any], int]:
         """How to run these inputs under many masks, and the bytes that all such runners hold by now."""
-        if held < KEPT_BYTES:
+        if held < KEPT_BYTES and not self.masked.mixes:
             prefix = Prefix(self.masked.model, inputs, self.masked.tensors(names))
             again, whole = (next(tensors_in(out)) for out in (prefix.run(), prefix.outputs))
             if held + prefix.kept_bytes <= KEPT_BYTES and torch.allclose(again, whole, rtol=1e-4, atol=1e-5, equal_nan=True):

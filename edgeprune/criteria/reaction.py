@@ -49,7 +49,7 @@ class _Listener(TorchFunctionMode):
     """Hangs a hook on the result of every call that takes one of the weights."""
 
     def __init__(self, names: Mapping[int, str], found: dict[str, Tensor]) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]  # torch leaves it untyped
+        super().__init__()
         self.outputs: list[Tensor] = []
         self._names = names
         self._found = found

@@ -300,8 +300,8 @@ class _Block:
         at = self._table[channels]
         inverse = self._inverse[:, at[:, :, None], at[:, None, :]]
         weight = self._weight[:, :, at].permute(0, 2, 3, 1)
-        whitened = torch.linalg.solve_triangular(torch.linalg.cholesky(inverse), weight, upper=False)
-        return whitened.square().sum(dim=(0, 2, 3)) * self._scale
+        whitened: Tensor = torch.linalg.solve_triangular(torch.linalg.cholesky(inverse), weight, upper=False)
+        return self._scale * whitened.square().sum(dim=(0, 2, 3))
 
     def remove(self, channels: Tensor) -> None:
         """The remaining weights become those that make up for these channels best; the inverse loses their columns."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -9,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from edgeprune.graph.channels import Activation, ChannelGraph, ChannelGroup, ExportedSizes, Member, Op, SizedAxis, Tap
+from edgeprune.graph.channels import Activation, ChannelGraph, ChannelGroup, ExportedSizes, Member, Mixing, Op, Read, SizedAxis, Tap
 from edgeprune.graph.labels import Labels
 
 
@@ -72,8 +73,16 @@ def build(tracer: Trace) -> ChannelGraph:
         taps=_taps(tracer, classes, group_of, channel_of, groups),
         input_activations=tuple(tracer.inputs),
         output_activations=tuple(tracer.outputs),
+        mixing=tuple(_mixing(tracer.book, classes, group_of, channel_of)),
         exported=_exported_sizes(tracer, classes, group_of, channel_of, groups),
     )
+
+
+def _mixing(book: Labels, classes: NDArray[np.int64], group_of: NDArray[np.int64], channel_of: NDArray[np.int64]) -> Iterator[Mixing]:
+    for op, ordinal, reads, output_axes in book.mixed:
+        members = [(argument, axis, classes[labels.numpy()]) for argument, axis, labels in reads]
+        if any((group_of[m] >= 0).any() for _, _, m in members):
+            yield Mixing(op, ordinal, tuple(Read(a, d, group_of[m], channel_of[m]) for a, d, m in members), output_axes)
 
 
 def _exported_sizes(

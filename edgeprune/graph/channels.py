@@ -76,6 +76,31 @@ class Tap(NamedTuple):
     indices: NDArray[np.int64]
 
 
+class Read(NamedTuple):
+    """What an operation over channels reads: position i of `axis` of its tensor `argument` is `channels[i]` of group `groups[i]`.
+
+    Positions that always stay have group -1.
+    """
+
+    argument: int
+    axis: int
+    groups: NDArray[np.int64]
+    channels: NDArray[np.int64]
+
+
+class Mixing(NamedTuple):
+    """An operation that computes over the set of channels, so that zeros do not stand for removed ones.
+
+    The `ordinal`-th operation called `op` that the forward dispatches. Its result has the positions of the first reads along
+    `output_axes`, in this order.
+    """
+
+    op: str
+    ordinal: int
+    reads: tuple[Read, ...]
+    output_axes: tuple[int, ...]
+
+
 @dataclass(frozen=True)
 class Activation:
     """Size of one tensor of the traced run: elements = fixed + sum over groups of per_channel[g] * kept channels of g."""
@@ -134,8 +159,9 @@ class ChannelGraph:
     """The traced network. `frozen` maps a parameter axis ("fc.weight[0]") to the reason why its channels stay.
 
     `shapes` holds the dense shape of every parameter and buffer; `output_activations` index the network's outputs;
-    `taps[group.name]` says where its feature maps appear in a run. `exported` is None where the user's own code takes fewer channels;
-    where it holds their number as a fixed number, the exported network is slimmed instead.
+    `taps[group.name]` says where its feature maps appear in a run; `mixing` lists the norms and sums over channels that removal changes.
+    `exported` is None where the user's own code takes fewer channels; where it holds their number as a fixed number, the exported
+    network is slimmed instead.
     """
 
     groups: tuple[ChannelGroup, ...]
@@ -147,6 +173,7 @@ class ChannelGraph:
     taps: Mapping[str, tuple[Tap, ...]]
     input_activations: tuple[int, ...]
     output_activations: tuple[int, ...]
+    mixing: tuple[Mixing, ...] = ()
     exported: ExportedSizes | None = None
 
     @cached_property

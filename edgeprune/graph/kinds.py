@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from edgeprune.graph import moves  # noqa: F401  registers its rules
+from edgeprune.graph import moves, norms  # noqa: F401  they register their rules
 from edgeprune.graph.rules import RULES
 
 KINDS = {
@@ -10,12 +10,12 @@ KINDS = {
     **dict.fromkeys("addmm mm bmm baddbmm".split(), "linear"),
     **dict.fromkeys(
         "native_batch_norm _native_batch_norm_legit _native_batch_norm_legit_no_training cudnn_batch_norm batch_norm native_layer_norm "
-        "native_group_norm".split(),
+        "native_group_norm _fused_rms_norm".split(),
         "norm",
     ),
     **dict.fromkeys(
         "relu relu6 hardtanh hardswish hardsigmoid sigmoid silu gelu elu celu selu leaky_relu _prelu_kernel mish softplus tanh clamp "
-        "clamp_min clamp_max".split(),
+        "clamp_min clamp_max glu".split(),
         "activation",
     ),
     **dict.fromkeys("add sub rsub".split(), "add"),

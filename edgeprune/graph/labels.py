@@ -7,6 +7,10 @@ collected while the network runs and resolved once at the end by connected compo
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from itertools import pairwise
+from typing import NamedTuple
+
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -17,8 +21,17 @@ from torch import Tensor
 NEUTRAL = 0
 
 
+class Mixed(NamedTuple):
+    """An operation over the set of channels: channels.Mixing, with the labels (positions,) of each (argument, axis) it reads."""
+
+    op: str
+    ordinal: int
+    reads: tuple[tuple[int, int, Tensor], ...]
+    output_axes: tuple[int, ...]
+
+
 class Labels:
-    """Hands out labels and collects what is tied and what is frozen.
+    """Hands out labels and collects what is tied, what is frozen, and which operations compute over the set of channels.
 
     `may_cut`: whether a cut through channels takes its channels with it or freezes them. `cuts`: the labels of what was cut.
     """
@@ -26,10 +39,12 @@ class Labels:
     def __init__(self, *, may_cut: bool = True) -> None:
         self.may_cut = may_cut
         self.cuts: list[Tensor] = []
+        self.mixed: list[Mixed] = []
         self._count = 1
         self._left: list[Tensor] = []
         self._right: list[Tensor] = []
         self._reasons: dict[int, str] = {}
+        self._equal: list[tuple[Tensor, ...]] = []
 
     def fresh(self, n: int) -> Tensor:
         """`n` new labels, or the neutral one where an axis has a single position (it can never go)."""
@@ -65,6 +80,10 @@ class Labels:
         """These channels stay."""
         self.tie(labels, self.frozen((), reason))
 
+    def balance(self, parts: Sequence[Tensor]) -> None:
+        """As many channels of every part, (n,) each, must stay; which of them is free."""
+        self._equal.append(tuple(parts))
+
     def cuts_removable(self) -> bool:
         """Whether anything was cut that can go."""
         if not self.cuts:
@@ -78,13 +97,56 @@ class Labels:
         right = torch.cat(self._right).numpy() if self._right else np.zeros(0, dtype=np.int64)
         real = (left != NEUTRAL) & (right != NEUTRAL)
         left, right = left[real], right[real]
-        ties = coo_array((np.ones(len(left), dtype=np.int8), (left, right)), shape=(self._count, self._count))
-        classes = connected_components(ties, directed=False)[1].astype(np.int64)
+        classes = _components(left, right, self._count)
+        for parts in self._equal:
+            blocked = np.unique(classes[[NEUTRAL, *self._reasons]])
+            more = _balancing([classes[p.numpy()] for p in parts], blocked)
+            if len(more):
+                classes = _components(more[:, 0], more[:, 1], int(classes.max()) + 1)[classes]
         reasons: dict[int, str] = {}
         for label, reason in self._reasons.items():
             reasons.setdefault(int(classes[label]), reason)
         reasons[int(classes[NEUTRAL])] = "single position"
         return classes, reasons
+
+
+def _components(left: NDArray[np.int64], right: NDArray[np.int64], n: int) -> NDArray[np.int64]:
+    ties = coo_array((np.ones(len(left), dtype=np.int8), (left, right)), shape=(n, n))
+    return connected_components(ties, directed=False)[1].astype(np.int64)
+
+
+def _balancing(parts: list[NDArray[np.int64]], blocked: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Pairs of classes to merge, (pairs, 2), until every class has as many positions in each part; what is left over meets a blocked one.
+
+    For two parts classes with opposite surpluses are merged first, then runs whose surpluses cancel. More parts meet position by position.
+    """
+    if len(parts) != 2:
+        return np.concatenate([np.stack([parts[0], p], 1) for p in parts[1:]])
+    everything = np.concatenate(parts)
+    order = list(dict.fromkeys(everything[~np.isin(everything, blocked)].tolist()))
+    n = int(everything.max()) + 1
+    surplus = np.bincount(parts[0], minlength=n) - np.bincount(parts[1], minlength=n)
+    waiting: dict[int, list[int]] = {}
+    pairs: list[tuple[int, int]] = []
+    for c in (c for c in order if surplus[c]):
+        opposite = waiting.get(-int(surplus[c]))
+        if opposite:
+            pairs.append((opposite.pop(0), c))
+        else:
+            waiting.setdefault(int(surplus[c]), []).append(c)
+    rest = sorted((c for cs in waiting.values() for c in cs), key=order.index)
+    ahead, behind = [c for c in rest if surplus[c] > 0], [c for c in rest if surplus[c] < 0]
+    run: list[int] = []
+    total = 0
+    while ahead or behind:
+        more = ahead if (total <= 0 and ahead) or not behind else behind
+        run.append(more.pop(0))
+        total += int(surplus[run[-1]])
+        if total == 0:
+            pairs += pairwise(run)
+            run = []
+    pairs += [(c, int(blocked[0])) for c in run]
+    return np.array(pairs, dtype=np.int64).reshape(-1, 2)
 
 
 def varies(labels: Tensor, dim: int) -> bool:

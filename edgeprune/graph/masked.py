@@ -20,8 +20,9 @@ from torch.utils._pytree import tree_map
 
 from edgeprune.errors import DataError
 from edgeprune.graph.channels import ChannelGraph
+from edgeprune.graph.mixing import Kept, compute_over_kept
 from edgeprune.graph.running import fresh, single_sample, tensors_in
-from edgeprune.graph.slim import mask, named_tensors
+from edgeprune.graph.slim import kept_positions, mask, named_tensors
 from edgeprune.plan import Plan
 
 Bits = NDArray[np.bool_]
@@ -54,6 +55,15 @@ class Masked:
             self._touches[group.name] = tuple(dict.fromkeys(m.parameter for m in group.members))
             for member in group.members:
                 self._axes.setdefault(member.parameter, []).append((member.axis, self.columns[group.name], member.indices))
+        self._graph = graph
+        self._mixing: dict[tuple[str, int], Kept] = {}
+        if graph.mixing:
+            compute_over_kept(self.model, self._mixing)
+
+    @property
+    def mixes(self) -> bool:
+        """Whether operations over the set of channels run over the kept ones: then a forward's operations depend on the mask."""
+        return bool(self._graph.mixing)
 
     def set(self, keep: Bits) -> nn.Module:
         """The copy with exactly the channels of `keep`, bool (channels,), switched on; all of a group may be off.
@@ -71,15 +81,20 @@ class Masked:
                     gone = indices[~keep[part]].reshape(-1)
                     if len(gone):
                         tensor.index_fill_(axis, torch.from_numpy(gone).to(tensor.device), 0)
-        self._keep = keep
+        self._switch(keep)
         return self.model
+
+    def _switch(self, keep: Bits) -> None:
+        self._keep = keep
+        self._mixing.clear()
+        self._mixing.update(kept_positions(self._graph, keep))
 
     def reset(self) -> nn.Module:
         """The copy as dense as it was at first: every channel on, every parameter and buffer at its own value."""
         with torch.no_grad():
             for name, tensor in self._tensors.items():
                 tensor.copy_(self._values[name])
-        self._keep = np.ones(self.channels, dtype=np.bool_)
+        self._switch(np.ones(self.channels, dtype=np.bool_))
         return self.model
 
     def keep_of(self, plan: Plan) -> Bits:
@@ -166,7 +181,7 @@ class _Numbered(TorchDispatchMode):
     """Calls `at(number, func, args, kwargs)` for every operation of a forward, in order."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]  # torch leaves it untyped
         self.calls = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:

@@ -5,12 +5,14 @@ Sizes are checked later: whether a cut or a split was computed from the tensor o
 
 from __future__ import annotations
 
+import math
+from dataclasses import replace
 from typing import Any
 
 import torch
 
 from edgeprune.graph.labels import compact, core, varies
-from edgeprune.graph.rules import Call, Weight, along, core_view, give_up, rule
+from edgeprune.graph.rules import Call, Weight, along, core_view, give_up, meet, rule
 
 FIXED_SIZE = "the network's code cuts or pads its channels at fixed positions"
 
@@ -38,33 +40,61 @@ def move(call: Call) -> Any:
     """Positions move as the data does."""
     labels = call.labels[0]
     if isinstance(labels, Weight):
+        if call.name in ("squeeze", "unsqueeze"):
+            return _reshaped_parameter(call, labels)
         if call.name not in ("t", "transpose", "permute"):
             return give_up(call, "parameter reshaped")
         order = call.func(torch.empty(*range(2, 2 + len(labels.axes)), device="meta"), *call.args[1:]).shape
         return Weight(tuple(labels.axes[n - 2] for n in order))
+    if call.name == "expand" and len(call.shape) == labels.ndim and not any(varies(labels, d) for d in range(labels.ndim)):
+        grown = [d for d, n in enumerate(call.shape) if n != labels.shape[d]]
+        if len(grown) == 1:  # one value for all channels: as many copies as what it meets has channels
+            labels = call.book.fresh(call.shape[grown[0]]).view(*(-1 if d == grown[0] else 1 for d in range(labels.ndim)))
     return call.func(labels, *call.args[1:], **call.kwargs)
 
 
 @rule("view", "_unsafe_view", "reshape", "_reshape_alias", "flatten", "unflatten")
 def reshape(call: Call) -> Any:
-    """Merging axes keeps labels; where one labelled axis is split in two, the parts must stay equal, so they are tied."""
+    """Merging axes keeps labels; where one labelled axis is split, the last part may shrink: positions that differ in the others meet."""
     labels = call.labels[0]
     if isinstance(labels, Weight):
-        return give_up(call, "parameter reshaped")
+        return _reshaped_parameter(call, labels)
     shape = call.shape
     if not any(varies(labels, d) for d in range(labels.ndim)):
         return (labels[(0,) * labels.ndim] if labels.numel() else torch.zeros((), dtype=torch.long)).expand(shape)
     out = compact(labels.reshape(shape))
     for inside, outside in _factors(tuple(labels.shape), shape):
-        if not any(varies(labels, d) for d in inside):
-            continue
-        if len(outside) == 2 and len(inside) == 1:
-            first = out.narrow(outside[0], 0, 1)
-            call.book.tie(out, first)
-            out = first.expand(shape)
-        elif len(outside) > 1:
+        parts = [d for d in outside if varies(out, d)]
+        if labels.ndim == 2 and inside == [1] and len(shape) > 3:
+            parts.reverse()  # features become maps (channels, height, width): the channels may shrink
+        if len(parts) > 1 and len([d for d in inside if varies(labels, d)]) > 1:
             return give_up(call, "an axis with channels is split in a way that fixes its size")
+        for d in parts[:-1]:
+            one = out.narrow(d, 0, 1)
+            call.book.tie(out, one)
+            out = one.expand(shape)
     return out
+
+
+def _reshaped_parameter(call: Call, weight: Weight) -> Any:
+    """Of axes that are merged the first keeps its labels and the others stay whole; of a split axis the last part may shrink."""
+    shape = call.shape
+    axes = [torch.zeros(n, dtype=torch.long) for n in shape]
+    for inside, outside in _factors(weight.shape, shape):
+        if not inside or not outside:
+            continue
+        for d in inside[1:]:
+            call.book.freeze(weight.axes[d], "parameter reshaped")
+        first = weight.axes[inside[0]]
+        merged = first.repeat_interleave(math.prod(weight.shape[d] for d in inside[1:]))
+        out = compact(merged.view([shape[d] for d in outside]))
+        parts = [i for i in range(out.ndim) if varies(out, i)]
+        for i in parts[:-1]:
+            call.book.tie(out, out.narrow(i, 0, 1))
+            out = out.narrow(i, 0, 1).expand(out.shape)
+        for i in parts[-1:]:
+            axes[outside[i]] = along(out, i, call.book)
+    return Weight(tuple(axes))
 
 
 def _factors(before: tuple[int, ...], after: tuple[int, ...]) -> list[tuple[list[int], list[int]]]:
@@ -83,6 +113,18 @@ def _factors(before: tuple[int, ...], after: tuple[int, ...]) -> list[tuple[list
                 break
         pairs.append(([d for d in inside if before[d] > 1], [d for d in outside if after[d] > 1]))
     return pairs
+
+
+@rule("as_strided")
+def restrided(call: Call) -> Any:
+    """Other strides of the same tensor."""
+    if (
+        not isinstance(call.labels[0], Weight)
+        and tuple(call.args[0].shape) == call.shape
+        and call.args[0].is_contiguous() == call.out.is_contiguous()
+    ):
+        return call.labels[0]
+    return give_up(call, "no rule for the operation as_strided")
 
 
 @rule("cat", "concat")
@@ -114,23 +156,43 @@ def stack(call: Call) -> Any:
     return parts[0].unsqueeze(call.argument(1, "dim", 0)).expand(call.shape)
 
 
-@rule("split", "split_with_sizes", "unbind", "chunk")
+@rule("split", "split_with_sizes", "unbind", "chunk", "unsafe_split", "unsafe_split_with_sizes", "unsafe_chunk")
 def split(call: Call) -> Any:
-    """Equal parts of the channels stay equal (tied position by position); unequal parts take their channels with them."""
+    """Equal parts of the channels stay equally long; unequal parts take their channels with them."""
     labels = call.labels[0]
     if isinstance(labels, Weight):
-        return give_up(call, "parameter split")
+        return _split_parameter(call, labels)
     dim = call.argument(1 if call.name == "unbind" else 2, "dim", 0) % labels.ndim
     equal = len({tuple(o.shape) for o in call.out}) == 1
     if varies(labels, dim) and (call.name == "unbind" or not (equal or call.book.may_cut)):
         return give_up(call, FIXED_SIZE)
     parts = call.func(labels, *call.args[1:], **call.kwargs)
     if varies(labels, dim) and equal:
-        for part in parts[1:]:
-            call.book.tie(parts[0], part)
+        call.book.balance([along(part, dim, call.book) for part in parts])
     elif varies(labels, dim):
         call.book.cuts.append(core(labels)[0])
     return parts
+
+
+def _split_parameter(call: Call, weight: Weight) -> Any:
+    """The axis that is split stays whole; the others may shrink."""
+    dim = call.argument(1 if call.name == "unbind" else 2, "dim", 0) % len(weight.axes)
+    call.book.freeze(weight.axes[dim], "parameter split")
+    if call.name == "unbind":
+        return give_up(call, "parameter split")
+    parts = weight.axes[dim].split([part.shape[dim] for part in call.out])
+    return tuple(Weight((*weight.axes[:dim], part, *weight.axes[dim + 1 :])) for part in parts)
+
+
+@rule("glu")
+def gated(call: Call) -> Any:
+    """One half of the channels scales the other, position by position."""
+    labels, dim = call.labels[0], call.argument(1, "dim", -1)
+    if isinstance(labels, Weight):
+        return give_up(call, "parameter in glu")
+    left, right = labels.chunk(2, dim)
+    call.book.tie(left, right)
+    return left
 
 
 @rule("slice", "select", "roll", "narrow", "index_select", "unfold")
@@ -149,6 +211,53 @@ def cut(call: Call) -> Any:
     return call.func(labels, *call.args[1:], **call.kwargs)
 
 
+@rule("index", "gather", "sort", "topk", "argsort", "cummax", "cummin", "kthvalue", "take_along_dim")
+def look_up(call: Call) -> Any:
+    """Positions of axes without channels are picked or reordered."""
+    labels, shape = call.labels[0], call.shape
+    if call.name == "index":
+        return _indexed(call, labels)
+    position = 2 if call.name in ("topk", "kthvalue", "take_along_dim") else 1
+    dim = call.argument(position, "dim", -1)
+    if isinstance(labels, Weight) or isinstance(dim, bool) or not labels.ndim or varies(labels, dim % labels.ndim):
+        return give_up(call, f"{call.name} over the channels")
+    if call.name in ("gather", "take_along_dim") and any(varies(labels, d) and shape[d] != labels.shape[d] for d in range(labels.ndim)):
+        return give_up(call, FIXED_SIZE)
+    found = labels.narrow(dim, 0, 1)
+    found = (found if len(shape) == labels.ndim else found.squeeze(dim)).expand(shape)
+    return tuple(found for _ in call.out) if isinstance(call.out, tuple) else found
+
+
+def _indexed(call: Call, labels: Any) -> Any:
+    indices = call.args[1]
+    if any(i is not None and i.dtype in (torch.bool, torch.uint8) for i in indices):
+        return give_up(call, FIXED_SIZE)
+    if isinstance(labels, Weight):
+        for d in range(len(indices)):
+            if indices[d] is not None:
+                call.book.freeze(labels.axes[d], "a table that is looked up")
+        if indices[0] is None or any(i is not None for i in indices[1:]) or len(labels.axes) != 2:
+            return give_up(call, "a table that is looked up")
+        return labels.axes[1].expand(call.shape)
+    if any(i is not None and varies(labels, d) for d, i in enumerate(indices)):
+        return give_up(call, FIXED_SIZE)
+    ranks = max(i.ndim for i in indices if i is not None)
+    for d, i in enumerate(indices):
+        labels = labels if i is None else labels.narrow(d, 0, 1)
+    first = [None if i is None else torch.zeros([1] * ranks, dtype=torch.long) for i in indices]
+    return call.func(labels, first).expand(call.shape)
+
+
+@rule("embedding")
+def embedding(call: Call) -> Any:
+    """Rows are looked up; the columns are channels."""
+    table = call.labels[0]
+    if not isinstance(table, Weight):
+        return give_up(call, "a table that is looked up")
+    call.book.freeze(table.axes[0], "a table that is looked up")
+    return table.axes[1].expand(call.shape)
+
+
 @rule("constant_pad_nd")
 def pad(call: Call) -> Any:
     """Spatial padding keeps the labels; padding on the channel axis moves them, and the padded positions stay."""
@@ -165,6 +274,38 @@ def pad(call: Call) -> Any:
             fixed = [call.book.frozen((*thin.shape[:dim], n, *thin.shape[dim + 1 :]), FIXED_SIZE) for n in (before, after)]
             labels = torch.cat([fixed[0], thin, fixed[1]], dim).expand(sizes)
     return labels
+
+
+@rule("grid_sampler", "grid_sampler_2d", "grid_sampler_3d")
+def sampled(call: Call) -> Any:
+    """All channels are looked at in the same places."""
+    maps, grid = call.labels[:2]
+    if isinstance(maps, Weight) or isinstance(grid, Weight):
+        return give_up(call, "parameter in grid_sample")
+    call.book.freeze(grid, "places to look at")
+    return along(maps, 1, call.book).view(-1, *[1] * (len(call.shape) - 2)).expand(call.shape)
+
+
+@rule("im2col")
+def unfolded(call: Call) -> Any:
+    """Every channel becomes one channel per position of the window."""
+    maps, window = call.labels[0], call.args[1]
+    if isinstance(maps, Weight):
+        return give_up(call, "parameter in unfold")
+    return along(maps, maps.ndim - 3, call.book).repeat_interleave(math.prod(window)).view(-1, 1).expand(call.shape)
+
+
+@rule("mkldnn_rnn_layer")
+def recurrent(call: Call) -> Any:
+    """What it reads may shrink; its own width stays (four gates share it, and the code makes the first state)."""
+    x, weight = call.labels[:2]
+    if isinstance(x, Weight) or not isinstance(weight, Weight):
+        return give_up(call, "a recurrent layer without input weights")
+    meet(along(x, x.ndim - 1, call.book), weight.axes[1], call.book)
+    for axes in (weight.axes[:1], *(p.axes if isinstance(p, Weight) else (p,) for p in call.labels[2:7])):
+        for labels in axes:
+            call.book.freeze(labels, "the width of a recurrent layer stays")
+    return give_up(replace(call, labels=()), "the width of a recurrent layer stays")
 
 
 @rule("channel_shuffle", "native_channel_shuffle")

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from edgeprune.graph.labels import NEUTRAL, Labels, varies
+from edgeprune.graph.labels import NEUTRAL, Labels, Mixed, compact, varies
 
 
 @dataclass(frozen=True)
@@ -43,6 +43,11 @@ class Call:
     labels: tuple[Any, ...]
     out: Any
     book: Labels
+    ordinal: int = 0  # how many operations of this name ran before
+
+    def mix(self, *reads: tuple[int, int, Tensor], output_axes: tuple[int, ...] = ()) -> None:
+        """It computes over the set of channels: (argument, axis, labels along it) of all it reads; the result may keep the first ones."""
+        self.book.mixed.append(Mixed(self.name, self.ordinal, reads, output_axes))
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -136,7 +141,13 @@ def convolution(call: Call) -> Any:
     """Ties what it reads to the weight's input axis (depthwise and grouped: to the right rows) and emits the output axis."""
     x, weight, bias = call.labels[:3]
     transposed, groups = call.args[6], call.args[8]
-    channels = along(x, x.ndim - len(call.args[1].shape) + 1, call.book)
+    if isinstance(x, Weight):
+        return give_up(call, "parameter read by a convolution")
+    dim = x.ndim - len(call.args[1].shape) + 1
+    space = [d for d in range(dim + 1, x.ndim) if varies(x, d)]
+    if space and not varies(x, dim) and any(varies(compact(x), d) for d in space):
+        return _across_channels(call, compact(x), space)
+    channels = along(x, dim, call.book)
     axis_out, axis_in = (1, 0) if transposed else (0, 1)
     out, read = axis_labels(weight, axis_out), axis_labels(weight, axis_in)
     if groups == 1:
@@ -146,13 +157,20 @@ def convolution(call: Call) -> Any:
         meet(channels[:, None], producing.view(groups, -1), call.book)
         out = producing
     elif transposed:
-        return give_up(call, "grouped transposed convolution")
+        meet(channels, read, call.book)
+        rows = channels.view(groups, -1)
+        call.book.tie(rows, rows[:1])
+        if rows.shape[1] == 1:  # a group is a channel: it goes with all that it makes
+            call.book.freeze(out, "a depthwise transposed convolution makes several channels of each")
+            out = channels.repeat_interleave(len(out))
+        else:
+            out = out.repeat(groups)
     else:
         meet(channels.view(groups, -1), read, call.book)
         rows = out.view(groups, -1)
         call.book.tie(rows, rows[:1])
     if isinstance(bias, Tensor):
-        call.book.tie(out, bias.reshape(-1))
+        meet(out, bias.reshape(-1), call.book)
     dim = len(call.shape) - len(call.args[1].shape) + 1
     return out.view(-1, *[1] * (len(call.shape) - dim - 1)).expand(call.shape)
 
@@ -162,29 +180,66 @@ def linear(call: Call) -> Any:
     """Ties the last axis it reads to the weight and emits the weight's other axis."""
     bias, x, weight = call.labels if call.name == "addmm" else (None, *call.labels)
     if isinstance(x, Weight) or not (isinstance(weight, Weight) or 1 in call.args[-1].shape):
-        return give_up(call, "matrix product of two activations")
+        return product(call)
     read, out = axis_labels(weight, 0), axis_labels(weight, 1)
+    if varies(x, 0) and not varies(x, 1):  # the channels are the rows, as where a network mixes tokens
+        for parameter in (read, out, *([bias.reshape(-1)] if isinstance(bias, Tensor) else [])):
+            call.book.freeze(parameter, "mixes positions, the same way for every channel")
+        return x.narrow(1, 0, 1).expand(call.shape)
     meet(along(x, 1, call.book), read, call.book)
     if isinstance(bias, Tensor):
         call.book.tie(out, bias.reshape(-1))
     return out.expand(call.shape)
 
 
-@rule("native_batch_norm", "_native_batch_norm_legit", "_native_batch_norm_legit_no_training", "cudnn_batch_norm", "batch_norm")
-def batch_norm(call: Call) -> Any:
-    """Ties scale, shift and statistics to the channels."""
-    x = call.labels[0]
-    channels = along(x, 1, call.book) if any(varies(x, d) for d in range(x.ndim) if d != 1) else x.movedim(1, -1)[(0,) * (x.ndim - 1)]
-    for parameter in call.labels[1:5]:
-        if isinstance(parameter, Tensor):
-            meet(channels, parameter.reshape(-1), call.book)
-    return x, *(call.book.frozen(tuple(o.shape), "statistics") for o in call.out[1:])
+def _across_channels(call: Call, x: Tensor, space: list[int]) -> Any:
+    """The channels lie along a spatial axis (efficient channel attention): the kernel slides over those that are left."""
+    weight, bias = call.labels[1:3]
+    dim = next(d for d in space if varies(x, d))
+    if sum(varies(x, d) for d in range(x.ndim)) > 1 or len(call.shape) != x.ndim or call.shape[dim] != x.shape[dim]:
+        return give_up(call, "a convolution slides over the channels")
+    for parameter in (weight, bias):
+        for d in range(len(parameter.shape) if isinstance(parameter, (Tensor, Weight)) else 0):
+            call.book.freeze(axis_labels(parameter, d), "a convolution slides over the channels")
+    channels = along(x, dim, call.book)
+    call.mix((0, dim, channels), output_axes=(dim,))
+    return channels.view(*(-1 if d == dim else 1 for d in range(x.ndim))).expand(call.shape)
 
 
-@rule("native_layer_norm", "native_group_norm", "_fused_rms_norm", "rms_norm")
-def mixing_norm(call: Call) -> Any:
-    """Statistics over channels change when one goes."""
-    return give_up(call, "layer, group or RMS norm computes its statistics over the channels")
+@rule("bmm", "baddbmm")
+def product(call: Call) -> Any:
+    """A product of two activations keeps the rows of the one and the columns of the other; what it sums over stays whole.
+
+    Code that multiplies matrices often divides by a power of the size it sums over: removal there would change more than the sum.
+    """
+    *added, left, right = call.labels
+    if isinstance(left, Tensor) and isinstance(right, Weight) and len(right.axes[0]) == 1 and not added:
+        meet(along(left, 2, call.book), right.axes[1], call.book)
+        return right.axes[2].expand(call.shape)
+    if isinstance(left, Weight) or isinstance(right, Weight):
+        return give_up(call, "matrix product of a parameter and an activation")
+    for labels in added:
+        call.book.freeze(labels, "added to a matrix product")
+    last = left.ndim - 1
+    for labels, dim in ((left, last), (right, last - 1)):
+        if varies(labels, dim):
+            call.book.freeze(labels, "a matrix product sums over these channels (attention)")
+    batch = [labels.narrow(last, 0, 1).narrow(last - 1, 0, 1) for labels in (left, right) if last == 2 and varies(labels, 0)]
+    rows, columns = varies(left, last - 1), varies(right, last)
+    if rows + columns + bool(batch) > 1:
+        return give_up(call, "product of two different channel axes")
+    if batch:
+        call.book.tie(batch[0], batch[-1])
+        return batch[0].expand(call.shape)
+    if rows:
+        return left.narrow(last, 0, 1).expand(call.shape)
+    return right.narrow(last - 1, 0, 1).expand(call.shape)
+
+
+@rule("_scaled_dot_product_flash_attention_for_cpu", "_scaled_dot_product_flash_attention", "_scaled_dot_product_efficient_attention")
+def attention(call: Call) -> Any:
+    """Its kernels need queries, keys and values of one size, and scale by it."""
+    return give_up(call, "attention heads stay whole")
 
 
 POINTWISE = (
@@ -200,6 +255,8 @@ POINTWISE = (
 def pointwise(call: Call) -> Any:
     """Ties the labels that meet. An operand broadcast over the channels ties nothing, unless it has channels of its own."""
     shape = call.shape
+    if (weight := _as_parameter(call, shape)) is not None:
+        return weight
     operands = [_as_tensor(item, call.labels, call.book) for item in _flat(call.labels)]
     operands = [o for o in operands if o.ndim]
     full = []
@@ -213,18 +270,36 @@ def pointwise(call: Call) -> Any:
         ]
         if not missed:
             full.append(labels.expand(shape))
-        elif any(varies(labels, d) for d in range(labels.ndim)):
-            return give_up(call, "product of two different channel axes")
         else:
-            call.book.freeze(labels, "broadcast over channels")
+            mixed = any(varies(labels, d) for d in range(labels.ndim))
+            call.book.freeze(labels, "product of two different channel axes" if mixed else "broadcast over channels")
     if not full:
-        return torch.zeros((), dtype=torch.long).expand(shape)
+        return call.book.frozen(shape, "product of two different channel axes")
     result = full[0]
     for other in full[1:]:
         call.book.tie(result, other)
         if bool((core_view(result) == NEUTRAL).any()):
             result = torch.where(result == NEUTRAL, other, result)
     return (result, result) if isinstance(call.out, tuple) else result
+
+
+def _as_parameter(call: Call, shape: tuple[int, ...]) -> Weight | None:
+    """Arithmetic of a parameter with others or with statistics of it gives a parameter; None where an activation takes part."""
+    operands = [o for o in _flat(call.labels) if o.shape]
+    weights = [o for o in operands if isinstance(o, Weight)]
+    if not weights or weights[0].shape != shape or isinstance(call.out, tuple):
+        return None
+    axes = weights[0].axes
+    long = [d for d in range(len(shape)) if shape[d] > 1]
+    for other in operands:
+        missed = [d for d in long if len(shape) - d > len(other.shape) or other.shape[d - len(shape)] == 1]
+        if isinstance(other, Tensor) and not missed:
+            return None
+    for other in operands:
+        for d in range(-len(other.shape), 0):
+            if other.shape[d] > 1:
+                call.book.tie(axes[d], axis_labels(other, len(other.shape) + d))
+    return Weight(axes)
 
 
 def core_view(labels: Tensor) -> Tensor:
@@ -275,19 +350,3 @@ def resize(call: Call) -> Any:
     if resized is None:
         return give_up(call, f"{call.name} changes the number of channels")
     return (resized, resized) if isinstance(call.out, tuple) else resized
-
-
-@rule("mean", "sum", "amax", "amin", "var", "std", "linalg_vector_norm", "logsumexp", "max", "min", "prod", "var_mean", "norm")
-def reduce(call: Call) -> Any:
-    """Reducing over space keeps the channels; reducing over channels mixes them."""
-    labels = call.labels[0]
-    dims = call.argument(2 if call.name in ("linalg_vector_norm", "norm") else 1, "dim")
-    if isinstance(labels, Weight) or dims is None or isinstance(dims, Tensor):
-        return give_up(call, f"{call.name} over everything")
-    dims = sorted({d % labels.ndim for d in ([dims] if isinstance(dims, int) else dims)}, reverse=True)
-    if not dims or any(varies(labels, d) for d in dims):
-        return give_up(call, f"{call.name} over the channels")
-    keeps = len(call.shape) == labels.ndim
-    for d in dims:
-        labels = labels.narrow(d, 0, 1) if keeps else labels.select(d, 0)
-    return (labels, labels) if isinstance(call.out, tuple) else labels

@@ -46,8 +46,10 @@ class Observer(TorchDispatchMode):
 def single_sample(example_inputs: Any) -> tuple[Any, ...]:
     """The forward's positional arguments with batches cut to their first sample."""
     inputs = tuple(example_inputs) if isinstance(example_inputs, (tuple, list)) else (example_inputs,)
-    sizes = {t.shape[0] if t.ndim else 0 for t in tensors_in(inputs)}
-    if len(sizes) == 1 and sizes.pop() > 1:
+    leaves = list(tensors_in(inputs))
+    sizes = {t.shape[0] if t.ndim else 0 for t in leaves}
+    images = any(t.ndim == 3 for a in inputs if isinstance(a, (list, tuple)) for t in tensors_in(a))  # detectors take lists of these
+    if len(sizes) == 1 and sizes.pop() > 1 and not images:
         inputs = tree_map(lambda t: t[:1] if isinstance(t, Tensor) else t, inputs)
     return fresh(inputs)
 
@@ -87,11 +89,14 @@ def evaluating(model: nn.Module) -> Iterator[None]:
     By the flags alone: exported programs refuse `eval()`, and a network's own `train()` may do things that no flag undoes.
     """
     training = [(m, m.training) for m in model.modules()]
+    fused_attention = torch.backends.mha.get_fastpath_enabled()
     try:
+        torch.backends.mha.set_fastpath_enabled(False)  # one operation for a whole transformer layer says nothing about its channels
         for module, _ in training:
             module.training = False
         yield
     finally:
+        torch.backends.mha.set_fastpath_enabled(fused_attention)
         for module, flag in training:
             module.training = flag
 
@@ -138,3 +143,9 @@ def tensors_in(value: Any) -> Iterator[Tensor]:
 def first_line(error: BaseException) -> str:
     """What an error says, on one line; its type where it says nothing."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+def operation_name(func: Any) -> str:
+    """The name of a dispatched operation; an in-place variant has the name of the other one."""
+    name: str = func.__name__.split(".")[0]
+    return name if name.endswith("__") else name.rstrip("_")

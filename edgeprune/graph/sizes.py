@@ -28,6 +28,7 @@ _RESULT = {
     **dict.fromkeys(("view", "reshape", "_unsafe_view", "expand", "broadcast_to", "new_zeros", "new_ones", "new_full"), 1),
     **dict.fromkeys(("zeros", "ones", "full"), 0),
 }
+_NORMS = ("layer_norm", "rms_norm")  # the sizes of the last axes stand second
 _CUTS = ("split", "split_with_sizes", "chunk", "slice", "narrow")  # the argument is a place on an axis of what is read
 _GROUPS = {"conv1d": 6, "conv2d": 6, "conv3d": 6, "conv_transpose1d": 6, "conv_transpose2d": 6, "conv_transpose3d": 6, "convolution": 8}
 
@@ -90,6 +91,8 @@ class _Reader(fx.Interpreter):
         result = super().run_node(n)
         if name in _RESULT:
             self.sized.append((n.name, (self._tracing.labels_of(result), None)))
+        elif name in _NORMS and isinstance(normed := self._tracing.labels_of(result), Tensor):
+            self.sized.append((n.name, (normed[(0,) * (normed.ndim - len(args[1]))], None)))
         elif name in _CUTS:
             dim = cut_axis(n, name) % args[0].ndim
             self.sized.append((n.name, (self.reads[n.name][0], dim)))
@@ -136,6 +139,10 @@ def _rewrite_node(node: fx.Node, name: str, axes: Mapping[int, Kept]) -> None:
     if name in _RESULT:
         sizes = _resized(node, list(node.args[_RESULT[name]]), axes)  # type: ignore[arg-type]  # a list of sizes
         node.update_arg(_RESULT[name], sizes)
+        return
+    if name in _NORMS:
+        lengths: list[Any] = list(node.args[1])  # type: ignore[arg-type]  # a list of sizes
+        node.update_arg(1, [int(axes[i].sum()) if i in axes else n for i, n in enumerate(lengths)])
         return
     ((axis, stays),) = axes.items()
     if name in _GROUPS:

@@ -7,8 +7,9 @@ everything the removed channels own set to zero. Both must compute the same func
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Iterator, Mapping, MutableMapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -22,6 +23,7 @@ from edgeprune.errors import SlimError
 from edgeprune.graph.channels import ChannelGraph
 from edgeprune.graph.duplicate import duplicate
 from edgeprune.graph.exported import Exported, Unexportable, assembled, copy_graph, exported, is_exported
+from edgeprune.graph.mixing import Kept, compute_over_kept
 from edgeprune.graph.running import evaluating, first_line, fresh, made_up, single_sample, tensors_in
 from edgeprune.graph.sizes import Stuck, rewrite
 from edgeprune.plan import Plan
@@ -102,22 +104,51 @@ def _resized(model: nn.Module, graph: ChannelGraph, plan: Plan) -> dict[int, Any
 
 
 def mask(model: nn.Module, graph: ChannelGraph, plan: Plan) -> nn.Module:
-    """The dense twin: a copy in which all weights of the channels that the plan leaves out are zero; `model` is untouched."""
+    """The dense twin: a copy in which all weights of the channels that the plan leaves out are zero; `model` is untouched.
+
+    Norms and sums over channels are computed over the kept ones in it (mixing.py): zeros would count there.
+    """
     zeroed = _copied(model)
     tensors = dict(named_tensors(zeroed))
     with torch.no_grad():
         for (name, axis), positions in removed_positions(graph, plan).items():
             tensors[name].index_fill_(axis, torch.from_numpy(np.flatnonzero(positions)).to(tensors[name].device), 0)
+    if thin := kept_positions(graph, _keep_vector(graph, plan)):
+        compute_over_kept(zeroed, thin)
     return zeroed
+
+
+def _keep_vector(graph: ChannelGraph, plan: Plan) -> NDArray[np.bool_]:
+    keeps = [np.isin(np.arange(g.channels), plan.keep.get(g.name, range(g.channels))) for g in graph.groups]
+    return np.concatenate([*keeps, np.zeros(0, dtype=np.bool_)])
+
+
+def kept_positions(graph: ChannelGraph, keep: NDArray[np.bool_]) -> dict[tuple[str, int], Kept]:
+    """For every operation over channels that loses some, but not all: the kept positions of each of its reads.
+
+    `keep`: bool, all channels of all groups in the order of `graph.groups`.
+    """
+    offsets = np.cumsum([0, *(g.channels for g in graph.groups)])
+    kept = np.append(keep, True)  # the last one stands for positions that always stay
+    found: dict[tuple[str, int], Kept] = {}
+    for mixing in graph.mixing:
+        stays = [kept[np.where(r.groups < 0, len(kept) - 1, offsets[r.groups] + r.channels)] for r in mixing.reads]
+        if all(s.any() for s in stays) and not all(s.all() for s in stays):
+            found[mixing.op, mixing.ordinal] = (mixing, tuple(torch.from_numpy(np.flatnonzero(s)) for s in stays))
+    return found
 
 
 @dataclass(frozen=True)
 class Proof:
-    """How far slim and mask are apart, as a share of how far the output moves between two inputs."""
+    """How far slim and mask are apart, as a share of how far the output moves between two inputs.
+
+    `kept_only`: norms and sums over channels that mask computes over the kept channels alone (mixing.py); 0 where zeros are exact.
+    """
 
     max_relative_error: float
     samples: int
     dtype: str
+    kept_only: int = 0
 
 
 def prove(model: nn.Module, graph: ChannelGraph, plan: Plan, small: nn.Module, example_inputs: Any) -> Proof:
@@ -127,18 +158,18 @@ def prove(model: nn.Module, graph: ChannelGraph, plan: Plan, small: nn.Module, e
     the slim network does not run.
     """
     inputs = single_sample(example_inputs)
-    twin = mask(model, graph, plan)
+    twin, kept_only = mask(model, graph, plan), len(kept_positions(graph, _keep_vector(graph, plan)))
     try:
         twin64, inputs64 = twin.double(), tree_map(_double, inputs)
         with torch.no_grad(), evaluating(twin64):
             twin64(*fresh(inputs64))
-        return _compare(copy.deepcopy(small).double(), twin64, inputs64, 1e-9)
+        return replace(_compare(copy.deepcopy(small).double(), twin64, inputs64, 1e-9), kept_only=kept_only)
     except RuntimeError:  # the network casts to a fixed type somewhere
         pass
     except SlimError:
         if not (isinstance(small, Exported) and small.meta.get("casts")):
             raise
-    return _compare(small, mask(model, graph, plan), inputs, 1e-4)
+    return replace(_compare(small, mask(model, graph, plan), inputs, 1e-4), kept_only=kept_only)
 
 
 def _double(value: Any) -> Any:
@@ -167,13 +198,13 @@ def _compare(small: nn.Module, twin: nn.Module, inputs: tuple[Any, ...], toleran
             ) from error
     for a, b in zip(expected[0], expected[1], strict=True):
         if a.shape == b.shape and a.numel():
-            moved = max(moved, float((a - b).abs().max()))
+            moved = max(moved, float((a - b).nan_to_num(0.0, 0.0, 0.0).abs().max()))
     for reference, result in zip(expected, got, strict=True):
         for a, b in zip(reference, result, strict=True):
             if a.shape != b.shape:
                 raise SlimError(f"the slim network returns {tuple(b.shape)} where the dense one returns {tuple(a.shape)}.")
             if a.numel():
-                gap, largest = max(gap, float((a - b).abs().max())), max(largest, float(a.abs().max()))
+                gap, largest = max(gap, _apart(a, b)), max(largest, float(a.nan_to_num(0.0, 0.0, 0.0).abs().max()))
     # Outputs that hardly move, because the inputs are integers or few channels are left, differ by rounding alone.
     rounding = 64 * torch.finfo(expected[0][0].dtype).eps / tolerance * largest
     scale = max(moved, rounding)
@@ -185,6 +216,14 @@ def _compare(small: nn.Module, twin: nn.Module, inputs: tuple[Any, ...], toleran
             "the network uses channels in a way tracing did not see. Nothing was written; please report the network's layer types."
         )
     return Proof(relative, len(expected), dtype)
+
+
+def _apart(a: Tensor, b: Tensor) -> float:
+    """The largest difference; infinite where only one of both is a number, or where none is: nothing would be compared."""
+    if not bool(a.isfinite().any()):
+        return math.inf
+    same = (a == b) | (a.isnan() & b.isnan())
+    return float(torch.where(same, 0.0, (a - b).abs()).nan_to_num(math.inf, math.inf).max())
 
 
 def resize(module: nn.Module, tensors: Mapping[str, Tensor]) -> None:
@@ -206,6 +245,8 @@ def resize(module: nn.Module, tensors: Mapping[str, Tensor]) -> None:
 
 
 def _remember_sizes(layer: nn.Module) -> None:
+    if isinstance(layer, (nn.RNNBase, nn.RNNCellBase)):
+        layer.input_size = getattr(layer, "weight_ih" if isinstance(layer, nn.RNNCellBase) else "weight_ih_l0").shape[1]
     weight = getattr(layer, "weight", None)
     weight = getattr(layer, "running_mean", None) if weight is None else weight  # a norm without scale
     if not isinstance(weight, Tensor):
@@ -226,6 +267,11 @@ def _remember_sizes(layer: nn.Module) -> None:
         layer.num_embeddings, layer.embedding_dim = weight.shape
     elif isinstance(layer, nn.modules.batchnorm._NormBase):
         layer.num_features = weight.shape[0]
+    elif isinstance(getattr(layer, "normalized_shape", None), tuple):  # layer and RMS norms, also those that libraries bring
+        setattr(layer, "normalized_shape", tuple(weight.shape))  # noqa: B010  not declared on a bare Module
+    elif isinstance(layer, nn.GroupNorm):
+        layer.num_groups = weight.shape[0] if layer.num_groups == layer.num_channels else layer.num_groups
+        layer.num_channels = weight.shape[0]
     elif isinstance(layer, nn.PReLU):
         layer.num_parameters = weight.shape[0]
 

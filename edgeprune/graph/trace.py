@@ -8,6 +8,7 @@ can be traced. The same run records the operations with their sizes for the cost
 from __future__ import annotations
 
 import gc
+from collections import Counter
 from collections.abc import Iterable, Iterator, MutableMapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -26,7 +27,7 @@ from edgeprune.graph.kinds import KINDS
 from edgeprune.graph.labels import Labels, core, varies
 from edgeprune.graph.rehearse import Misfit, misfit, stuck
 from edgeprune.graph.rules import RULES, Call, Labelled, Weight, give_up
-from edgeprune.graph.running import Observer, described, evaluating, first_line, fresh, single_sample, tensors_in
+from edgeprune.graph.running import Observer, described, evaluating, first_line, fresh, operation_name, single_sample, tensors_in
 from edgeprune.graph.sizes import read
 from edgeprune.graph.slim import remember
 
@@ -98,7 +99,9 @@ def _run(model: nn.Module, inputs: tuple[Any, ...], book: Labels) -> _Tracer:
 def _of_exported(network: Exported, model: nn.Module, tracer: _Tracer, inputs: tuple[Any, ...]) -> ChannelGraph:
     """The graph with the numbers that the exported network holds; raises Unexportable where an operation takes no other number."""
     second = _Tracer(model, tracer.book, tracer.axes)
+    mixed = list(tracer.book.mixed)
     reading = read(network, fresh(inputs), second)
+    tracer.book.mixed[:] = mixed  # the dense twin runs the user's own code
     tracer.exported, removable = (described(inputs), reading.axes), -1
     while True:
         graph = build(tracer)
@@ -148,6 +151,7 @@ class _Tracer(Observer):
         self.varying: list[tuple[int, Tensor] | None] = []
         self.ops: list[Op] = []
         self.calls = 0
+        self.seen_names: Counter[str] = Counter()
         self.inputs: list[int] = []
         self.outputs: list[int] = []
 
@@ -226,13 +230,12 @@ class _Tracer(Observer):
         read: list[_Seen] = []
         labels = self._labelled(args, read)
         out = func(*args, **kwargs)
-        name = func.__name__.split(".")[0]
-        if not name.endswith("__"):
-            name = name.rstrip("_")
-        call = Call(name, func, args, kwargs, labels, out, self.book)
+        name = operation_name(func)
+        call = Call(name, func, args, kwargs, labels, out, self.book, self.seen_names[name])
+        self.seen_names[name] += 1
         try:
             result = RULES[name](call) if name in RULES else give_up(call, f"no rule for the operation {name}")
-        except (RuntimeError, IndexError, ValueError, TypeError) as error:
+        except (RuntimeError, IndexError, ValueError, TypeError, AttributeError) as error:
             result = give_up(call, f"the operation {name} is used in a way no rule covers ({first_line(error)[:80]})")
         self._record(call, result, read)
         return out
@@ -281,6 +284,10 @@ class _Tracer(Observer):
             return weight, {}
         transposed = kind == "conv" and call.args[6]
         self.producers.setdefault((weight, 1 if transposed else 0))
+        made = call.labels[-1].axes[-1] if kind == "linear" and isinstance(call.labels[-1], Weight) else None
+        if made is not None and any(made is self.axes.get((weight, d)) for d in range(1, len(self.tensors[weight].shape))):
+            self.producers.pop((weight, 0))  # the code multiplies with it as it stands, not transposed
+            self.producers.setdefault((weight, len(self.tensors[weight].shape) - 1))
         if kind == "linear":
             return weight, {"positions": int(np.prod(call.args[-2].shape[:-1]))}
         spatial = call.args[0].shape if transposed else call.shape

@@ -6,6 +6,8 @@ network records its outputs at random positions, one run of the slim network sto
 weights: two forward passes in all. A layer that writes into a residual sum is fitted to what the sum lacks, so errors of earlier
 blocks are mended by later ones. What the fit cannot give back to a weight (the intercept) goes into the layer's bias or into the
 running mean of the batch norm behind it; the other statistics stay, because in the least-squares sense they fit.
+Where a ReLU follows, a value that should be negative may be any negative value: the fit is repeated with such targets moved to where
+the layer already is, with the moments in hand (each round lowers the convex error that forgives what the ReLU cuts off).
 Source: reconstruction by least squares after He, Zhang, Sun, "Channel Pruning for Accelerating Very Deep Neural Networks", ICCV 2017.
 """
 
@@ -15,12 +17,11 @@ import copy
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from edgeprune.data import Split
@@ -31,9 +32,12 @@ from edgeprune.graph.slim import named_tensors, recall, removed_positions
 from edgeprune.graph.trace import trace
 from edgeprune.plan import Plan
 from edgeprune.train import Progress, silent
+from edgeprune.train.moments import Moments, conv_patches, sampled_places
 
 POSITIONS = 48
+RECTIFY_ROUNDS = 3
 PATCH_BYTES = 256 << 20
+KEPT_BYTES = 512 << 20
 MEMORY_BYTES = 3 << 30
 
 
@@ -73,13 +77,17 @@ def reconstruct(
 
 @dataclass(frozen=True, eq=False)
 class _Target:
-    """One layer to refit: its operation, the outputs that stay, the batch norm behind it, and the call whose result is added to it."""
+    """One layer to refit: its operation, the outputs that stay, the batch norm behind it, the call whose result is added to it.
+
+    `rectified`: what comes of that goes through a ReLU and nowhere else.
+    """
 
     op: Op
     kept: Tensor
     norm: str | None
     places: Tensor
     beside: int | None
+    rectified: bool
 
 
 def _targets(graph: ChannelGraph, plan: Plan) -> dict[int, _Target]:
@@ -99,10 +107,21 @@ def _targets(graph: ChannelGraph, plan: Plan) -> dict[int, _Target]:
         norm = norms.get(op.output)
         norm = norm if norm and norm.removesuffix("weight") + "running_mean" in graph.shapes else None
         spatial = int(np.prod(graph.activations[op.output].shape[2:])) if op.kind == "conv" else 1
-        generator = torch.Generator().manual_seed(op.call)
-        places = torch.randperm(spatial, generator=generator)[:POSITIONS].sort().values
-        targets[op.call] = _Target(op, torch.from_numpy(np.flatnonzero(~lost)), norm, places, _beside(graph, op))
+        places = sampled_places([spatial], POSITIONS, op.call)
+        kept = torch.from_numpy(np.flatnonzero(~lost))
+        targets[op.call] = _Target(op, kept, norm, places, _beside(graph, op), _rectified(graph, op))
     return targets
+
+
+def _rectified(graph: ChannelGraph, op: Op) -> bool:
+    """Whether a layer's result goes, through its norm and a sum at most, into a ReLU and nowhere else."""
+    number = op.output
+    for kind in ("norm", "add"):
+        readers = [o for o in graph.ops if number in o.inputs]
+        if len(readers) == 1 and readers[0].kind == kind:
+            number = readers[0].output
+    readers = [o for o in graph.ops if number in o.inputs]
+    return len(readers) == 1 and readers[0].name == "relu" and number not in graph.output_activations
 
 
 def _beside(graph: ChannelGraph, op: Op) -> int | None:
@@ -199,33 +218,52 @@ class _Refitter(TorchDispatchMode):
         return out
 
     def _refit(self, target: _Target, args: tuple[Any, ...]) -> None:
-        wanted = self._wanted["output", target.op.call]
+        wanted, beside = self._wanted["output", target.op.call], None
+        affine = self._affine(target)
         if target.beside is not None:
-            lacking = self._wanted["beside", target.op.call] - self._sums.pop(target.op.call)
-            wanted = wanted + lacking * self._gain(target)[:, None]
-        outputs = wanted.movedim(1, 2).reshape(-1, wanted.shape[1])
+            beside = self._sums.pop(target.op.call)
+            lacking = self._wanted["beside", target.op.call] - beside
+            wanted = wanted + lacking * affine.inverse[:, None]
         weight = self._tensors[target.op.weight or ""]
         bias = args[2] if target.op.kind == "conv" else (args[0] if target.op.name == "addmm" else None)
         mean = self._tensors[target.norm.removesuffix("weight") + "running_mean"] if target.norm and bias is None else None
         groups = target.op.groups
-        moments = _Moments(groups, weight.shape[1:].numel(), weight.shape[0] // groups)
-        for x, y in _chunks(target, args, outputs):
-            moments.add(x, y)
-        free = bias is not None or mean is not None
-        solved, intercept = moments.solve(weight.reshape(groups, weight.shape[0] // groups, -1), self._ridge, free=free)
-        weight.copy_(solved.reshape(weight.shape))
+        fit = _Fit(weight.reshape(groups, weight.shape[0] // groups, -1), self._ridge, free=bias is not None or mean is not None)
+        for x, y in _chunks(target, args, _rows(wanted)):
+            fit.add(x, y)
+        fit.solve()
+        if target.rectified and groups == 1 and fit.free:
+            fit.rectify(affine, None if beside is None else _rows(beside))
+        weight.copy_(fit.weight.reshape(weight.shape))
         if bias is not None:
-            bias.copy_(intercept)
+            bias.copy_(fit.intercept.reshape(-1))
         elif mean is not None:
-            mean.sub_(intercept.to(mean.dtype))
+            mean.sub_(fit.intercept.reshape(-1).to(mean.dtype))
 
-    def _gain(self, target: _Target) -> Tensor:
-        """How much a layer's output must change for its norm's output to change by one, (outputs that stay,)."""
+    def _affine(self, target: _Target) -> _Affine:
+        """What the norm behind a layer does to its outputs."""
         if target.norm is None:
-            return torch.ones(len(target.kept))
+            ones = torch.ones(len(target.kept))
+            return _Affine(ones, torch.zeros_like(ones), ones)
+        name = target.norm.removesuffix("weight")
         scale = self._tensors[target.norm]
-        spread = (self._tensors[target.norm.removesuffix("weight") + "running_var"] + 1e-5).sqrt()
-        return torch.where(scale.abs() > 1e-3, spread / scale, torch.zeros_like(scale))
+        spread = (self._tensors[name + "running_var"] + 1e-5).sqrt()
+        gain = scale / spread
+        shift = self._tensors[name + "bias"] - self._tensors[name + "running_mean"] * gain
+        return _Affine(gain, shift, torch.where(scale.abs() > 1e-3, spread / scale, torch.zeros_like(scale)))
+
+
+class _Affine(NamedTuple):
+    """z = gain * y + shift, for each output; `inverse` is 1 / gain, or 0 where a norm hardly passes an output on."""
+
+    gain: Tensor
+    shift: Tensor
+    inverse: Tensor
+
+
+def _rows(values: Tensor) -> Tensor:
+    """(images, outputs, places) -> (images * places, outputs)."""
+    return values.movedim(1, 2).reshape(-1, values.shape[1])
 
 
 def _chunks(target: _Target, args: tuple[Any, ...], outputs: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
@@ -235,45 +273,68 @@ def _chunks(target: _Target, args: tuple[Any, ...], outputs: Tensor) -> Iterator
         x = args[-2]
         yield x[:, None], outputs[:, None]
         return
-    x, weight, _, stride, padding, dilation = args[:6]
-    kernel = weight.shape[2:]
+    x, weight = args[:2]
+    spatial = [(n + 2 * p - d * (k - 1) - 1) // s + 1 for n, k, s, p, d in zip(x.shape[2:], weight.shape[2:], *_lists(args), strict=True)]
     places = len(target.places)
-    per_image = 4 * x.shape[1] * kernel.numel() * int(np.prod(x.shape[2:]))
-    step = max(1, PATCH_BYTES // max(1, per_image))
+    step = max(1, PATCH_BYTES // (4 * places * x.shape[1] * weight.shape[2:].numel()))
     for start in range(0, len(x), step):
-        patches = F.unfold(x[start : start + step], kernel, dilation=dilation, padding=padding, stride=stride)[:, :, target.places]
-        rows = patches.movedim(1, 2).reshape(patches.shape[0] * places, groups, -1)
+        patches = conv_patches(x[start : start + step], weight, args[3:6], spatial, target.places)
+        rows = patches.reshape(patches.shape[0] * places, groups, -1)
         yield rows, outputs[start * places : start * places + len(rows)].reshape(len(rows), groups, -1)
 
 
-class _Moments:
-    """First and second moments of inputs and wanted outputs, float64, one set per conv group."""
+def _lists(args: tuple[Any, ...]) -> list[list[int]]:
+    """Stride, padding and dilation of a conv's arguments, one number for each spatial axis."""
+    axes = args[0].ndim - 2
+    return [list(v) * axes if len(v) == 1 else list(v) for v in args[3:6]]
 
-    def __init__(self, groups: int, values: int, outputs: int) -> None:
-        self.n = 0
-        self.sum_x = torch.zeros(groups, values, dtype=torch.float64)
-        self.sum_y = torch.zeros(groups, outputs, dtype=torch.float64)
-        self.xx = torch.zeros(groups, values, values, dtype=torch.float64)
-        self.xy = torch.zeros(groups, values, outputs, dtype=torch.float64)
+
+class _Fit:
+    """Ridge regression of a layer's wanted outputs on its inputs, pulled towards the weights it has; one for each conv group.
+
+    `free`: the intercept may be anything, else it is 0. After `solve`: `weight` (groups, outputs, values), `intercept` (groups, outputs).
+    """
+
+    def __init__(self, present: Tensor, ridge: float, *, free: bool) -> None:
+        self.free = free
+        self.weight = present.double()
+        self.intercept = torch.zeros(present.shape[:2], dtype=torch.float64)
+        self._ridge = ridge
+        self._moments = Moments(present.shape[0], present.shape[1] + present.shape[2])
+        self._seen: list[tuple[Tensor, Tensor]] = []
+        self._bytes = 0
 
     def add(self, x: Tensor, y: Tensor) -> None:
-        """Rows x (rows, groups, values), y (rows, groups, outputs)."""
-        a, b = x.double().movedim(0, 1), y.double().movedim(0, 1)
-        self.n += x.shape[0]
-        self.sum_x += a.sum(1)
-        self.sum_y += b.sum(1)
-        self.xx += a.transpose(1, 2) @ a
-        self.xy += a.transpose(1, 2) @ b
+        """Rows x (rows, groups, values), y (rows, groups, outputs); those of the first half gigabyte are kept to look at again."""
+        self._moments.add(torch.cat([x, y], dim=2))
+        if self._bytes < KEPT_BYTES:
+            self._bytes += 4 * x.numel()
+            self._seen.append((x, y))
 
-    def solve(self, present: Tensor, ridge: float, *, free: bool) -> tuple[Tensor, Tensor]:
-        """Weights (groups, outputs, values) and intercept (outputs of all groups,); `free`: the intercept may be anything, else 0."""
-        mean_x, mean_y = self.sum_x / self.n, self.sum_y / self.n
-        xx, xy = self.xx / self.n, self.xy / self.n
-        if free:
-            xx = xx - mean_x[:, :, None] * mean_x[:, None, :]
-            xy = xy - mean_x[:, :, None] * mean_y[:, None, :]
-        pull = ridge * xx.diagonal(dim1=1, dim2=2).mean(1).clamp(min=1e-12)
-        eye = torch.eye(xx.shape[1], dtype=torch.float64)
-        solved = torch.linalg.solve(xx + pull[:, None, None] * eye, xy + pull[:, None, None] * present.double().transpose(1, 2))
-        intercept = mean_y - (mean_x[:, None, :] @ solved)[:, 0] if free else torch.zeros_like(mean_y)
-        return solved.transpose(1, 2), intercept.reshape(-1)
+    def solve(self) -> None:
+        """The weights and the intercept that fit best."""
+        second, mean = self._moments.covariance(), self._moments.mean()
+        if not self.free:
+            second = second + mean[:, :, None] * mean[:, None, :]
+        values = self.weight.shape[2]
+        xx, xy = second[:, :values, :values], second[:, :values, values:]
+        pull = (self._ridge * xx.diagonal(dim1=1, dim2=2).mean(1).clamp(min=1e-12))[:, None, None]
+        self._factor = torch.linalg.cholesky(xx + pull * torch.eye(values, dtype=torch.float64))
+        self._mean = mean[:, None, :values]
+        self.weight = torch.cholesky_solve(xy + pull * self.weight.transpose(1, 2), self._factor).transpose(1, 2)
+        if self.free:
+            self.intercept = mean[:, values:] - (self._mean @ self.weight.transpose(1, 2))[:, 0]
+
+    def rectify(self, affine: _Affine, beside: Tensor | None) -> None:
+        """Refit to what passes a ReLU behind z = gain * y + shift (+ beside, (rows, outputs)); layers without conv groups."""
+        x, y = (torch.cat(parts)[:, 0] for parts in zip(*self._seen, strict=True))
+        offset = affine.shift if beside is None else affine.shift + beside[: len(x)]
+        wanted = y * affine.gain + offset
+        for _ in range(RECTIFY_ROUNDS):
+            present = (x @ self.weight[0].T.to(x.dtype) + self.intercept[0].to(x.dtype)) * affine.gain + offset
+            rest = (torch.where(wanted > 0, wanted, present.clamp(max=0)) - present) * affine.inverse
+            mean = rest.mean(dim=0).double()
+            cross = (x.T @ rest).double() / len(x) - self._mean[0].T * mean
+            step = torch.cholesky_solve(cross, self._factor[0])
+            self.weight = self.weight + step.T
+            self.intercept = self.intercept + mean - self._mean[0] @ step

@@ -12,7 +12,8 @@ import torch
 from torch import nn
 
 from edgeprune.allocate import allocate
-from edgeprune.allocate.search import NORMALISERS, Search
+from edgeprune.allocate.search import Search
+from edgeprune.criteria import NORMALISERS
 from edgeprune.errors import BudgetError, UsageError
 from edgeprune.graph.trace import trace
 from edgeprune.plan import Budget, Plan, Scores

@@ -260,7 +260,7 @@ def chain(scale: float) -> nn.Sequential:
     torch.manual_seed(3)
     net = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 7), nn.ReLU(), nn.Linear(7, 5), nn.Linear(5, 3)).double()
     with torch.no_grad():
-        net[5].weight.mul_(scale)
+        net.get_parameter("5.weight").mul_(scale)
     return net
 
 
@@ -281,7 +281,7 @@ def test_in_the_unit_of_the_outputs_a_score_is_the_mean_squared_change_of_the_ou
     found = scored(model, x, measure="outputs", order="single").values["2"]
     hidden = inputs_of(model, "4", x).numpy()
     hidden = hidden - hidden.mean(axis=0)
-    first, last = (model[i].weight.detach().numpy() for i in (4, 5))
+    first, last = (model.get_parameter(f"{i}.weight").detach().numpy() for i in (4, 5))
     y = hidden @ first.T
     for channel in range(7):
         rest = np.delete(hidden, channel, axis=1)
@@ -296,7 +296,7 @@ def test_measures_without_differentiable_outputs_or_visible_weights() -> None:
             super().__init__()
             self.net = chain(1.0)
 
-        def forward(self, x: Tensor) -> Tensor:
+        def forward(self, x: Tensor) -> Any:
             return self.net(x).argmax(1)
 
     x = torch.randn(16, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(0))

@@ -60,3 +60,41 @@ def test_compact_finds_repeated_labels_in_a_copy() -> None:
     again = compact(copied)
     assert not varies(again, 1)
     assert torch.equal(again, copied)
+
+
+def test_balanced_parts_keep_as_many_and_tie_as_little_as_they_can() -> None:
+    book = Labels()
+    left, right = book.fresh(3), book.fresh(3)
+    book.balance([left, right])
+    classes, _ = book.resolve()
+    assert len(set(classes[left.numpy()].tolist())) == 3, "one of the left goes with one of the right"
+    assert set(classes[left.numpy()].tolist()) == set(classes[right.numpy()].tolist())
+
+
+def test_what_is_balanced_already_is_left_alone() -> None:
+    book = Labels()
+    mixed = book.fresh(4)
+    book.tie(mixed[:2], mixed[[3, 2]])
+    book.balance([mixed[:2], mixed[2:]])
+    classes, _ = book.resolve()
+    assert classes[mixed[0]] == classes[mixed[3]] != classes[mixed[1]] == classes[mixed[2]]
+
+
+def test_surpluses_that_do_not_cancel_pairwise_cancel_in_runs() -> None:
+    book = Labels()
+    left, right = book.fresh(4), book.fresh(4)
+    book.tie(left[:2], left[:1])  # a class of two, against four classes of one
+    book.balance([left, right])
+    classes, reasons = book.resolve()
+    for one in set(classes[left.numpy()].tolist()):
+        assert (classes[left.numpy()] == one).sum() == (classes[right.numpy()] == one).sum()
+        assert one not in reasons
+
+
+def test_what_cannot_be_balanced_stays() -> None:
+    book = Labels()
+    left, right = book.fresh(2), book.fresh(2)
+    book.freeze(right, "said so")
+    book.balance([left, right])
+    classes, reasons = book.resolve()
+    assert {reasons[int(c)] for c in classes[left.numpy()]} <= {"said so", "single position"}
