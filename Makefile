@@ -34,8 +34,11 @@ bench-cost: .venv/.dev  ## refit every shipped latency constant from the public 
 bench-criteria: .venv/.dev  ## every criterion on CIFAR-10 ResNets (EDGEPRUNE_DATA; goes on where it was; over an hour on one core)
 	$(BIN)/python -m benchmarks.criteria
 
-bench-graph: .venv/.dev  ## trace and slim the 87 library networks of the list in EDGEPRUNE_DATA
+bench-graph: .venv/.dev  ## trace and slim: the 87 library networks of the list in EDGEPRUNE_DATA, speed beside Torch-Pruning, growth with depth
+	$(PIP) --no-deps torch-pruning==1.6.1
 	$(BIN)/python -m benchmarks.graph coverage
+	$(BIN)/python -m benchmarks.graph speed
+	$(BIN)/python -m benchmarks.graph depth
 
 clean:
 	rm -rf .venv .mypy_cache .ruff_cache .pytest_cache

@@ -1,7 +1,8 @@
 """Tracing and slimming against Torch-Pruning: coverage over library networks, speed, and growth with depth.
 
     python -m benchmarks.graph coverage [NAME …]        # 50% uniform, 224² (320² for detectors), classifier kept
-    python -m benchmarks.graph depth                    # CIFAR ResNets of 20 to 1202 layers
+    python -m benchmarks.graph speed [NAME …]           # CPU time and memory, beside Torch-Pruning (graph_speed.py)
+    python -m benchmarks.graph depth                    # CIFAR ResNets of 20 to 1202 layers (graph_speed.py)
 
 The list of networks and the peer's figures come from EDGEPRUNE_DATA/peers. Every network runs in a fresh process with a time limit.
 Writes benchmarks/results/graph_<part>.json and .md. Times are CPU-seconds on one thread.
@@ -182,12 +183,19 @@ def coverage_table(rows: list[dict[str, Any]], total: int) -> str:
 def main() -> None:
     """Run the asked part."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("part", choices=("coverage", "one"))
+    parser.add_argument("part", choices=("coverage", "speed", "depth", "one"))
     parser.add_argument("names", nargs="*")
     parser.add_argument("--seconds", type=int, default=LIMIT_SECONDS, help="wall-clock limit for one network")
     options = parser.parse_args()
     if options.part == "one":
         print(json.dumps(examine(options.names[0])))
+        return
+    if options.part in ("speed", "depth"):
+        from benchmarks import graph_speed  # which needs this file's networks
+
+        result = graph_speed.speed(options.names) if options.part == "speed" else graph_speed.depth()
+        table = graph_speed.speed_table(result) if options.part == "speed" else graph_speed.depth_table(result)
+        graph_speed.write(options.part, result, table)
         return
     coverage(options.names, options.seconds)
 

@@ -62,7 +62,7 @@ def build(tracer: Trace) -> ChannelGraph:
         if why or any(group_of[c] < 0 for c in stays):
             frozen[f"{key[0]}[{key[1]}]"] = why or "its channels are tied to one another: all would have to go at once"
     wide = np.array([group.channels for group, _ in groups], dtype=np.int64)
-    activations = tuple(_activation(shape, classes[flat.numpy()], repeat, group_of, wide) for shape, flat, repeat in tracer.sizes)
+    activations = _activations(tracer.sizes, group_of[classes], wide)
     return ChannelGraph(
         groups=tuple(g for g, _ in groups),
         frozen=frozen,
@@ -126,8 +126,11 @@ def _groups(rows: _Rows, keys: list[tuple[str, int]], producers: NDArray[np.int6
     taken: dict[str, int] = {}
     rank = np.full(len(keys), len(keys) + 1)
     rank[producers] = np.arange(len(producers))
+    alike = np.argsort(signature, kind="stable")
+    ends = np.r_[np.flatnonzero(np.diff(signature[alike])) + 1, len(alike)]
+    classes_of = {int(signature[mine[0]]): mine for mine in np.split(alike, ends[:-1])}
     for value in dict.fromkeys(signature[produced].tolist()):
-        mine = np.flatnonzero(signature == np.uint64(value))
+        mine = classes_of[value]
         n, k = len(mine), int(lengths[mine[0]])
         if n == 1:
             continue
@@ -143,16 +146,25 @@ def _groups(rows: _Rows, keys: list[tuple[str, int]], producers: NDArray[np.int6
         taken[name] = taken.get(name, 0) + 1
         name = name if taken[name] == 1 else f"{name}#{taken[name]}"
         groups.append((ChannelGroup(name, n, members, producing), rows.channel[starts[mine]][by_channel]))
-    return sorted(groups, key=lambda g: rank[keys.index((g[0].members[0].parameter, g[0].members[0].axis))])
+    rank_of = dict(zip(keys, rank.tolist(), strict=True))
+    return sorted(groups, key=lambda g: rank_of[g[0].members[0][:2]])
 
 
-def _activation(
-    shape: tuple[int, ...], channels: NDArray[np.int64], repeat: int, group_of: NDArray[np.int64], widths: NDArray[np.int64]
-) -> Activation:
-    group, count = np.unique(group_of[channels], return_counts=True)
-    sizes = dict(zip(group.tolist(), (count * float(repeat)).tolist(), strict=True))
-    fixed = sizes.pop(-1, 0.0)
-    return Activation(shape, fixed, tuple((g, n / int(widths[g])) for g, n in sorted(sizes.items())))
+def _activations(
+    sizes: list[tuple[tuple[int, ...], Tensor, int]], group_of_label: NDArray[np.int64], widths: NDArray[np.int64]
+) -> tuple[Activation, ...]:
+    """Most tensors share the labels of another one (a norm and its input, say): those are counted once."""
+    counts: dict[tuple[int, int, tuple[int, ...]], dict[int, int]] = {}
+    activations = []
+    for shape, flat, repeat in sizes:
+        key = (flat.data_ptr(), len(flat), flat.stride())
+        if key not in counts:
+            group, count = np.unique(group_of_label[flat.numpy()], return_counts=True)
+            counts[key] = dict(zip(group.tolist(), count.tolist(), strict=True))
+        found = counts[key]
+        per_channel = tuple((g, n * float(repeat) / int(widths[g])) for g, n in found.items() if g >= 0)
+        activations.append(Activation(shape, found.get(-1, 0) * float(repeat), per_channel))
+    return tuple(activations)
 
 
 def _taps(

@@ -11,15 +11,23 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from torch import fx, nn
+from numpy.typing import NDArray
+from torch import Tensor, fx, nn
+from torch.utils._pytree import tree_map
 
 from edgeprune.errors import SlimError
 from edgeprune.graph.channels import ChannelGraph
+from edgeprune.graph.duplicate import duplicate
 from edgeprune.graph.exported import Exported
 from edgeprune.graph.running import Observer, evaluating, tensors_in
 from edgeprune.graph.sizes import Stuck
-from edgeprune.graph.slim import slim, slim_exported
+from edgeprune.graph.slim import named_tensors, removed_positions, resize, slim, slim_exported
 from edgeprune.plan import Plan
+
+# Rough figures of one core of a desktop: they only decide which of two ways to the same answer is tried first.
+_MACS_PER_SECOND = 3e10
+_PARAMETERS_PER_SECOND = 2.5e8
+_SECONDS_PER_HOLLOW_OPERATION = 4e-4
 
 
 class Misfit(NamedTuple):
@@ -31,7 +39,8 @@ class Misfit(NamedTuple):
 
 def misfit(model: nn.Module, graph: ChannelGraph, inputs: tuple[Any, ...]) -> Misfit | None:
     """The first operation that does not fit when channels are gone; None when all fit, or when the network cannot be copied."""
-    widths = {name: len(channels) for name, channels in _fewer(graph).keep.items()}
+    plan = _fewer(graph)
+    widths = {name: len(channels) for name, channels in plan.keep.items()}
     sizes = {}
     for op in graph.ops:
         made = graph.activations[op.output]
@@ -39,15 +48,51 @@ def misfit(model: nn.Module, graph: ChannelGraph, inputs: tuple[Any, ...]) -> Mi
             sizes[op.call] = round(made.fixed + sum(n * widths[graph.groups[g].name] for g, n in made.per_channel))
     if not graph.groups:
         return None
+    if _costly(graph) and _fits_without_values(model, graph, plan, inputs, sizes):
+        return None
     watch = _Watch(sizes)
     try:
-        small = slim(model, graph, _fewer(graph))
+        small = slim(model, graph, plan)
         _run(small, inputs, watch)
     except _DoesNotRun:
         return Misfit(watch.calls - 1, watch.busy) if watch.calls else None
     except SlimError:
         return None
     return None
+
+
+def _costly(graph: ChannelGraph) -> bool:
+    """Whether copying the weights and computing with them takes longer than running the network without values."""
+    return graph.macs / _MACS_PER_SECOND + graph.params / _PARAMETERS_PER_SECOND > len(graph.ops) * _SECONDS_PER_HOLLOW_OPERATION
+
+
+def _fits_without_values(model: nn.Module, graph: ChannelGraph, plan: Plan, inputs: tuple[Any, ...], sizes: Mapping[int, int]) -> bool:
+    """Whether the slim network runs on torch's meta device, where tensors have sizes but no values, and all of them are as expected.
+
+    That takes no memory and no arithmetic. False settles nothing: the code may look at values, or an operation may lack a meta version.
+    """
+    watch = _Watch(sizes)
+    try:
+        hollow = _hollow(model, removed_positions(graph, plan))
+        _run(hollow, tree_map(lambda t: t.to("meta") if isinstance(t, Tensor) else t, inputs), watch)
+    except _DoesNotRun:
+        return False
+    return watch.checked == len(sizes)
+
+
+def _hollow(model: nn.Module, gone: Mapping[tuple[str, int], NDArray[np.bool_]]) -> nn.Module:
+    """What `slim` makes of the network, on the meta device."""
+    instead: dict[int, Any] = {}
+    for name, tensor in named_tensors(model):
+        shape = [int((~gone[name, d]).sum()) if (name, d) in gone else n for d, n in enumerate(tensor.shape)]
+        made = torch.empty(shape, dtype=tensor.dtype, device="meta")
+        instead[id(tensor)] = nn.Parameter(made, requires_grad=False) if isinstance(tensor, nn.Parameter) else made
+    try:
+        hollow = duplicate(model, instead)
+    except Exception as error:  # a user's module may raise anything while it is copied
+        raise _DoesNotRun from error
+    resize(hollow, {})
+    return hollow
 
 
 def stuck(network: Exported, graph: ChannelGraph, inputs: tuple[Any, ...]) -> Stuck | None:
@@ -105,6 +150,7 @@ class _Watch(Observer):
     def __init__(self, sizes: Mapping[int, int]) -> None:
         super().__init__()
         self.calls = 0
+        self.checked = 0
         self.busy = False
         self._sizes = sizes
 
@@ -113,7 +159,9 @@ class _Watch(Observer):
         number, self.calls, self.busy = self.calls, self.calls + 1, True
         out = func(*args, **(kwargs or {}))
         first = next(tensors_in(out), None)
-        if first is not None and number in self._sizes and first.numel() != self._sizes[number]:
-            raise ValueError(f"operation {number} returns {first.numel()} elements, expected {self._sizes[number]}")
+        if first is not None and number in self._sizes:
+            self.checked += 1
+            if first.numel() != self._sizes[number]:
+                raise ValueError(f"operation {number} returns {first.numel()} elements, expected {self._sizes[number]}")
         self.busy = False
         return out

@@ -21,6 +21,7 @@ from torch.utils._pytree import tree_map
 
 from edgeprune.errors import SlimError
 from edgeprune.graph.channels import ChannelGraph
+from edgeprune.graph.duplicate import duplicate
 from edgeprune.graph.exported import Exported, Unexportable, assembled, copy_graph, exported, is_exported
 from edgeprune.graph.mixing import Kept, compute_over_kept
 from edgeprune.graph.running import evaluating, first_line, fresh, made_up, single_sample, tensors_in
@@ -318,6 +319,6 @@ def removed_positions(graph: ChannelGraph, plan: Plan) -> dict[tuple[str, int], 
 def _copied(model: nn.Module, instead: dict[int, Any] | None = None) -> nn.Module:
     """A deep copy; tensors whose id is in `instead` are replaced wherever they are used."""
     try:
-        return copy.deepcopy(model, instead)
+        return duplicate(model, instead)
     except Exception as error:  # a user's module may raise anything while it is copied
         raise SlimError(f"the network cannot be copied ({type(error).__name__}: {error}); it must survive copy.deepcopy.") from error

@@ -7,15 +7,16 @@ can be traced. The same run records the operations with their sizes for the cost
 
 from __future__ import annotations
 
+import gc
 from collections import Counter
-from collections.abc import MutableMapping
+from collections.abc import Iterable, Iterator, MutableMapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from edgeprune.errors import TraceError
@@ -31,6 +32,23 @@ from edgeprune.graph.sizes import read
 from edgeprune.graph.slim import remember
 
 
+@contextmanager
+def _aside() -> Iterator[None]:
+    """Work that the rest of the program does not notice: its random numbers go on as if nothing had been drawn.
+
+    Full garbage collections wait: tracing makes objects that live as long as the graph, and one pass over everything that torch has
+    imported takes longer than tracing a small network.
+    """
+    pace = gc.get_threshold()
+    gc.set_threshold(*pace[:2], 1_000_000)
+    try:
+        with torch.random.fork_rng(devices=[]):
+            yield
+    finally:
+        gc.set_threshold(*pace)
+
+
+@_aside()
 def trace(model: nn.Module, example_inputs: Any) -> ChannelGraph:
     """The channels of a network that can be removed, and the operations it runs.
 
@@ -128,8 +146,7 @@ class _Tracer(Observer):
         self.exported: tuple[Any, list[tuple[str, int, Tensor]]] | None = None
         self.producers: dict[tuple[str, int], None] = {}
         self.seen: MutableMapping[Tensor, _Seen] = WeakTensorKeyDictionary()
-        self.names: MutableMapping[Tensor, str] = WeakTensorKeyDictionary()
-        self.names.update({t: name for name, t in self.tensors.items()})
+        self.names = {id(t): name for name, t in self.tensors.items()}
         self.sizes: list[tuple[tuple[int, ...], Tensor, int]] = []
         self.varying: list[tuple[int, Tensor] | None] = []
         self.ops: list[Op] = []
@@ -174,12 +191,26 @@ class _Tracer(Observer):
         return number
 
     def _look(self, tensor: Tensor) -> _Seen:
-        if tensor not in self.seen:
-            if tensor in self.names:
-                self.seen[tensor] = _Seen(self._parameter(self.names[tensor]), parameter=self.names[tensor])
-            else:
-                self._remember(tensor, self.book.frozen(tuple(tensor.shape), "constant made in the forward pass"))
+        seen: _Seen | None = self.seen.get(tensor)
+        if seen is not None:
+            return seen
+        name = self.names.get(id(tensor))
+        if name is None:
+            self._remember(tensor, self.book.frozen(tuple(tensor.shape), "constant made in the forward pass"))
+        else:
+            self.seen[tensor] = _Seen(self._parameter(name), parameter=name)
         return self.seen[tensor]
+
+    def _labelled(self, args: Iterable[Any], read: list[_Seen]) -> tuple[Any, ...]:
+        """The arguments with labels in place of tensors; what is known about each of these is appended to `read`."""
+        labels: list[Any] = []
+        for item in args:
+            if isinstance(item, Tensor):
+                read.append(self._look(item))
+                labels.append(read[-1].labels)
+            else:
+                labels.append(list(self._labelled(item, read)) if isinstance(item, (list, tuple)) else item)
+        return tuple(labels)
 
     def _parameter(self, name: str) -> Labelled:
         shape = tuple(self.tensors[name].shape)
@@ -196,7 +227,8 @@ class _Tracer(Observer):
         """Run the operation, carry the labels across, record it."""
         kwargs = kwargs or {}
         self.calls += 1
-        labels = tree_map(lambda a: self._look(a).labels if isinstance(a, Tensor) else a, args)
+        read: list[_Seen] = []
+        labels = self._labelled(args, read)
         out = func(*args, **kwargs)
         name = operation_name(func)
         call = Call(name, func, args, kwargs, labels, out, self.book, self.seen_names[name])
@@ -205,21 +237,22 @@ class _Tracer(Observer):
             result = RULES[name](call) if name in RULES else give_up(call, f"no rule for the operation {name}")
         except (RuntimeError, IndexError, ValueError, TypeError, AttributeError) as error:
             result = give_up(call, f"the operation {name} is used in a way no rule covers ({first_line(error)[:80]})")
-        self._record(call, result)
+        self._record(call, result, read)
         return out
 
-    def _record(self, call: Call, result: Any) -> None:
+    def _record(self, call: Call, result: Any, read: list[_Seen]) -> None:
         results = list(result) if isinstance(result, (tuple, list)) else [result]
-        read = [self.seen[t] for t in tensors_in(call.args)]
         inputs = tuple(seen.number for seen in read if seen.number >= 0)
         first = call.args[0] if call.args else None
         if isinstance(first, Tensor) and not inputs:
             self._computed_parameters(call, results)
             return
         inputs += tuple(dict.fromkeys(n for seen in read for n in seen.written if n not in inputs))
-        old = self.seen[first] if isinstance(first, Tensor) else None
-        numbers = [self._remember(t, r) for t, r in zip(tensors_in(call.out), results, strict=False) if isinstance(r, Tensor)]
-        self.seen.update({t: _Seen(r) for t, r in zip(tensors_in(call.out), results, strict=False) if isinstance(r, Weight)})
+        old = read[0] if isinstance(first, Tensor) else None
+        made = list(zip(tensors_in(call.out), results, strict=False))
+        # Norms return empty statistics beside their result.
+        numbers = [self._remember(t, r) for t, r in made if isinstance(r, Tensor) and t.shape != (0,)]
+        self.seen.update({t: _Seen(r) for t, r in made if isinstance(r, Weight)})
         if not numbers:
             return
         if old is not None and (alias := call.func._schema.arguments[0].alias_info):

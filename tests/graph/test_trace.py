@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 import sys
 from dataclasses import dataclass
 from typing import Any
@@ -42,7 +43,11 @@ def test_tracing_leaves_the_model_alone(name: str) -> None:
     tensors = [id(t) for t in (*model.parameters(), *model.buffers())]
     x = images(name)
     before = [t.clone() for t in x]
+    flags, random, pace = [p.requires_grad for p in model.parameters()], torch.get_rng_state(), gc.get_threshold()
     trace(model, x)
+    assert [p.requires_grad for p in model.parameters()] == flags
+    assert torch.equal(torch.get_rng_state(), random)
+    assert gc.get_threshold() == pace
     assert [m.training for m in model.modules()] == modes
     assert [sorted(vars(m)) for m in model.modules()] == attributes
     assert [id(t) for t in (*model.parameters(), *model.buffers())] == tensors
@@ -130,6 +135,17 @@ class Net(nn.Module):
 
     def forward(self, x: Tensor) -> Any:
         return self.b(self.between(self.a(x)))
+
+
+class Noisy(Net):
+    def between(self, h: Tensor) -> Tensor:
+        return F.dropout(h, 0.5, training=True)
+
+
+def test_tracing_draws_no_random_numbers_from_the_program() -> None:
+    model, before = Noisy(), torch.get_rng_state()
+    assert [g.channels for g in trace(model, X).groups] == [8]
+    assert torch.equal(torch.get_rng_state(), before)
 
 
 class DictInput(Net):
@@ -369,6 +385,37 @@ def test_written_sizes_cost_only_what_they_touch() -> None:
     graph = trace(nn.Sequential(*layers), X)
     assert [g.name for g in graph.groups] == ["0.0", "0.2", "1.0", "1.2", "2.b", "3.0", "3.2", "4.0"]
     assert graph.frozen["2.a.weight[0]"].startswith("the network's code holds their number as a fixed number and cannot be exported (")
+
+
+DEVICES: list[str] = []
+
+
+class Wide(nn.Module):
+    """So many parameters for so few operations that it is rehearsed without values first."""
+
+    def __init__(self, between: str) -> None:
+        super().__init__()
+        self.a, self.b, self.kind = nn.Linear(4, 900), nn.Linear(900, 900), between
+        self.c, self.d = nn.Linear(900, 900), nn.Linear(900, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        DEVICES.append(x.device.type)
+        h: Tensor = self.a(x)
+        if self.kind == "literal":
+            h = h.view(-1, 9, 100).flatten(1)
+        if self.kind == "values":
+            h = h + 1 if bool(h.sum() > 0) else h - 1
+        out: Tensor = self.d(self.c(self.b(h)))
+        return out
+
+
+@pytest.mark.parametrize(
+    ("between", "runs"), [("nothing", ["cpu", "meta"]), ("literal", ["cpu", "meta", "cpu"]), ("values", ["cpu", "meta", "cpu"])]
+)
+def test_large_networks_are_rehearsed_without_values_where_they_can_be(between: str, runs: list[str]) -> None:
+    DEVICES.clear()
+    assert [g.name for g in trace(Wide(between), torch.ones(1, 4)).groups] == ["a", "b", "c"]
+    assert runs == DEVICES[:3]
 
 
 def test_what_cannot_run_is_a_trace_error() -> None:
