@@ -192,6 +192,12 @@ class _Tracer(Observer):
 
     def _look(self, tensor: Tensor) -> _Seen:
         seen: _Seen | None = self.seen.get(tensor)
+        if seen is not None and isinstance(seen.labels, Weight) and seen.written:  # filled with a number, then written piece by piece
+            reason = "written piece by piece"
+            for axis in seen.labels.axes:
+                self.book.freeze(axis, reason)
+            self._remember(tensor, self.book.frozen(tuple(tensor.shape), reason))
+            return self.seen[tensor]
         if seen is not None:
             return seen
         name = self.names.get(id(tensor))
@@ -263,9 +269,11 @@ class _Tracer(Observer):
 
     def _computed_parameters(self, call: Call, results: list[Any]) -> None:
         """Weights that the network computes from its parameters (transposed, normalised) count as the parameter of their shape."""
+        first = self.seen[call.args[0]]
+        view = {"view": True, "written": first.written} if call.func._schema.arguments[0].alias_info else {}
         for made, labels in zip(tensors_in(call.out), results, strict=False):
             same = (self.seen[t].parameter for t in tensors_in(call.args) if t.shape == made.shape)
-            self.seen[made] = _Seen(labels, parameter=next(same, self.seen[call.args[0]].parameter))
+            self.seen[made] = _Seen(labels, parameter=next(same, first.parameter), **view)
 
     def _share_memory(self, call: Call, old: _Seen, writes: bool) -> None:
         """After an operation whose result is its first argument's memory: who reads one view later reads what was written there."""

@@ -17,6 +17,7 @@ from edgeprune.errors import TraceError
 from edgeprune.graph import ChannelGraph
 from edgeprune.graph.slim import prove, slim
 from edgeprune.graph.trace import trace
+from edgeprune.plan import Plan
 from tests.networks import NETWORKS, Head, Shuffle, build, conv_bn, images, random_plan, traced
 
 
@@ -461,3 +462,35 @@ def test_work_grows_linearly_with_depth() -> None:
 
     calls(1)
     assert calls(80) < 4.5 * calls(20)
+
+
+class Written(nn.Module):
+    """Tensors filled with a number and then written piece by piece: an image put into a larger one, channels into their places."""
+
+    def __init__(self, *, channels: bool) -> None:
+        super().__init__()
+        self.channels = channels
+        self.a, self.b = nn.Conv2d(3, 4, 3, padding=1), nn.Conv2d(3, 4, 3, padding=1)
+        self.c, self.d = nn.Conv2d(8, 6, 3), nn.Linear(6, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.channels:
+            h = torch.zeros(x.shape[0], 8, x.shape[2], x.shape[3], dtype=x.dtype)
+            h[:, :4], h[:, 4:] = self.a(x), self.b(x)
+        else:
+            larger = x.new_full((x.shape[0], 3, x.shape[2] + 2, x.shape[3] + 2), 0.0)
+            larger[:, :, : x.shape[2], : x.shape[3]].copy_(x)
+            h = torch.cat([self.a(larger), self.b(larger)], 1)
+        out: Tensor = self.d(torch.relu(self.c(torch.relu(h))).mean((2, 3)))
+        return out
+
+
+@pytest.mark.parametrize(("channels", "groups"), [(True, {"c"}), (False, {"a", "b", "c"})])
+def test_what_is_written_piece_by_piece_is_data(channels: bool, groups: set[str]) -> None:
+    torch.manual_seed(0)
+    model, x = Written(channels=channels).double().eval(), torch.randn(2, 3, 6, 6, dtype=torch.float64)
+    graph = trace(model, x)
+    assert {g.name for g in graph.groups} == groups
+    assert {op.weight for op in graph.ops if op.weight} == {f"{n}.weight" for n in "abcd"}
+    plan = Plan.uniform(graph, 0.5)
+    assert prove(model, graph, plan, slim(model, graph, plan), x).max_relative_error < 1e-10
