@@ -6,6 +6,7 @@ the dense network runs. Without one channel of each group they show: an operatio
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -28,6 +29,8 @@ from edgeprune.plan import Plan
 _MACS_PER_SECOND = 3e10
 _PARAMETERS_PER_SECOND = 2.5e8
 _SECONDS_PER_HOLLOW_OPERATION = 4e-4
+_SECONDS_TO_IMPORT_COMPILER = 1.2
+_LARGEST_COPY_BYTES = 2.5e8
 
 
 class Misfit(NamedTuple):
@@ -62,8 +65,14 @@ def misfit(model: nn.Module, graph: ChannelGraph, inputs: tuple[Any, ...]) -> Mi
 
 
 def _costly(graph: ChannelGraph) -> bool:
-    """Whether copying the weights and computing with them takes longer than running the network without values."""
-    return graph.macs / _MACS_PER_SECOND + graph.params / _PARAMETERS_PER_SECOND > len(graph.ops) * _SECONDS_PER_HOLLOW_OPERATION
+    """Whether copying the weights and computing with them takes longer than running the network without values, or too much memory.
+
+    What torch does on the meta device it does in Python, and the first time it imports its compiler for that.
+    """
+    with_values = graph.macs / _MACS_PER_SECOND + graph.params / _PARAMETERS_PER_SECOND
+    without = len(graph.ops) * _SECONDS_PER_HOLLOW_OPERATION
+    without += 0 if "torch._dynamo" in sys.modules else _SECONDS_TO_IMPORT_COMPILER
+    return with_values > without or 4 * graph.params > _LARGEST_COPY_BYTES
 
 
 def _fits_without_values(model: nn.Module, graph: ChannelGraph, plan: Plan, inputs: tuple[Any, ...], sizes: Mapping[int, int]) -> bool:
