@@ -40,6 +40,9 @@ from edgeprune.graph.running import (
 from edgeprune.graph.sizes import read
 from edgeprune.graph.slim import remember
 
+# Beside convs and linears: the weights that make channels, as (argument, axis).
+_PRODUCING = {"embedding": ((0, 1),), "mkldnn_rnn_layer": ((1, 0), (2, 0))}
+
 
 @contextmanager
 def _aside() -> Iterator[None]:
@@ -264,6 +267,9 @@ class _Tracer(Observer):
             self._share_memory(call, old, alias.is_write)
         kind = KINDS.get(call.name, "other")
         weight, details = self._weight_details(call, kind) if kind in ("conv", "linear", "norm") else (None, {})
+        for argument, axis in _PRODUCING.get(call.name, ()):
+            if (parameter := self.seen[call.args[argument]].parameter) is not None:
+                self.producers.setdefault((parameter, axis))
         self.ops.append(Op(kind, call.name, weight, inputs, numbers[0], self.calls - 1, fused=self._fuses_into(kind, inputs), **details))
 
     def _computed_parameters(self, call: Call, results: list[Any]) -> None:
