@@ -22,7 +22,7 @@ class Trace(Protocol):
     trainable: frozenset[str]
     axes: dict[tuple[str, int], Tensor]
     producers: dict[tuple[str, int], None]
-    sizes: list[tuple[tuple[int, ...], Tensor, int]]
+    sizes: list[tuple[tuple[int, ...], Tensor, int | Tensor]]
     varying: list[tuple[int, Tensor] | None]
     ops: list[Op]
     inputs: list[int]
@@ -151,19 +151,23 @@ def _groups(rows: _Rows, keys: list[tuple[str, int]], producers: NDArray[np.int6
 
 
 def _activations(
-    sizes: list[tuple[tuple[int, ...], Tensor, int]], group_of_label: NDArray[np.int64], widths: NDArray[np.int64]
+    sizes: list[tuple[tuple[int, ...], Tensor, int | Tensor]], group_of_label: NDArray[np.int64], widths: NDArray[np.int64]
 ) -> tuple[Activation, ...]:
-    """Most tensors share the labels of another one (a norm and its input, say): those are counted once."""
+    """Most tensors share the labels of another one (a norm and its input, say): those are counted once.
+
+    `sizes`: shape, labels, and how often each of them stands: one number for all, or one for each.
+    """
     counts: dict[tuple[int, int, tuple[int, ...]], dict[int, int]] = {}
     activations = []
     for shape, flat, repeat in sizes:
         key = (flat.data_ptr(), len(flat), flat.stride())
         if key not in counts:
-            group, count = np.unique(group_of_label[flat.numpy()], return_counts=True)
+            group, where = np.unique(group_of_label[flat.numpy()], return_inverse=True)
+            count = np.bincount(where, weights=None if isinstance(repeat, int) else repeat.numpy()).astype(np.int64)
             counts[key] = dict(zip(group.tolist(), count.tolist(), strict=True))
-        found = counts[key]
-        per_channel = tuple((g, n * float(repeat) / int(widths[g])) for g, n in found.items() if g >= 0)
-        activations.append(Activation(shape, found.get(-1, 0) * float(repeat), per_channel))
+        found, times = counts[key], float(repeat) if isinstance(repeat, int) else 1.0
+        per_channel = tuple((g, n * times / int(widths[g])) for g, n in found.items() if g >= 0)
+        activations.append(Activation(shape, found.get(-1, 0) * times, per_channel))
     return tuple(activations)
 
 

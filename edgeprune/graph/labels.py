@@ -19,6 +19,7 @@ from scipy.sparse.csgraph import connected_components
 from torch import Tensor
 
 NEUTRAL = 0
+_PIECE = 2**20
 
 
 class Mixed(NamedTuple):
@@ -70,9 +71,11 @@ class Labels:
                 a, b = a.select(d, 0), b.select(d, 0)
         a, b = a.reshape(-1), b.reshape(-1)
         if a.numel() > 4096:
-            # One number per pair: sorting rows of two takes thirty times as long.
-            pairs = torch.unique(a * self._count + b)
-            a, b = pairs // self._count, pairs % self._count
+            # One number per pair: sorting rows of two takes thirty times as long. Piece by piece, because sorting takes memory.
+            pieces = zip(a.split(_PIECE), b.split(_PIECE), strict=True)
+            pairs = [torch.unique(x * self._count + y) for x, y in pieces]
+            met = torch.unique(torch.cat(pairs)) if len(pairs) > 1 else pairs[0]
+            a, b = met // self._count, met % self._count
         self._left.append(a)
         self._right.append(b)
 
@@ -164,6 +167,13 @@ def core(labels: Tensor) -> tuple[Tensor, int]:
             repeat *= labels.shape[d]
             labels = labels.select(d, 0)
     return labels.reshape(-1), repeat
+
+
+def counted(labels: Tensor) -> tuple[Tensor, Tensor]:
+    """The labels that occur, (n,), and how often, in memory for the largest label instead of for all positions."""
+    counts = torch.bincount(labels)
+    found = counts.nonzero()[:, 0]
+    return found, counts[found]
 
 
 def compact(labels: Tensor) -> Tensor:

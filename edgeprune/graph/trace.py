@@ -23,7 +23,7 @@ from edgeprune.graph.build import build
 from edgeprune.graph.channels import ChannelGraph, Op
 from edgeprune.graph.exported import Exported, Unexportable, exported, is_exported
 from edgeprune.graph.kinds import KINDS
-from edgeprune.graph.labels import Labels, core, varies
+from edgeprune.graph.labels import Labels, core, counted, varies
 from edgeprune.graph.rehearse import Misfit, misfit, stuck
 from edgeprune.graph.rules import RULES, Call, Labelled, Weight, give_up
 from edgeprune.graph.running import (
@@ -42,6 +42,8 @@ from edgeprune.graph.slim import remember
 
 # Beside convs and linears: the weights that make channels, as (argument, axis).
 _PRODUCING = {"embedding": ((0, 1),), "mkldnn_rnn_layer": ((1, 0), (2, 0))}
+
+_LONGEST_AXIS = 2**20
 
 
 @contextmanager
@@ -149,7 +151,7 @@ class _Tracer(Observer):
         self.producers: dict[tuple[str, int], None] = {}
         self.seen: MutableMapping[Tensor, _Seen] = WeakTensorKeyDictionary()
         self.names = {id(t): name for name, t in self.tensors.items()}
-        self.sizes: list[tuple[tuple[int, ...], Tensor, int]] = []
+        self.sizes: list[tuple[tuple[int, ...], Tensor, int | Tensor]] = []
         self.varying: list[tuple[int, Tensor] | None] = []
         self.ops: list[Op] = []
         self.calls = 0
@@ -186,9 +188,11 @@ class _Tracer(Observer):
     def _remember(self, tensor: Tensor, labels: Tensor) -> int:
         number = len(self.sizes)
         flat, repeat = core(labels)
-        self.sizes.append((tuple(tensor.shape), flat, repeat))
         dims = [d for d in range(labels.ndim) if varies(labels, d)]
-        self.varying.append((dims[0], flat) if len(dims) == 1 else None)
+        large = len(flat) > _LONGEST_AXIS  # kept for as long as the trace: the labels of a whole map would weigh twice what it does
+        self.varying.append((dims[0], flat) if len(dims) == 1 and not large else None)
+        found, counts = counted(flat) if large else (flat, None)
+        self.sizes.append((tuple(tensor.shape), found, repeat if counts is None else counts * repeat))
         self.seen[tensor] = _Seen(labels, number)
         return number
 
@@ -275,7 +279,7 @@ class _Tracer(Observer):
     def _computed_parameters(self, call: Call, results: list[Any]) -> None:
         """Weights that the network computes from its parameters (transposed, normalised) count as the parameter of their shape."""
         first = self.seen[call.args[0]]
-        view = {"view": True, "written": first.written} if call.func._schema.arguments[0].alias_info else {}
+        view: dict[str, Any] = {"view": True, "written": first.written} if call.func._schema.arguments[0].alias_info else {}
         for made, labels in zip(tensors_in(call.out), results, strict=False):
             same = (self.seen[t].parameter for t in tensors_in(call.args) if t.shape == made.shape)
             self.seen[made] = _Seen(labels, parameter=next(same, first.parameter), **view)

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import torch
 
-from edgeprune.graph.labels import NEUTRAL, Labels, compact, core, varies
+from edgeprune.graph.labels import NEUTRAL, Labels, compact, core, counted, varies
 
 
 def test_single_positions_are_neutral_and_tie_nothing() -> None:
@@ -34,6 +34,20 @@ def test_large_ties_are_the_same_as_small_ones() -> None:
     classes, _ = book.resolve()
     assert (classes[b.numpy()][::2] == classes[a[0]]).all()
     assert (classes[b.numpy()][1::2] == classes[a[1]]).all()
+
+
+def test_ties_of_several_pieces_are_the_same_as_small_ones() -> None:
+    book = Labels()
+    a, b = book.fresh(3), book.fresh(2**20 + 3)
+    book.tie(a[:1].expand(len(b) - 2), b[2:])
+    classes, _ = book.resolve()
+    assert (classes[b.numpy()][2:] == classes[a[0]]).all()
+    assert len(set(classes[[*a.tolist(), *b[:2].tolist()]].tolist())) == 5
+
+
+def test_labels_are_counted() -> None:
+    found, counts = counted(torch.tensor([7, 2, 7, 7, 0]))
+    assert dict(zip(found.tolist(), counts.tolist(), strict=True)) == {0: 1, 2: 1, 7: 3}
 
 
 def test_the_first_reason_given_is_the_one_reported() -> None:

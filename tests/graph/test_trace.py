@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import copy
 import gc
+import importlib
 import sys
 from dataclasses import dataclass
 from typing import Any
@@ -414,9 +415,30 @@ class Wide(nn.Module):
     ("between", "runs"), [("nothing", ["cpu", "meta"]), ("literal", ["cpu", "meta", "cpu"]), ("values", ["cpu", "meta", "cpu"])]
 )
 def test_large_networks_are_rehearsed_without_values_where_they_can_be(between: str, runs: list[str]) -> None:
+    importlib.import_module("torch._dynamo")  # not worth importing for a network of this size
     DEVICES.clear()
     assert [g.name for g in trace(Wide(between), torch.ones(1, 4)).groups] == ["a", "b", "c"]
     assert runs == DEVICES[:3]
+
+
+class LongVector(nn.Module):
+    """Channels lie inside a vector of two million numbers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Conv2d(1, 8, 1), nn.Conv2d(8, 2, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.a(x).permute(0, 2, 3, 1).reshape(-1).relu()
+        out: Tensor = self.b(h.view(1, *x.shape[2:], -1).permute(0, 3, 1, 2))
+        return out.mean((2, 3))
+
+
+def test_sizes_of_large_tensors_follow_the_channels() -> None:
+    graph = trace(LongVector(), torch.zeros(1, 1, 512, 512))
+    (vector,) = {graph.activations[op.output] for op in graph.ops if graph.activations[op.output].shape == (8 * 512 * 512,)}
+    assert vector.fixed == 0
+    assert vector.per_channel == ((0, 512 * 512.0),)
 
 
 def test_what_cannot_run_is_a_trace_error() -> None:
