@@ -48,7 +48,7 @@ def real_changes(bench: Bench) -> dict[str, np.ndarray[Any, np.dtype[np.float64]
         for name in LAYERS:
             norm = modules[name.replace("conv", "bn")]
             changes = []
-            for channel in range(norm.num_features):  # type: ignore[call-overload]
+            for channel in range(norm.num_features):
                 gone = torch.tensor([channel])
                 handle = norm.register_forward_hook(lambda _m, _i, out, gone=gone: out.index_fill(1, gone, -1.0))  # the ReLU makes it 0
                 changes.append(float((bench.dense(images) - logits).square().mean()))
