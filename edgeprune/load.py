@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from edgeprune.errors import EdgepruneError, ModelError, UsageError
 from edgeprune.graph.exported import opened
+from edgeprune.graph.running import few_collections
 from edgeprune.pt2 import is_exported_program, load_exported_program
 from edgeprune.run import hash_file
 
@@ -47,6 +48,7 @@ class LoadedModel:
     notes: tuple[str, ...]
 
 
+@few_collections()
 def load_model(
     path: str | Path, *, factory: str | None = None, input_shape: tuple[int, ...] | None = None,
     sample_shape: tuple[int, ...] | None = None, trust_pickle: bool = False,

@@ -52,10 +52,12 @@ def is_exported(model: nn.Module) -> bool:
 
 
 def exported(model: nn.Module, inputs: tuple[Any, ...]) -> Exported:
-    """The network as a graph, in eval mode unless it is an Exported one that trains, sharing the model's tensors.
+    """The network as a graph that shares the model's tensors: an Exported one as it is, any other in eval mode.
 
     Raises Unexportable as `exported_program`, which it does not need for a network that is a graph already.
     """
+    if isinstance(model, Exported):
+        return model
     if is_exported(model):
         assert isinstance(model, fx.GraphModule)
         return opened(model)

@@ -50,7 +50,10 @@ def move(call: Call) -> Any:
         grown = [d for d, n in enumerate(call.shape) if n != labels.shape[d]]
         if len(grown) == 1:  # one value for all channels: as many copies as what it meets has channels
             labels = call.book.fresh(call.shape[grown[0]]).view(*(-1 if d == grown[0] else 1 for d in range(labels.ndim)))
-    return call.func(labels, *call.args[1:], **call.kwargs)
+    if call.name == "flip":
+        return call.func(core_view(labels), call.args[1]).expand(call.shape)
+    moved = call.func(labels, *call.args[1:], **call.kwargs)
+    return compact(moved) if call.name == "repeat" else moved
 
 
 @rule("view", "_unsafe_view", "reshape", "_reshape_alias", "flatten", "unflatten")
@@ -208,6 +211,8 @@ def cut(call: Call) -> Any:
         if not call.book.may_cut or call.name not in ("slice", "narrow") or call.argument(4, "step", 1) != 1:
             return give_up(call, FIXED_SIZE)
         call.book.cuts.append(core(labels)[0])
+    elif call.name == "roll":
+        return labels
     return call.func(labels, *call.args[1:], **call.kwargs)
 
 

@@ -6,6 +6,7 @@ the dense network runs. Without one channel of each group they show: an operatio
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -21,13 +22,15 @@ from edgeprune.graph.duplicate import duplicate
 from edgeprune.graph.exported import Exported
 from edgeprune.graph.running import Observer, evaluating, tensors_in
 from edgeprune.graph.sizes import Stuck
-from edgeprune.graph.slim import named_tensors, removed_positions, resize, slim, slim_exported
+from edgeprune.graph.slim import borrowed, named_tensors, removed_positions, resize, slim_exported
 from edgeprune.plan import Plan
 
 # Rough figures of one core of a desktop: they only decide which of two ways to the same answer is tried first.
 _MACS_PER_SECOND = 3e10
 _PARAMETERS_PER_SECOND = 2.5e8
 _SECONDS_PER_HOLLOW_OPERATION = 4e-4
+_SECONDS_TO_IMPORT_COMPILER = 1.2
+_LARGEST_COPY_BYTES = 2.5e8
 
 
 class Misfit(NamedTuple):
@@ -52,7 +55,7 @@ def misfit(model: nn.Module, graph: ChannelGraph, inputs: tuple[Any, ...]) -> Mi
         return None
     watch = _Watch(sizes)
     try:
-        small = slim(model, graph, plan)
+        small = borrowed(model, graph, plan)
         _run(small, inputs, watch)
     except _DoesNotRun:
         return Misfit(watch.calls - 1, watch.busy) if watch.calls else None
@@ -62,8 +65,14 @@ def misfit(model: nn.Module, graph: ChannelGraph, inputs: tuple[Any, ...]) -> Mi
 
 
 def _costly(graph: ChannelGraph) -> bool:
-    """Whether copying the weights and computing with them takes longer than running the network without values."""
-    return graph.macs / _MACS_PER_SECOND + graph.params / _PARAMETERS_PER_SECOND > len(graph.ops) * _SECONDS_PER_HOLLOW_OPERATION
+    """Whether copying the weights and computing with them takes longer than running the network without values, or too much memory.
+
+    What torch does on the meta device it does in Python, and the first time it imports its compiler for that.
+    """
+    with_values = graph.macs / _MACS_PER_SECOND + graph.params / _PARAMETERS_PER_SECOND
+    without = len(graph.ops) * _SECONDS_PER_HOLLOW_OPERATION
+    without += 0 if "torch._dynamo" in sys.modules else _SECONDS_TO_IMPORT_COMPILER
+    return with_values > without or 4 * graph.params > _LARGEST_COPY_BYTES
 
 
 def _fits_without_values(model: nn.Module, graph: ChannelGraph, plan: Plan, inputs: tuple[Any, ...], sizes: Mapping[int, int]) -> bool:
@@ -98,7 +107,7 @@ def _hollow(model: nn.Module, gone: Mapping[tuple[str, int], NDArray[np.bool_]])
 def stuck(network: Exported, graph: ChannelGraph, inputs: tuple[Any, ...]) -> Stuck | None:
     """The operation of an exported network that does not take fewer channels, if there is one."""
     try:
-        small = slim_exported(network, graph, _fewer(graph))
+        small = slim_exported(network, graph, _fewer(graph), borrow=True)
     except Stuck as problem:
         return problem
     run = _Run(small)
@@ -120,15 +129,16 @@ class _Run(fx.Interpreter):
 
 
 def _fewer(graph: ChannelGraph) -> Plan:
-    """Every group without one to three of its channels, drawn at random: what agrees by chance with a fixed number does so rarely.
+    """Every group without its last one to three channels, drawn at random: what agrees by chance with a fixed number does so rarely.
 
-    Two channels stay where there are three: sizes of 1 are treated in ways of their own.
+    The last ones, so that most thin weights are views of the dense ones. Two channels stay where there are three: sizes of 1 are
+    treated in ways of their own.
     """
     draw = np.random.default_rng(0)
     keep = {}
     for group in graph.groups:
-        gone = draw.choice(group.channels, int(draw.integers(1, max(1, min(3, group.channels - 2)) + 1)), replace=False)
-        keep[group.name] = tuple(np.delete(np.arange(group.channels), gone).tolist())
+        gone = int(draw.integers(1, max(1, min(3, group.channels - 2)) + 1))
+        keep[group.name] = tuple(range(group.channels - gone))
     return Plan(keep)
 
 

@@ -334,17 +334,19 @@ RESIZING = (
     "_adaptive_avg_pool3d adaptive_avg_pool1d adaptive_max_pool2d adaptive_max_pool3d upsample_nearest1d upsample_nearest2d "
     "upsample_nearest3d _upsample_nearest_exact2d upsample_bilinear2d upsample_bicubic2d upsample_linear1d upsample_trilinear3d "
     "_upsample_bilinear2d_aa reflection_pad1d reflection_pad2d replication_pad1d replication_pad2d mkldnn_max_pool2d _softmax "
-    "_log_softmax cumsum"
+    "_log_softmax cumsum cumprod _fft_r2c _fft_c2c _fft_c2r"
 ).split()
+_ALONG_AXES = ("_softmax", "_log_softmax", "cumsum", "cumprod", "_fft_r2c", "_fft_c2c", "_fft_c2r")  # the second argument names them
 
 
 @rule(*RESIZING)
 def resize(call: Call) -> Any:
-    """Pooling and interpolation work channel by channel."""
+    """Pooling, interpolation, running sums and Fourier transforms work channel by channel, unless they run along the channels."""
     labels = call.labels[0]
     if isinstance(labels, Weight):
         return give_up(call, f"parameter in {call.name}")
-    if call.name in ("_softmax", "_log_softmax", "cumsum") and varies(labels, call.args[1] % labels.ndim):
+    axes = call.args[1] if call.name in _ALONG_AXES else ()
+    if any(varies(labels, d % labels.ndim) for d in ([axes] if isinstance(axes, int) else axes)):
         return give_up(call, f"{call.name.strip('_')} over the channels")
     resized = _resized(labels, call.shape)
     if resized is None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import io
 import logging
 import sys
@@ -99,6 +100,20 @@ def evaluating(model: nn.Module) -> Iterator[None]:
         torch.backends.mha.set_fastpath_enabled(fused_attention)
         for module, flag in training:
             module.training = flag
+
+
+@contextmanager
+def few_collections() -> Iterator[None]:
+    """Full garbage collections wait, for work whose objects mostly stay.
+
+    One pass over everything that torch has imported takes longer than tracing a small network.
+    """
+    pace = gc.get_threshold()
+    gc.set_threshold(*pace[:2], 1_000_000)
+    try:
+        yield
+    finally:
+        gc.set_threshold(*pace)
 
 
 @contextmanager

@@ -52,10 +52,21 @@ def slim(model: nn.Module, graph: ChannelGraph, plan: Plan) -> nn.Module:
     return small.train(model.training and (isinstance(model, Exported) or not is_exported(model)))
 
 
-def slim_exported(network: Exported, graph: ChannelGraph, plan: Plan) -> Exported:
-    """`slim` for a graph of operations: smaller tensors, and the numbers of channels it holds. Raises sizes.Stuck."""
+def borrowed(model: nn.Module, graph: ChannelGraph, plan: Plan) -> nn.Module:
+    """What `slim` makes of the user's own module, to run once: parameters are the model's own, or views of them where they can be."""
+    small = _copied(model, _resized(model, graph, plan, borrow=True))
+    for layer in small.modules():
+        _remember_sizes(layer)
+    return small
+
+
+def slim_exported(network: Exported, graph: ChannelGraph, plan: Plan, *, borrow: bool = False) -> Exported:
+    """`slim` for a graph of operations: smaller tensors (with `borrow` as `borrowed`), and the numbers of channels it holds.
+
+    Raises sizes.Stuck.
+    """
     assert graph.exported is not None
-    small = _copied(network, _resized(network, graph, plan))
+    small = _copied(network, _resized(network, graph, plan, borrow=borrow))
     assert isinstance(small, Exported)
     numbers = np.cumsum([0, *(g.channels for g in graph.groups)])
     stays = np.ones(numbers[-1] + 1, dtype=bool)  # the last one is for positions that always stay: their channel is -1
@@ -87,17 +98,20 @@ def recall(graph: ChannelGraph, model: nn.Module) -> Exported:
     return network
 
 
-def _resized(model: nn.Module, graph: ChannelGraph, plan: Plan) -> dict[int, Any]:
-    """The smaller tensors, by the id of the one they replace."""
+def _resized(model: nn.Module, graph: ChannelGraph, plan: Plan, *, borrow: bool = False) -> dict[int, Any]:
+    """The smaller tensors, by the id of the one they replace; with `borrow` also the parameters that stay as they are."""
     gone = removed_positions(graph, plan)
     tensors = dict([*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)])
-    resized: dict[int, Any] = {}
+    resized: dict[int, Any] = {id(p): p for p in model.parameters()} if borrow else {}
     for name in {name for name, _ in gone}:
         tensor = tensors[name].detach()
         for axis in range(tensor.ndim):
             if (name, axis) in gone:
-                kept = torch.from_numpy(np.flatnonzero(~gone[name, axis])).to(tensor.device)
-                tensor = tensor.index_select(axis, kept)
+                kept = np.flatnonzero(~gone[name, axis])
+                if borrow and kept[-1] - kept[0] + 1 == len(kept):
+                    tensor = tensor.narrow(axis, int(kept[0]), len(kept))
+                else:
+                    tensor = tensor.index_select(axis, torch.from_numpy(kept).to(tensor.device))
         old = tensors[name]
         resized[id(old)] = nn.Parameter(tensor, requires_grad=old.requires_grad) if isinstance(old, nn.Parameter) else tensor
     return resized

@@ -7,7 +7,6 @@ can be traced. The same run records the operations with their sizes for the cost
 
 from __future__ import annotations
 
-import gc
 from collections import Counter
 from collections.abc import Iterable, Iterator, MutableMapping
 from contextlib import contextmanager
@@ -27,25 +26,29 @@ from edgeprune.graph.kinds import KINDS
 from edgeprune.graph.labels import Labels, core, varies
 from edgeprune.graph.rehearse import Misfit, misfit, stuck
 from edgeprune.graph.rules import RULES, Call, Labelled, Weight, give_up
-from edgeprune.graph.running import Observer, described, evaluating, first_line, fresh, operation_name, single_sample, tensors_in
+from edgeprune.graph.running import (
+    Observer,
+    described,
+    evaluating,
+    few_collections,
+    first_line,
+    fresh,
+    operation_name,
+    single_sample,
+    tensors_in,
+)
 from edgeprune.graph.sizes import read
 from edgeprune.graph.slim import remember
+
+# Beside convs and linears: the weights that make channels, as (argument, axis).
+_PRODUCING = {"embedding": ((0, 1),), "mkldnn_rnn_layer": ((1, 0), (2, 0))}
 
 
 @contextmanager
 def _aside() -> Iterator[None]:
-    """Work that the rest of the program does not notice: its random numbers go on as if nothing had been drawn.
-
-    Full garbage collections wait: tracing makes objects that live as long as the graph, and one pass over everything that torch has
-    imported takes longer than tracing a small network.
-    """
-    pace = gc.get_threshold()
-    gc.set_threshold(*pace[:2], 1_000_000)
-    try:
-        with torch.random.fork_rng(devices=[]):
-            yield
-    finally:
-        gc.set_threshold(*pace)
+    """Work that the rest of the program does not notice: its random numbers go on as if nothing had been drawn."""
+    with few_collections(), torch.random.fork_rng(devices=[]):
+        yield
 
 
 @_aside()
@@ -60,8 +63,7 @@ def trace(model: nn.Module, example_inputs: Any) -> ChannelGraph:
     inputs = single_sample(example_inputs)
     tracer = _run(model, inputs, Labels())
     graph = build(tracer)
-    found = misfit(model, graph, fresh(inputs))
-    if found is None and not tracer.book.cuts_removable() and not is_exported(model):
+    if not is_exported(model) and not tracer.book.cuts_removable() and misfit(model, graph, fresh(inputs)) is None:
         return graph
     # Where the code cuts channels, sizes do not show whether it cuts at a fixed number: the exported network has the answer.
     try:
@@ -265,6 +267,9 @@ class _Tracer(Observer):
             self._share_memory(call, old, alias.is_write)
         kind = KINDS.get(call.name, "other")
         weight, details = self._weight_details(call, kind) if kind in ("conv", "linear", "norm") else (None, {})
+        for argument, axis in _PRODUCING.get(call.name, ()):
+            if (parameter := self.seen[call.args[argument]].parameter) is not None:
+                self.producers.setdefault((parameter, axis))
         self.ops.append(Op(kind, call.name, weight, inputs, numbers[0], self.calls - 1, fused=self._fuses_into(kind, inputs), **details))
 
     def _computed_parameters(self, call: Call, results: list[Any]) -> None:

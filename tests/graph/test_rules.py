@@ -74,6 +74,11 @@ KEEP_ALL: dict[str, Operation] = {
     "dropout": lambda h: F.dropout(h, 0.5, training=False),
     "batch norm without parameters": lambda h: F.batch_norm(h, None, None, training=True),
     "flipped channels": lambda h: h.flip(1),
+    "flipped channels and a mean": lambda h: h.flip(1).mean((2, 3), keepdim=True),
+    "repeat in space and a mean": lambda h: h.repeat(1, 1, 2, 2).mean((2, 3), keepdim=True),
+    "roll and a mean": lambda h: h.roll((1, 2), (2, 3)).mean((2, 3), keepdim=True),
+    "Fourier transform over space": lambda h: torch.fft.irfft2(torch.fft.rfft2(h) * 2, s=h.shape[-2:]),
+    "products along space": lambda h: h.cumprod(2),
 }
 KEEP_ALL |= {
     "grid sample": lambda h: F.grid_sample(h, torch.linspace(-1, 1, 32, dtype=h.dtype).view(1, 4, 4, 2), align_corners=False),
@@ -113,6 +118,7 @@ FROZEN: dict[str, tuple[Operation, str]] = {
     "every other channel": (lambda h: h[:, ::2], "cuts or pads"),
     "softmax": (lambda h: h.softmax(1), "softmax over the channels"),
     "cumsum": (lambda h: h.cumsum(1), "cumsum over the channels"),
+    "Fourier transform over channels": (lambda h: torch.fft.fft(h, dim=1).real, "over the channels"),
     "sort": (lambda h: h.sort(1)[0], "sort over the channels"),
     "gram matrix": (lambda h: (h.flatten(2) @ h.flatten(2).transpose(1, 2))[..., None], "product of two different channel axes"),
     "outer product": (lambda h: h[:, :, None, 0, :1] * h[:, None, :, 0, :1], "product of two different channel axes"),

@@ -319,7 +319,7 @@ ODD: dict[str, tuple[nn.Module, Any, int]] = {  # network, inputs, removable cha
     "gru": (Recurrent(nn.GRU), X, 8),
     "multi-head attention": (SelfAttention(nn.MultiheadAttention(8, 2, batch_first=True)), X, 16),
     "transformer layer": (SelfAttention(nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)), X, 24),
-    "fft, top-k, normalize": (Mixed(), X, 0),
+    "fft, top-k, normalize": (Mixed(), X, 8),
     "standardised weights": (nn.Sequential(WeightStandard(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 4, 1)), X, 8),
     "parametrized weights": (parametrized(), X, 0),
     "group and instance norm": (
@@ -329,7 +329,7 @@ ODD: dict[str, tuple[nn.Module, Any, int]] = {  # network, inputs, removable cha
     ),
     "one channel in": (nn.Sequential(nn.Conv2d(1, 8, 1), nn.ReLU(), nn.Conv2d(8, 4, 1)), X[:, :1], 8),
     "one channel between": (nn.Sequential(nn.Conv2d(3, 1, 1), nn.Conv2d(1, 6, 1), nn.Conv2d(6, 4, 1)), X, 6),
-    "embedding": (nn.Sequential(nn.Embedding(9, 8), nn.Linear(8, 6), nn.ReLU(), nn.Linear(6, 4)), torch.arange(8).view(2, 4), 6),
+    "embedding": (nn.Sequential(nn.Embedding(9, 8), nn.Linear(8, 6), nn.ReLU(), nn.Linear(6, 4)), torch.arange(8).view(2, 4), 14),
     "graph module": (torch.fx.symbolic_trace(build("residual", dtype=torch.float32)), images("residual", 2, dtype=torch.float32), 24),
     "channels last": (
         Head(nn.Sequential(conv_bn(3, 8), Shuffle(8)), 8).to(memory_format=torch.channels_last),  # type: ignore[call-overload]
