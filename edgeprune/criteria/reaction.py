@@ -58,7 +58,8 @@ def effect(sums: Tensor, images: int) -> Tensor:
     total = square - mean.square()
     between = positions * (squared_mean - mean.square()) / total.clamp(min=1e-300)
     share = torch.where(total > 0, (between - 1) / (positions - 1).clamp(min=1), torch.zeros_like(total)).clamp(min=0, max=1)
-    return (1 - share) * alone + share * together
+    mixed: Tensor = (1 - share) * alone + share * together
+    return mixed
 
 
 def _by_image(values: Tensor, axis: int) -> Tensor:
