@@ -71,10 +71,10 @@ def examine(name: str) -> dict[str, Any]:
     detector = any(d in name for d in DETECTORS)
     example: Any = ([torch.rand(3, 320, 320)],) if detector else (torch.randn(2, 3, 224, 224),)
     if not detector:
-        model.train()
         norms = [m for m in model.modules() if isinstance(m, torch.nn.modules.batchnorm._BatchNorm)]
         for norm in norms:
             norm.reset_running_stats()
+            norm.train()  # these alone: some networks run other branches when they train
         with torch.no_grad():
             model(torch.randn(4, 3, 224, 224))
         model.eval()

@@ -1,31 +1,48 @@
-"""Puts the tables of benchmarks/results into the README, between their markers: `python -m benchmarks.readme`."""
+"""Puts the tables of benchmarks/results into README.md and docs/, between their markers: `python -m benchmarks.readme`."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
-TABLES = {"accuracy": "accuracy.md", "cost": "cost_models.md"}
+# By page and marker: the file in benchmarks/results, and the words of the line that its table stands behind.
+TABLES = {
+    "README.md": {
+        "accuracy": ("accuracy.md", ""),
+        "criteria": ("criteria.md", "### Best on validation"),
+        "speed": ("graph_speed.md", ""),
+        "depth": ("graph_depth.md", ""),
+        "cost": ("cost_models.md", ""),
+    },
+    "docs/criteria.md": {
+        "resnet56": ("criteria.md", "### resnet56, 50%"),
+        "resnet20": ("criteria.md", "### resnet20, 50%"),
+        "di": ("di_study.md", ""),
+        "seconds": ("criteria_cost.md", ""),
+        "sparsity": ("sparsity.md", ""),
+    },
+}
 
 
-def first_table(text: str) -> str:
-    """The first Markdown table of a text."""
-    lines = text.splitlines()
+def table_behind(text: str, words: str) -> str:
+    """The first Markdown table of a text behind the first appearance of some words."""
+    lines = text[text.index(words) :].splitlines()
     start = next(i for i, line in enumerate(lines) if line.startswith("|"))
     stop = next((i for i in range(start, len(lines)) if not lines[i].startswith("|")), len(lines))
     return "\n".join(lines[start:stop])
 
 
-def with_tables(readme: str) -> str:
-    """The README with the present tables."""
-    for name, file in TABLES.items():
-        table = first_table((ROOT / "benchmarks" / "results" / file).read_text(encoding="utf-8"))
-        before, _, rest = readme.partition(f"<!-- {name} -->")
+def with_tables(page: str, text: str) -> str:
+    """A page with the present tables."""
+    for name, (file, words) in TABLES[page].items():
+        table = table_behind((ROOT / "benchmarks" / "results" / file).read_text(encoding="utf-8"), words)
+        before, _, rest = text.partition(f"<!-- {name} -->")
         after = rest.partition(f"<!-- end of {name} -->")[2]
-        readme = f"{before}<!-- {name} -->\n\n{table}\n\n<!-- end of {name} -->{after}"
-    return readme
+        text = f"{before}<!-- {name} -->\n\n{table}\n\n<!-- end of {name} -->{after}"
+    return text
 
 
 if __name__ == "__main__":
-    path = ROOT / "README.md"
-    path.write_text(with_tables(path.read_text(encoding="utf-8")), encoding="utf-8")
+    for page in TABLES:
+        path = ROOT / page
+        path.write_text(with_tables(page, path.read_text(encoding="utf-8")), encoding="utf-8")

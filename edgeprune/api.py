@@ -43,10 +43,10 @@ def compress(
     budget: Budget,
     device: str | Device = "host",
     data: Any = None,
-    criterion: str = "l1",
+    criterion: str | None = None,
     allocate: str = "knapsack",
     recipe: Recipe | None = None,
-    recover: str = "bn",
+    recover: str | None = None,
     round_to: int = DEFAULT_RULES.round_to,
     min_channels: int = DEFAULT_RULES.min_channels,
     max_remove: float = DEFAULT_RULES.max_remove,
@@ -64,16 +64,18 @@ def compress(
     """A smaller network that meets the budget on the device, with artifact, evidence and report in a run folder.
 
     `model` is left as it was; `example_inputs` is a tensor or the forward's positional arguments. `data`: whatever `load_data` takes,
-    or Data; None: no accuracy, no recalibration, no training, and only criteria that read weights. `recipe` None: three epochs where
-    there are labelled training images, none otherwise. `round_to`, `min_channels`, `max_remove`, `keep_dense`: which widths a plan
-    may choose, see WidthRules. `out`: the run folder (default runs/<name>-<device>); `resume` goes on with the run in it, and stages
-    whose inputs are unchanged are read back.
+    or Data; None: no accuracy, no recalibration, no training, and only criteria that read weights. `criterion` None: reconstruction
+    where there are training images, l1 otherwise. `recipe` None: three epochs where these have labels, none otherwise. `recover` None:
+    before training batch norms are recalibrated, without training every layer is refitted. `round_to`, `min_channels`, `max_remove`,
+    `keep_dense`: which widths a plan may choose, see WidthRules. `out`: the run folder (default runs/<name>-<device>); `resume` goes on
+    with the run in it, and stages whose inputs are unchanged are read back.
     Raises BudgetError when no plan meets the budget, and the other errors of errors.py.
     """
     if seed < 0:
         raise UsageError(f"the seed must be 0 or more, got {seed}.")
     target = device if isinstance(device, Device) else find_device(device)
     source = data if isinstance(data, Data) or data is None else load_data(data, seed=seed)
+    recipe = recipe or Recipe(epochs=default_epochs(source))
     job = Job(
         name=name or type(model).__name__.lower(),
         model=model,
@@ -81,10 +83,10 @@ def compress(
         budget=budget,
         device=target,
         data=source,
-        criterion=criterion,
+        criterion=criterion or default_criterion(source),
         allocator=allocate,
-        recipe=recipe or Recipe(epochs=default_epochs(source)),
-        recover=recover,
+        recipe=recipe,
+        recover=recover or ("bn" if recipe.epochs else "reconstruct"),
         rules=WidthRules(round_to=round_to, min_channels=min_channels, max_remove=max_remove, keep_dense=keep_dense),
         formats=tuple(formats),
         seed=seed,
@@ -109,6 +111,11 @@ def compress(
 def default_epochs(data: Data | None) -> int:
     """Three where there are labelled training images, none otherwise."""
     return 3 if data and len(data.train) and data.train.labelled else 0
+
+
+def default_criterion(data: Data | None) -> str:
+    """The best one measured (benchmarks/criteria.py) where there are training images to look at, weights alone otherwise."""
+    return "reconstruction" if data and len(data.train) else "l1"
 
 
 def _stages(job: Job, run: Run, command: str, progress: Progress) -> Result:

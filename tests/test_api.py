@@ -176,9 +176,9 @@ def test_metadata_has_preprocessing_and_labels(tmp_path: Path, model: ColourNet)
     metadata = {p.key: p.value for p in onnx.load(result.folder / "model.onnx").metadata_props}
     assert json.loads(metadata["labels"]) == ["blue", "green", "red"]
     assert json.loads(metadata["preprocessing"]) == data.preprocessing.to_json()
-    assert [s["step"] for s in result.facts["accuracy_steps"]] == ["dense", "right after pruning", "after BN recalibration"]
+    assert [s["step"] for s in result.facts["accuracy_steps"]] == ["dense", "right after pruning", "after reconstruction"]
     accuracy = next(f for f in result.facts["figures"] if f["name"] == "accuracy")
-    assert accuracy["how"].endswith("after BN recalibration")
+    assert accuracy["how"].endswith("after reconstruction")
 
 
 def test_this_machine_is_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -245,10 +245,13 @@ class NoNorms(nn.Module):
 
 
 def test_without_batch_norms_no_recalibration_is_claimed(tmp_path: Path) -> None:
-    result = ep.compress(
-        NoNorms(), EXAMPLE, budget=ep.Budget(macs=0.6), device="rpi4", data=colour_data(), recipe=ep.Recipe(epochs=0), out=tmp_path / "x"
-    )
+    rest: dict[str, Any] = {"budget": ep.Budget(macs=0.6), "device": "rpi4", "data": colour_data(), "recipe": ep.Recipe(epochs=0)}
+    result = ep.compress(NoNorms(), EXAMPLE, recover="bn", out=tmp_path / "bn", **rest)
     assert [s["step"] for s in result.facts["accuracy_steps"]] == ["dense", "right after pruning"]
+    result = ep.compress(NoNorms(), EXAMPLE, out=tmp_path / "default", **rest)
+    assert [s["step"] for s in result.facts["accuracy_steps"]] == ["dense", "right after pruning", "after reconstruction"]
+    assert result.facts["criterion"] == "reconstruction"
+    assert ep.compress(NoNorms(), EXAMPLE, out=tmp_path / "none", **rest | {"data": None}).facts["criterion"] == "l1"
 
 
 def test_default_epochs_follow_the_data(tmp_path: Path, model: ColourNet, monkeypatch: pytest.MonkeyPatch) -> None:

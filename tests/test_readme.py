@@ -9,7 +9,7 @@ import pytest
 import typer.main
 
 import edgeprune as ep
-from benchmarks.readme import with_tables
+from benchmarks.readme import TABLES, with_tables
 from edgeprune.cli import app
 
 ROOT = Path(__file__).parent.parent
@@ -49,5 +49,8 @@ def test_links_lead_somewhere() -> None:
     assert links and [link for link in links if not (ROOT / link).exists()] == []
 
 
-def test_tables_are_those_of_the_results() -> None:
-    assert with_tables(README) == README
+@pytest.mark.parametrize("page", TABLES)
+def test_tables_are_those_of_the_results(page: str) -> None:
+    text = (ROOT / page).read_text(encoding="utf-8")
+    assert with_tables(page, text) == text
+    assert all(text.count(f"<!-- {name} -->") == 1 for name in TABLES[page])

@@ -46,9 +46,14 @@ def compress(
     input_shape: Shape = None,
     mean: Numbers = None,
     std: Numbers = None,
-    criterion: Annotated[str, typer.Option(help="importance of channels, see `edgeprune criteria`")] = "l1",
+    criterion: Annotated[
+        str | None, typer.Option(help="importance of channels, see `edgeprune criteria` (default: reconstruction with --data, else l1)")
+    ] = None,
     allocator: Annotated[str, typer.Option("--allocate", help="how much of each layer stays, see `edgeprune allocators`")] = "knapsack",
-    recover: Annotated[str, typer.Option(help="before training: none, bn (batch norms) or reconstruct (refit every layer)")] = "bn",
+    recover: Annotated[
+        str | None,
+        typer.Option(help="before training: none, bn (batch norms) or reconstruct (every layer refitted; the default without training)"),
+    ] = None,
     epochs: Annotated[int | None, typer.Option(help="epochs of fine-tuning (default: 3 with labelled training images)")] = None,
     distill: Annotated[bool, typer.Option(help="fine-tune towards the dense network's answers too")] = True,
     lr: Annotated[float, typer.Option(help="largest learning rate of the cosine schedule")] = 0.01,

@@ -84,7 +84,7 @@ class Statistic:
         """Gradients of the mean cross-entropy of one batch of `images`, by parameter name."""
 
     def react(self, reactions: Mapping[str, Tensor], images: int) -> None:
-        """Squared change of the network's outputs per unit change of each layer's (see reaction.py), summed over one batch of `images`."""
+        """How the network's outputs react to each layer's (the sums of reaction.py), over one batch of `images`."""
 
     def scores(self, images: int) -> Scores:
         """The result, after `images` images."""

@@ -1,9 +1,12 @@
 """How strongly a network's outputs react to what one of its layers computes, without labels.
 
-For a random direction v of the outputs, the gradient of <v, outputs> with respect to a layer's output is J^T v; its square, averaged
-over v ~ N(0, 1), is the squared change of all outputs per unit change there (the diagonal of J^T J, Hutchinson's estimator). One
-backward pass gives it for every layer. Layers are found by the parameter that a call of torch takes as its weight, above autograd:
-module or function, traced graph or plain code.
+For a random direction v of the outputs, the gradient g of <v, outputs> with respect to a layer's output is J^T v; averaged over
+v ~ N(0, 1), sums of its squares are the squared change of all outputs (Hutchinson's estimator of J^T J). One backward pass gives them
+for every layer. An error of a channel that differs from position to position moves the outputs by the sum of g² over positions; one
+that is the same everywhere in an image by the square of the sum of g, which behind a mean over 64 positions is 64 times as much. Errors
+are a mixture of both; the share r of the second is taken from the layer's own output: how much of its variance lies between images.
+Layers are found by the parameter that a call of torch takes as its weight, above autograd: module or function, traced graph or plain
+code.
 """
 
 from __future__ import annotations
@@ -24,7 +27,7 @@ BYTES = 1 << 30
 def reactions(
     model: nn.Module, inputs: tuple[Any, ...], weights: Mapping[str, Tensor], *, generator: torch.Generator, bytes_per_image: int
 ) -> dict[str, Tensor]:
-    """Sums over images and positions of squared gradients, by weight name: float64 (outputs of that layer,).
+    """What `effect` needs, summed over images, by weight name: float64 (6, outputs of that layer).
 
     `weights`: the parameters of the layers asked for. `generator` draws the directions image by image. Layers that the outputs do not
     depend on are zero; weights that no call takes as they are (standardised ones, say) are left out, and everything is where the outputs
@@ -45,6 +48,25 @@ def reactions(
     return found
 
 
+def effect(sums: Tensor, images: int) -> Tensor:
+    """Mean squared change of the network's outputs per unit mean squared error of each output of a layer: float64 (outputs,).
+
+    (1 - r) * sum of g² + r * (sum of g)²; r, the share of the output's variance that lies between images, is the intraclass
+    correlation (means of images vary by chance too: that part is taken off). `sums` over `images`.
+    """
+    alone, together, mean, squared_mean, square, positions = sums / images
+    total = square - mean.square()
+    between = positions * (squared_mean - mean.square()) / total.clamp(min=1e-300)
+    share = torch.where(total > 0, (between - 1) / (positions - 1).clamp(min=1), torch.zeros_like(total)).clamp(min=0, max=1)
+    mixed: Tensor = (1 - share) * alone + share * together
+    return mixed
+
+
+def _by_image(values: Tensor, axis: int) -> Tensor:
+    """(images, outputs, positions) of a layer's output with its channels on `axis`."""
+    return values.movedim(axis, 1).flatten(2) if values.ndim > 2 else values[:, :, None]
+
+
 class _Listener(TorchFunctionMode):
     """Hangs a hook on the result of every call that takes one of the weights."""
 
@@ -62,15 +84,19 @@ class _Listener(TorchFunctionMode):
         kind = str(getattr(func, "__name__", func))
         if name is not None and isinstance(out, Tensor) and out.requires_grad and ("conv" in kind or "linear" in kind):
             axis = -1 if "linear" in kind else 1
-            self._found.setdefault(name, torch.zeros(out.shape[axis], dtype=torch.float64))
+            sums = self._found.setdefault(name, torch.zeros(6, out.shape[axis], dtype=torch.float64))
+            values = _by_image(out.detach(), axis)
+            means = values.mean(dim=2)
+            sums[2:5] += torch.stack([means.sum(0), means.square().sum(0), values.square().mean(dim=2).sum(0)]).double().cpu()
+            sums[5] += values.shape[0] * values.shape[2]
             out.register_hook(self._adder(name, axis))
             self.outputs.append(out)
         return out
 
     def _adder(self, name: str, axis: int) -> Callable[[Tensor], None]:
         def add(gradient: Tensor) -> None:
-            rows = gradient.movedim(axis, 0).flatten(1)
-            self._found[name] += rows.square().sum(dim=1).double().cpu()
+            slopes = _by_image(gradient, axis)
+            self._found[name][:2] += torch.stack([slopes.square().sum((0, 2)), slopes.sum(2).square().sum(0)]).double().cpu()
 
         return add
 

@@ -35,6 +35,7 @@ import torch
 from torch import Tensor
 
 from edgeprune.criteria.probe import Floats, Probe, Statistic
+from edgeprune.criteria.reaction import effect
 from edgeprune.errors import DataError, UsageError
 from edgeprune.graph import ChannelGraph, ChannelGroup, Member, Op
 from edgeprune.plan import Scores
@@ -92,7 +93,7 @@ class _Losses(Statistic):
         for name in list(self._read):  # moments go as inverses come: both at once would be twice the memory
             if (reading := self._read.pop(name)).seen:
                 reaction = self._reactions.get(name)
-                solved[name] = reading.solved(self._ridge, None if reaction is None else reaction / self._reacting)
+                solved[name] = reading.solved(self._ridge, None if reaction is None else effect(reaction, self._reacting))
         seen = [s.energy for s in solved.values() if s.reacts]
         unit = float(np.mean(seen)) if seen else 1.0
         values, unread = {}, []

@@ -279,10 +279,11 @@ class _Tracer(Observer):
     def _computed_parameters(self, call: Call, results: list[Any]) -> None:
         """Weights that the network computes from its parameters (transposed, normalised) count as the parameter of their shape."""
         first = self.seen[call.args[0]]
-        view: dict[str, Any] = {"view": True, "written": first.written} if call.func._schema.arguments[0].alias_info else {}
+        shares = bool(call.func._schema.arguments[0].alias_info)
         for made, labels in zip(tensors_in(call.out), results, strict=False):
             same = (self.seen[t].parameter for t in tensors_in(call.args) if t.shape == made.shape)
-            self.seen[made] = _Seen(labels, parameter=next(same, first.parameter), **view)
+            parameter = next(same, first.parameter)
+            self.seen[made] = _Seen(labels, parameter=parameter, view=shares, written=first.written if shares else [])
 
     def _share_memory(self, call: Call, old: _Seen, writes: bool) -> None:
         """After an operation whose result is its first argument's memory: who reads one view later reads what was written there."""
