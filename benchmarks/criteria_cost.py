@@ -19,6 +19,7 @@ import platform
 import sys
 import time
 from collections.abc import Callable, Iterable
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -96,10 +97,10 @@ def measure(network: str, names: Iterable[str], repeats: int) -> list[dict[str, 
             bare = forward_backward
         pairs = []
         for _ in range(repeats):
-            base = cpu_seconds(lambda bare=bare: bare(model, batches))  # type: ignore[misc]
+            base = cpu_seconds(partial(bare, model, batches))
             seen.clear()
             counting = model.register_forward_pre_hook(lambda _, args: seen.append(len(args[0])))
-            total = cpu_seconds(lambda name=name: criteria.score(graph, model, name, data=batches))  # type: ignore[misc]
+            total = cpu_seconds(partial(criteria.score, graph, model, name, data=batches))
             counting.remove()
             pairs.append((base, total))
         base, total = median(b for b, _ in pairs), median(t for _, t in pairs)

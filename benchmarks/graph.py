@@ -46,7 +46,7 @@ def library_model(name: str) -> Any:
         extra = {"weights_backbone": None} if any(d in name for d in (*DETECTORS, "deeplab", "lraspp", "fcn")) else {}
         model = torchvision.models.get_model(name, weights=None, **extra)
     if hasattr(model, "transform_input"):
-        setattr(model, "transform_input", False)  # noqa: B010  GoogLeNet and Inception
+        setattr(model, "transform_input", False)  # noqa: B010  GoogLeNet and Inception; a plain assignment fails the type checker
     for module in model.modules():
         if isinstance(module, torch.nn.modules.batchnorm._BatchNorm) and module.weight is not None:
             torch.nn.init.uniform_(module.weight, 0.5, 1.5)

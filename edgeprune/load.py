@@ -113,7 +113,7 @@ def _kind(path: Path) -> str:
     if path.is_dir():
         raise ModelError(f"{path} is a folder: give the file with the network or its weights.")
     if not path.is_file():
-        raise ModelError(f"the model file {path} does not exist.")
+        raise ModelError(f"the model file {path} does not exist; give the path of a .pt2, .pt, .pth or .safetensors file.")
     if not path.stat().st_size:
         raise ModelError(f"the model file {path} is empty: save or download it again.")
     if path.suffix == ".onnx":

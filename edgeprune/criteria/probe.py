@@ -17,12 +17,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from edgeprune.criteria.reaction import reactions
 from edgeprune.errors import DataError, UsageError
 from edgeprune.graph import ChannelGraph, ChannelGroup, Tap
-from edgeprune.graph.running import evaluating, tensors_in
+from edgeprune.graph.running import Observer, evaluating, tensors_in
 from edgeprune.graph.slim import named_tensors
 from edgeprune.plan import Scores
 
@@ -194,11 +193,11 @@ def _parts(batch: Any) -> tuple[tuple[Any, ...], Tensor | None]:
     return tuple(inputs) if isinstance(inputs, (tuple, list)) else (inputs,), labels if isinstance(labels, Tensor) else None
 
 
-class _Watch(TorchDispatchMode):
+class _Watch(Observer):
     """Counts the operations the way tracing numbered them, and hands over the wanted ones."""
 
     def __init__(self, graph: ChannelGraph, statistics: Sequence[Statistic], images: int, labels: Tensor | None) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]  # torch leaves it untyped
+        super().__init__()
         self._readers = [s for s in statistics if s.maps]
         self._operations = [s.operations for s in statistics if s.operations]
         self._images = images

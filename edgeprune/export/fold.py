@@ -15,10 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from edgeprune.graph.running import quiet_torch
+from edgeprune.graph.running import Observer, quiet_torch
 
 _CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
@@ -52,11 +51,11 @@ def as_args(example_inputs: Tensor | Sequence[Any]) -> tuple[Any, ...]:
     return (example_inputs,) if isinstance(example_inputs, Tensor) else tuple(example_inputs)
 
 
-class _Readers(TorchDispatchMode):
+class _Readers(Observer):
     """Who reads each watched storage: one entry per operation, functional calls included, but only one per call of a watched module."""
 
     def __init__(self, modules: Sequence[nn.Module]) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]  # torch leaves it untyped
+        super().__init__()
         self.inside: object | None = None  # the call of a watched module that is running
         self._readers: dict[int, set[object]] = {}
         self._alive: list[Tensor] = []  # a freed storage's address would be handed out again

@@ -15,13 +15,12 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map
 
 from edgeprune.errors import DataError
 from edgeprune.graph.channels import ChannelGraph
 from edgeprune.graph.mixing import Kept, compute_over_kept
-from edgeprune.graph.running import fresh, single_sample, tensors_in
+from edgeprune.graph.running import Observer, fresh, single_sample, tensors_in
 from edgeprune.graph.slim import kept_positions, mask, named_tensors
 from edgeprune.plan import Plan
 
@@ -177,11 +176,11 @@ class _Shape(NamedTuple):
     device: torch.device
 
 
-class _Numbered(TorchDispatchMode):
+class _Numbered(Observer):
     """Calls `at(number, func, args, kwargs)` for every operation of a forward, in order."""
 
     def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]  # torch leaves it untyped
+        super().__init__()
         self.calls = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:

@@ -12,19 +12,18 @@ from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from edgeprune.graph.channels import Mixing
-from edgeprune.graph.running import operation_name
+from edgeprune.graph.running import Observer, operation_name
 
 Kept = tuple[Mixing, tuple[Tensor, ...]]
 
 
-class _KeptOnly(TorchDispatchMode):
+class _KeptOnly(Observer):
     """Runs the listed operations over kept positions; `kept` is keyed by operation and how many of that name ran before it."""
 
     def __init__(self, kept: Mapping[tuple[str, int], Kept]) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]  # torch leaves it untyped
+        super().__init__()
         self.kept = kept
         self.seen: Counter[str] = Counter()
 
@@ -65,11 +64,11 @@ def compute_over_kept(twin: nn.Module, kept: Mapping[tuple[str, int], Kept]) -> 
     def enter(*_: Any) -> None:
         if kept:
             running.append(_KeptOnly(kept))
-            running[-1].__enter__()  # type: ignore[no-untyped-call]  # torch leaves it untyped
+            running[-1].__enter__()
 
     def leave(*_: Any) -> None:
         if running:
-            running.pop().__exit__(None, None, None)  # type: ignore[no-untyped-call]  # the same
+            running.pop().__exit__(None, None, None)
 
     twin.register_forward_pre_hook(enter)
     twin.register_forward_hook(leave, always_call=True)

@@ -22,12 +22,11 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from edgeprune.data import Split
 from edgeprune.errors import DataError
 from edgeprune.graph import ChannelGraph, Op
-from edgeprune.graph.running import evaluating
+from edgeprune.graph.running import Observer, evaluating
 from edgeprune.graph.slim import named_tensors, recall, removed_positions
 from edgeprune.graph.trace import trace
 from edgeprune.plan import Plan
@@ -154,11 +153,11 @@ def _frozen(model: nn.Module) -> Iterator[None]:
         yield
 
 
-class _Recorder(TorchDispatchMode):
+class _Recorder(Observer):
     """Keeps the outputs of the target layers at their sampled places."""
 
     def __init__(self, targets: Mapping[int, _Target]) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]  # torch leaves it untyped
+        super().__init__()
         self.calls = 0
         self._wanted: dict[int, list[tuple[str, _Target]]] = {}
         for target in targets.values():
@@ -184,7 +183,7 @@ def _at_places(out: Tensor, target: _Target) -> Tensor:
     return out.flatten(2)[:, :, target.places] if target.op.kind == "conv" else out[:, :, None]
 
 
-class _Refitter(TorchDispatchMode):
+class _Refitter(Observer):
     """Before a target layer runs, its weights are replaced by those that fit the recorded outputs best."""
 
     def __init__(
@@ -195,7 +194,7 @@ class _Refitter(TorchDispatchMode):
         ridge: float,
         progress: Progress,
     ) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]  # torch leaves it untyped
+        super().__init__()
         self._targets, self._wanted, self._tensors = targets, wanted, tensors
         self._ridge, self._progress = ridge, progress
         self._calls = self._done = 0
