@@ -1,6 +1,7 @@
 """Tracing and slimming against Torch-Pruning: coverage over library networks, speed, and growth with depth.
 
     python -m benchmarks.graph coverage [NAME …]        # 50% uniform, 224² (320² for detectors), classifier kept
+    python -m benchmarks.graph more [NAME …]            # the same for networks of other kinds (networks.MORE), at their own sizes
     python -m benchmarks.graph speed [NAME …]           # CPU time and memory, beside Torch-Pruning (graph_speed.py)
     python -m benchmarks.graph depth                    # CIFAR ResNets of 20 to 1202 layers (graph_speed.py)
 
@@ -25,7 +26,9 @@ from typing import Any
 
 DATA = Path(os.environ.get("EDGEPRUNE_DATA", "../shared/data"))
 RESULTS = Path(__file__).parent / "results"
-DETECTORS = ("ssdlite", "retinanet", "fcos", "fasterrcnn")
+DETECTORS = ("ssd", "retinanet", "fcos", "rcnn")
+BACKBONES = (*DETECTORS, "deeplab", "lraspp", "fcn")
+VIDEO = ("r3d_18", "mc3_18", "r2plus1d_18", "s3d", "swin3d_t", "mvit_v1_b", "mvit_v2_s")
 LIMIT_SECONDS = 240
 
 
@@ -43,7 +46,7 @@ def library_model(name: str) -> Any:
     if name.startswith("timm:"):
         model = timm.create_model(name[5:])
     else:
-        extra = {"weights_backbone": None} if any(d in name for d in (*DETECTORS, "deeplab", "lraspp", "fcn")) else {}
+        extra = {"weights_backbone": None} if any(d in name for d in BACKBONES) else {}
         model = torchvision.models.get_model(name, weights=None, **extra)
     if hasattr(model, "transform_input"):
         setattr(model, "transform_input", False)  # noqa: B010  GoogLeNet and Inception; a plain assignment fails the type checker
@@ -58,6 +61,19 @@ def library_model(name: str) -> Any:
     return model.eval()
 
 
+def example_of(name: str, model: Any, samples: int) -> tuple[Any, ...]:
+    """Noise of the shape a network takes: 320² for detectors, 16 frames for video, the size a network is bound to, else 224²."""
+    import torch
+
+    if any(d in name for d in DETECTORS):
+        return ([torch.rand(3, 320, 320)],)
+    if name in VIDEO:
+        return (torch.randn(samples, 3, 16, *((224, 224) if "mvit" in name else (112, 112))),)
+    config = getattr(model, "pretrained_cfg", None) or {}
+    bound = config.get("min_input_size") or (config.get("fixed_input_size") and config.get("input_size"))
+    return (torch.randn(samples, *(bound or (3, 224, 224))),)
+
+
 def examine(name: str) -> dict[str, Any]:
     """Trace one network, slim it to half the widths, prove it, and count."""
     warnings.simplefilter("ignore")
@@ -69,14 +85,14 @@ def examine(name: str) -> dict[str, Any]:
     torch.set_num_threads(1)
     model = library_model(name)
     detector = any(d in name for d in DETECTORS)
-    example: Any = ([torch.rand(3, 320, 320)],) if detector else (torch.randn(2, 3, 224, 224),)
+    example = example_of(name, model, 2)
     if not detector:
         norms = [m for m in model.modules() if isinstance(m, torch.nn.modules.batchnorm._BatchNorm)]
         for norm in norms:
             norm.reset_running_stats()
             norm.train()  # these alone: some networks run other branches when they train
         with torch.no_grad():
-            model(torch.randn(4, 3, 224, 224))
+            model(*example_of(name, model, 4))
         model.eval()
     with torch.no_grad():
         model(*example)
