@@ -127,11 +127,18 @@ def examine(name: str) -> dict[str, Any]:
     }
 
 
-def coverage(names: list[str], seconds: int) -> None:
-    """One fresh process per network; rows are kept as they come, and a network that has one is run again only when it is named."""
+def coverage(names: list[str], seconds: int, part: str = "coverage") -> None:
+    """One fresh process per network; rows are kept as they come, and a network that has one is run again only when it is named.
+
+    `part` "coverage": the networks that the peer was tried on; "more": networks.MORE, which it was not.
+    """
     with (DATA / "peers" / "torch_pruning_coverage.csv").open() as file:
         peer = {r["model"]: r for r in csv.DictReader(file) if r["hints"] != "True"}
-    path = RESULTS / "graph_coverage.json"
+    if part == "more":
+        from benchmarks.networks import MORE  # which imports torch
+
+        peer = {name: {} for name in MORE}
+    path = RESULTS / f"graph_{part}.json"
     rows = {row["network"]: row for row in json.loads(path.read_text())} if path.is_file() else {}
     for name in names or [name for name in peer if name not in rows]:
         rows[name] = row = _in_a_process(name, seconds) | {"torch_pruning": _of_peer(peer.get(name, {}))}
@@ -140,7 +147,7 @@ def coverage(names: list[str], seconds: int) -> None:
         ordered = [rows[n] for n in [*peer, *(n for n in rows if n not in peer)] if n in rows]
         RESULTS.mkdir(exist_ok=True)
         path.write_text(json.dumps(ordered, indent=2) + "\n")
-        path.with_suffix(".md").write_text(coverage_table(ordered, len(peer)))
+        path.with_suffix(".md").write_text(coverage_table(ordered, len(peer), part))
 
 
 def _in_a_process(name: str, seconds: int) -> dict[str, Any]:
@@ -164,16 +171,17 @@ def _of_peer(row: dict[str, str]) -> dict[str, Any]:
     return {"status": "ok", "macs_removed": removed[0] if removed else None}
 
 
-def coverage_table(rows: list[dict[str, Any]], total: int) -> str:
+def coverage_table(rows: list[dict[str, Any]], total: int, part: str = "coverage") -> str:
     """The results as Markdown."""
     good = [r for r in rows if r["status"] == "ok"]
     smaller = [r for r in good if r["macs_removed"] > 0]
     theirs = [r for r in rows if r["torch_pruning"]["status"] == "ok"]
+    beside = f" Torch-Pruning ends without one on {len(theirs)} of the same {len(rows)}." if part == "coverage" else ""
     lines = [
-        "# Library networks cut to half of every width",
+        "# Library networks cut to half of every width" if part == "coverage" else "# Further library networks cut to half of every width",
         "",
         f"{len(rows)} of {total} networks run; {len(good)} end without an error; {len(smaller)} are smaller, with outputs of the "
-        f"same shapes. Torch-Pruning ends without one on {len(theirs)} of the same {len(rows)}. `python -m benchmarks.graph coverage`.",
+        f"same shapes.{beside} `python -m benchmarks.graph {part}`.",
         "",
         "Error: largest difference between the slim network and the masked dense one, as a share of the output's range. *Kept only*: the",
         "norms and sums over channels that the dense one computes over the kept channels alone. CPU-seconds of tracing and slimming.",
@@ -199,7 +207,7 @@ def coverage_table(rows: list[dict[str, Any]], total: int) -> str:
 def main() -> None:
     """Run the asked part."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("part", choices=("coverage", "speed", "depth", "one"))
+    parser.add_argument("part", choices=("coverage", "more", "speed", "depth", "one"))
     parser.add_argument("names", nargs="*")
     parser.add_argument("--seconds", type=int, default=LIMIT_SECONDS, help="wall-clock limit for one network")
     options = parser.parse_args()
@@ -213,7 +221,7 @@ def main() -> None:
         table = graph_speed.speed_table(result) if options.part == "speed" else graph_speed.depth_table(result)
         graph_speed.write(options.part, result, table)
         return
-    coverage(options.names, options.seconds)
+    coverage(options.names, options.seconds, options.part)
 
 
 if __name__ == "__main__":
