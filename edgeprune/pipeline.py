@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from edgeprune.allocate import allocate
 from edgeprune.criteria import score
-from edgeprune.data import Data, Split
+from edgeprune.data import Augment, Data, Split
 from edgeprune.device.card import Device
 from edgeprune.device.cost import Cost, CostModel, predict_graph
 from edgeprune.device.measure import FULL, QUICK, Measurement, measure
@@ -130,6 +130,13 @@ class Pipeline:
         rest, aside = data.train.hold_out(held, self.job.seed)
         return rest, aside
 
+    @property
+    def augment(self) -> Augment:
+        """Scoring and refitting see images as training does: a network knows its training images, as they are, too well."""
+        side = self.job.data.preprocessing.size[0] if self.job.data else 0
+        padding = side // 8 if self.job.recipe.crop_padding is None else self.job.recipe.crop_padding
+        return Augment(crop_padding=padding, flip=self.job.recipe.flip)
+
     def accuracy(self, stage: str, model: nn.Module) -> Accuracy | None:
         """Accuracy of a network on all validation images; None without labelled data."""
         data = self.job.data
@@ -153,7 +160,7 @@ class Pipeline:
             def images() -> Any:
                 if self.train_split:
                     done = 0
-                    for batch in self.train_split.batches(64, shuffle_seed=job.seed, limit=job.calibration_images):
+                    for batch in self.train_split.batches(64, shuffle_seed=job.seed, limit=job.calibration_images, augment=self.augment):
                         yield batch
                         done += len(batch[0])
                         self.progress(f"scoring by {job.criterion}", done, total)
@@ -168,8 +175,8 @@ class Pipeline:
             rest = {k: v for k, v in facts.items() if k not in ("criterion", "additive", "files")}
             return Scores(facts["criterion"], load_file(self.run.path(file)), rest, facts["additive"])
 
-        data = job.data.fingerprint if job.data else None
-        inputs = {"criterion": job.criterion, "images": job.calibration_images, "seed": job.seed, "data": data}
+        seen = {"images": job.calibration_images, "augment": asdict(self.augment), "data": job.data and job.data.fingerprint}
+        inputs = {"criterion": job.criterion, "seed": job.seed, **seen}
         return self.run.cached("score", inputs, compute, write=write, read=read)
 
     def choose(self, scores: Scores) -> Choice:
@@ -263,9 +270,9 @@ class Pipeline:
             return self._stored("recalibrate", {}, small, lambda: recalibrate(small, train))
 
         def refit() -> nn.Module:
-            return reconstruct(small, job.model, self.graph, plan, train, progress=self.progress)
+            return reconstruct(small, job.model, self.graph, plan, train, augment=self.augment, progress=self.progress)
 
-        return self._stored("reconstruct", {}, small, refit)
+        return self._stored("reconstruct", {"augment": asdict(self.augment)}, small, refit)
 
     def trained(self, small: nn.Module) -> tuple[nn.Module, tuple[Epoch, ...]]:
         """Fine-tuned, with the figures of every epoch."""

@@ -5,9 +5,12 @@ calibration images, in the order in which they run, each on inputs that the alre
 network records its outputs at random positions, one run of the slim network stops at each layer, solves, and goes on with the new
 weights: two forward passes in all. A layer that writes into a residual sum is fitted to what the sum lacks, so errors of earlier
 blocks are mended by later ones. What the fit cannot give back to a weight (the intercept) goes into the layer's bias or into the
-running mean of the batch norm behind it; the other statistics stay, because in the least-squares sense they fit.
+running mean of the batch norm behind it. Of a depthwise conv the scale of each channel is fitted; transposed convs stay as they are.
 Where a ReLU follows, a value that should be negative may be any negative value: the fit is repeated with such targets moved to where
 the layer already is, with the moments in hand (each round lowers the convex error that forgives what the ReLU cuts off).
+No BN recalibration after it: a least-squares fit that explains a share R² of a channel's variance has that share of its variance, and
+statistics of the dense network pass it on as it is. Statistics of the fit's own would stretch it by 1 / R, noise included, which takes
+the error from 1 - R² to 2 (1 - R) of the variance and unbalances every residual sum it goes into.
 Source: reconstruction by least squares after He, Zhang, Sun, "Channel Pruning for Accelerating Very Deep Neural Networks", ICCV 2017.
 """
 
@@ -23,7 +26,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from edgeprune.data import Split
+from edgeprune.data import Augment, Split
 from edgeprune.errors import DataError
 from edgeprune.graph import ChannelGraph, Op
 from edgeprune.graph.running import Observer, evaluating
@@ -33,7 +36,8 @@ from edgeprune.plan import Plan
 from edgeprune.train import Progress, silent
 from edgeprune.train.moments import Moments, conv_patches, sampled_places
 
-POSITIONS = 48
+ROWS = 49_152  # positions of maps, over all images, that a layer is fitted on: the more images, the fewer in each
+LEAST_POSITIONS = 12
 RECTIFY_ROUNDS = 3
 PATCH_BYTES = 256 << 20
 KEPT_BYTES = 512 << 20
@@ -47,20 +51,22 @@ def reconstruct(
     plan: Plan,
     split: Split,
     *,
-    images: int = 1024,
+    images: int = 2048,
+    augment: Augment | None = None,
     ridge: float = 1e-3,
     progress: Progress = silent,
 ) -> nn.Module:
     """A copy of `small` whose convs and linears were refitted to the dense network's outputs; the inputs are untouched.
 
-    `ridge` pulls towards the present weights, as a share of the mean variance of the inputs. Needs images only, no labels.
-    At most as many images as their feature maps fit into 3 GB. Raises DataError when there are none.
+    Needs images only, no labels; `augment` as the network's own training had it makes them more like new ones. `ridge` pulls towards
+    the present weights, as a share of the mean variance of the inputs. At most as many images as their feature maps fit into 3 GB.
+    Raises DataError when there are none.
     """
-    batch = _batch(split, min(images, _affordable(graph)))
+    batch = _batch(split, min(images, _affordable(graph)), augment)
     if graph.exported is not None:  # the slim network runs the exported operations, so the dense one must too
         dense = recall(graph, dense)
         graph = trace(dense, batch[:1])
-    targets = _targets(graph, plan)
+    targets = _targets(graph, plan, max(LEAST_POSITIONS, ROWS // len(batch)))
     if not targets:
         return copy.deepcopy(small)
     fitted = copy.deepcopy(small)
@@ -69,7 +75,7 @@ def reconstruct(
         for part in batch.split(128):
             recorder.calls = 0
             dense(part)
-    with _frozen(fitted), _Refitter(targets, recorder.outputs(), dict(named_tensors(fitted)), ridge, progress):
+    with _frozen(fitted), _Refitter(targets, recorder, dict(named_tensors(fitted)), ridge, progress):
         fitted(batch)
     return fitted
 
@@ -78,21 +84,23 @@ def reconstruct(
 class _Target:
     """One layer to refit: its operation, the outputs that stay, the batch norm behind it, the call whose result is added to it.
 
-    `rectified`: what comes of that goes through a ReLU and nowhere else.
+    `rectified`: what comes of that goes through a ReLU and nowhere else. `scaled`: a depthwise conv, of which only the scale of each
+    channel is refitted: it mixes no channels, so what it lost is not in its inputs.
     """
 
     op: Op
     kept: Tensor
-    norm: str | None
+    norm: Op | None
     places: Tensor
     beside: int | None
     rectified: bool
+    scaled: bool
 
 
-def _targets(graph: ChannelGraph, plan: Plan) -> dict[int, _Target]:
-    """By call number, every conv and linear from the first narrowed one on that is not depthwise."""
+def _targets(graph: ChannelGraph, plan: Plan, positions: int) -> dict[int, _Target]:
+    """By call number, every conv and linear from the first one on that lost inputs; fitted at so many positions of each image's map."""
     gone = removed_positions(graph, plan)
-    norms = {op.inputs[0]: op.weight for op in graph.ops if op.kind == "norm" and op.inputs and op.weight}
+    norms = {op.inputs[0]: op for op in graph.ops if op.kind == "norm" and op.inputs and op.weight}
     seen: set[str] = set()
     targets: dict[int, _Target] = {}
     for op in graph.ops:
@@ -100,16 +108,23 @@ def _targets(graph: ChannelGraph, plan: Plan) -> dict[int, _Target]:
             continue
         seen.add(op.weight)
         shape = graph.shapes[op.weight]
-        if (not targets and (op.weight, 1) not in gone) or op.name == "bmm" or (op.groups > 1 and shape[1] == 1):
+        if (not targets and (op.weight, 1) not in gone) or op.name == "bmm":
+            continue
+        if op.kind == "conv" and graph.activations[op.output].shape[1] != shape[0]:  # transposed
             continue
         lost = gone.get((op.weight, 0), np.zeros(shape[0], dtype=bool))
         norm = norms.get(op.output)
-        norm = norm if norm and norm.removesuffix("weight") + "running_mean" in graph.shapes else None
+        norm = norm if norm and _prefix(norm) + "running_mean" in graph.shapes else None
         spatial = int(np.prod(graph.activations[op.output].shape[2:])) if op.kind == "conv" else 1
-        places = sampled_places([spatial], POSITIONS, op.call)
+        places = sampled_places([spatial], positions, op.call)
         kept = torch.from_numpy(np.flatnonzero(~lost))
-        targets[op.call] = _Target(op, kept, norm, places, _beside(graph, op), _rectified(graph, op))
+        scaled = op.groups > 1 and shape[1] == 1
+        targets[op.call] = _Target(op, kept, norm, places, _beside(graph, op), _rectified(graph, op), scaled)
     return targets
+
+
+def _prefix(norm: Op) -> str:
+    return (norm.weight or "").removesuffix("weight")
 
 
 def _rectified(graph: ChannelGraph, op: Op) -> bool:
@@ -141,10 +156,10 @@ def _affordable(graph: ChannelGraph) -> int:
     return max(32, MEMORY_BYTES // (4 * 6 * largest))
 
 
-def _batch(split: Split, images: int) -> Tensor:
+def _batch(split: Split, images: int, augment: Augment | None) -> Tensor:
     if not len(split):
         raise DataError("reconstruction needs calibration images: give data with a training part.")
-    return torch.cat([x for x, _ in split.batches(128, shuffle_seed=0, limit=images)])
+    return torch.cat([x for x, _ in split.batches(128, shuffle_seed=0, limit=images, augment=augment)])
 
 
 @contextmanager
@@ -164,13 +179,18 @@ class _Recorder(Observer):
             self._wanted.setdefault(target.op.call, []).append(("output", target))
             if target.beside is not None:
                 self._wanted.setdefault(target.beside, []).append(("beside", target))
+        self._norms = {target.norm.call for target in targets.values() if target.norm}
         self._found: dict[tuple[str, int], list[Tensor]] = {}
+        self.eps: dict[int, float] = {}
+        """By call number of a batch norm, what it adds to the variance (torch gives it last)."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:
         """Run the operation and look at its output."""
         out = func(*args, **(kwargs or {}))
         for role, target in self._wanted.get(self.calls, ()):
             self._found.setdefault((role, target.op.call), []).append(_at_places(out, target)[:, target.kept])
+        if self.calls in self._norms:
+            self.eps[self.calls] = float(args[-1])
         self.calls += 1
         return out
 
@@ -189,13 +209,13 @@ class _Refitter(Observer):
     def __init__(
         self,
         targets: Mapping[int, _Target],
-        wanted: Mapping[tuple[str, int], Tensor],
+        recorder: _Recorder,
         tensors: Mapping[str, Tensor],
         ridge: float,
         progress: Progress,
     ) -> None:
         super().__init__()
-        self._targets, self._wanted, self._tensors = targets, wanted, tensors
+        self._targets, self._wanted, self._eps, self._tensors = targets, recorder.outputs(), recorder.eps, tensors
         self._ridge, self._progress = ridge, progress
         self._calls = self._done = 0
         self._beside: dict[int, list[_Target]] = {}
@@ -217,6 +237,8 @@ class _Refitter(Observer):
         return out
 
     def _refit(self, target: _Target, args: tuple[Any, ...]) -> None:
+        if target.op.kind == "conv" and args[6]:  # a transposed conv, whose weight has its inputs first, stays as it is
+            return
         wanted, beside = self._wanted["output", target.op.call], None
         affine = self._affine(target)
         if target.beside is not None:
@@ -225,15 +247,15 @@ class _Refitter(Observer):
             wanted = wanted + lacking * affine.inverse[:, None]
         weight = self._tensors[target.op.weight or ""]
         bias = args[2] if target.op.kind == "conv" else (args[0] if target.op.name == "addmm" else None)
-        mean = self._tensors[target.norm.removesuffix("weight") + "running_mean"] if target.norm and bias is None else None
-        groups = target.op.groups
-        fit = _Fit(weight.reshape(groups, weight.shape[0] // groups, -1), self._ridge, free=bias is not None or mean is not None)
+        mean = self._tensors[_prefix(target.norm) + "running_mean"] if target.norm and bias is None else None
+        present = _present(target, weight)
+        fit = _Fit(present, self._ridge, free=bias is not None or mean is not None)
         for x, y in _chunks(target, args, _rows(wanted)):
             fit.add(x, y)
         fit.solve()
-        if target.rectified and groups == 1 and fit.free:
+        if target.rectified and len(present) == 1 and fit.free:
             fit.rectify(affine, None if beside is None else _rows(beside))
-        weight.copy_(fit.weight.reshape(weight.shape))
+        weight.copy_(weight * fit.weight.reshape(-1, *[1] * (weight.ndim - 1)) if target.scaled else fit.weight.reshape(weight.shape))
         if bias is not None:
             bias.copy_(fit.intercept.reshape(-1))
         elif mean is not None:
@@ -244,9 +266,9 @@ class _Refitter(Observer):
         if target.norm is None:
             ones = torch.ones(len(target.kept))
             return _Affine(ones, torch.zeros_like(ones), ones)
-        name = target.norm.removesuffix("weight")
-        scale = self._tensors[target.norm]
-        spread = (self._tensors[name + "running_var"] + 1e-5).sqrt()
+        name = _prefix(target.norm)
+        scale = self._tensors[name + "weight"]
+        spread = (self._tensors[name + "running_var"] + self._eps[target.norm.call]).sqrt()
         gain = scale / spread
         shift = self._tensors[name + "bias"] - self._tensors[name + "running_mean"] * gain
         return _Affine(gain, shift, torch.where(scale.abs() > 1e-3, spread / scale, torch.zeros_like(scale)))
@@ -265,14 +287,26 @@ def _rows(values: Tensor) -> Tensor:
     return values.movedim(1, 2).reshape(-1, values.shape[1])
 
 
+def _present(target: _Target, weight: Tensor) -> Tensor:
+    """The weights to refit, (groups, outputs, values): of a depthwise conv the factor of each channel, which is 1."""
+    if target.scaled:
+        return torch.ones(len(weight), 1, 1)
+    groups = target.op.groups
+    return weight.reshape(groups, len(weight) // groups, -1)
+
+
 def _chunks(target: _Target, args: tuple[Any, ...], outputs: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
     """Rows of inputs (rows, groups, values) and wanted outputs (rows, groups, outputs), a bounded number of images at a time."""
-    groups = target.op.groups
     if target.op.kind == "linear":
         x = args[-2]
         yield x[:, None], outputs[:, None]
         return
     x, weight = args[:2]
+    if target.scaled:
+        made = torch.cat([torch.ops.aten.convolution(part, weight, None, *args[3:]) for part in x.split(128)])
+        yield _rows(_at_places(made, target))[:, :, None], outputs[:, :, None]
+        return
+    groups = target.op.groups
     spatial = [(n + 2 * p - d * (k - 1) - 1) // s + 1 for n, k, s, p, d in zip(x.shape[2:], weight.shape[2:], *_lists(args), strict=True)]
     places = len(target.places)
     step = max(1, PATCH_BYTES // (4 * places * x.shape[1] * weight.shape[2:].numel()))

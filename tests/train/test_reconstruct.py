@@ -7,13 +7,16 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from edgeprune.data import Split
+from edgeprune.data import Augment, Split, load_data
 from edgeprune.errors import DataError
 from edgeprune.graph.slim import slim
 from edgeprune.graph.trace import trace
 from edgeprune.plan import Plan
 from edgeprune.train.reconstruct import _Affine, _Fit, reconstruct
+from tests import networks
 from tests.colours import colour_data, colour_net
+from tests.networks import NETWORKS, build
+from tests.networks import images as noise
 
 
 def train_split() -> Split:
@@ -156,6 +159,87 @@ def test_behind_a_relu_only_what_passes_it_is_fitted(summed: bool) -> None:
         fit.rectify(_Affine(gain, shift, 1 / gain), beside)
     assert behind[-1] < 0.97 * behind[0]
     assert convex == sorted(convex, reverse=True) and convex[1] < 0.95 * convex[0]
+
+
+class Depthwise(nn.Module):
+    """The depthwise conv reads channels that lost half of what they were made of."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first = nn.Conv2d(3, 8, 3, padding=1)
+        self.second = nn.Conv2d(8, 6, 1)
+        self.each = nn.Conv2d(6, 6, 3, padding=1, groups=6, bias=False)
+        self.norm = nn.BatchNorm2d(6)
+        self.head = nn.Linear(6, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.relu(self.second(torch.relu(self.first(x))))
+        return self.head(self.norm(self.each(x)).mean((2, 3)))  # type: ignore[no-any-return]
+
+
+def test_of_depthwise_convs_the_scale_of_each_channel_is_refitted() -> None:
+    model = Depthwise().eval()
+    graph = trace(model, torch.zeros(1, 3, 8, 8))
+    small = slim(model, graph, Plan({"first": (0, 1, 2, 3)}))
+    fitted = reconstruct(small, model, graph, Plan({"first": (0, 1, 2, 3)}), train_split(), ridge=1e-9)
+    factors = fitted.each.weight / small.each.weight  # type: ignore[operator, union-attr]
+    assert float((factors - factors.mean((1, 2, 3), keepdim=True)).abs().max()) < 1e-5
+    assert float((factors - 1).abs().max()) > 1e-3
+    images = torch.cat([x for x, _ in train_split().batches(32)])
+    with torch.no_grad():
+        wanted = model.each(torch.relu(model.second(torch.relu(model.first(images)))))
+        made = fitted.each(torch.relu(fitted.second(torch.relu(fitted.first(images)))))  # type: ignore[operator]
+    for channel in range(6):  # no factor and shift bring it closer
+        x, y = (t[:, channel].flatten().numpy() for t in (made, wanted))
+        slope, _ = np.polyfit(x, y, 1)
+        assert slope == pytest.approx(1, abs=1e-3)
+
+
+def test_the_norms_own_epsilon_counts() -> None:
+    """A large one (1e-1) where gain and spread decide what a residual sum lacks."""
+
+    def lost_and_left(eps: float) -> tuple[float, float]:
+        model = colour_net()
+        for norm in (model.a_norm, model.b_norm, model.c_norm):
+            norm.eps = eps
+            norm.running_var.copy_(0.05 + torch.zeros_like(norm.running_var))  # type: ignore[union-attr, arg-type]
+        graph = trace(model, torch.zeros(1, 3, 8, 8))
+        plan = Plan.uniform(graph, keep=0.5)
+        small = slim(model, graph, plan)
+        fitted = reconstruct(small, model, graph, plan, train_split())
+        lost, left = (float((outputs(m) - outputs(model)).pow(2).mean()) for m in (small, fitted))
+        return lost, left
+
+    lost, left = lost_and_left(0.1)
+    assert left < 0.3 * lost
+
+
+def test_augmented_images_are_other_images() -> None:
+    model = colour_net()
+    graph = trace(model, torch.zeros(1, 3, 8, 8))
+    plan = Plan.uniform(graph, keep=0.5)
+    small = slim(model, graph, plan)
+    plain = reconstruct(small, model, graph, plan, train_split())
+    varied = reconstruct(small, model, graph, plan, train_split(), augment=Augment(crop_padding=1, flip=True))
+    gaps = [float((outputs(m) - outputs(model)).pow(2).mean()) for m in (small, plain, varied)]
+    assert gaps[1] != gaps[2] and gaps[2] < 0.5 * gaps[0]
+
+
+PICTURES = [name for name, network in NETWORKS.items() if len(network.inputs) == 1 and len(network.inputs[0]) == 3]
+
+
+@pytest.mark.parametrize("name", PICTURES)
+def test_every_network_comes_closer(name: str) -> None:
+    model = build(name, dtype=torch.float32)
+    graph = trace(model, noise(name, dtype=torch.float32))
+    plan = Plan.uniform(graph, keep=0.5)
+    small = slim(model, graph, plan)
+    (x,) = noise(name, 96, dtype=torch.float32)
+    data = load_data(tuple((part.numpy(), np.arange(len(part)) % 2) for part in (x, x[:4])))
+    fitted = reconstruct(small, model, graph, plan, data.train, augment=None)
+    dense, before, after = (networks.outputs(m, (x,))[0] for m in (model, small, fitted))
+    assert float((after - dense).square().mean()) < 0.95 * float((before - dense).square().mean())
 
 
 class WritesNumbers(Twins):
