@@ -54,11 +54,22 @@ def compress(
         str | None,
         typer.Option(help="before training: none, bn (batch norms) or reconstruct (every layer refitted; the default without training)"),
     ] = None,
-    epochs: Annotated[int | None, typer.Option(help="epochs of fine-tuning (default: 3 with labelled training images)")] = None,
+    preset: Annotated[
+        str, typer.Option(help="how to fine-tune: quick (3 epochs), standard (40) or long (150); the options below change it")
+    ] = "quick",
+    epochs: Annotated[int | None, typer.Option(help="epochs of fine-tuning, of every round; none without labelled training images")] = None,
     distill: Annotated[bool, typer.Option(help="fine-tune towards the dense network's answers too")] = True,
-    lr: Annotated[float, typer.Option(help="largest learning rate of the cosine schedule")] = 0.01,
-    batch_size: Annotated[int, typer.Option(help="images per training step")] = 128,
+    optimizer: Annotated[str | None, typer.Option(help="sgd or adamw")] = None,
+    lr: Annotated[float | None, typer.Option(help="largest learning rate of the cosine schedule")] = None,
+    batch_size: Annotated[int | None, typer.Option(help="images per training step, of all processes together")] = None,
+    ema_decay: Annotated[float | None, typer.Option(help="average the weights with this decay, such as 0.999 (0: do not)")] = None,
+    label_smoothing: Annotated[float | None, typer.Option(help="share of the label spread over all classes")] = None,
+    mixup: Annotated[float | None, typer.Option(help="alpha of mixup (0: off)")] = None,
+    cutmix: Annotated[float | None, typer.Option(help="alpha of CutMix (0: off)")] = None,
+    feature_weight: Annotated[float | None, typer.Option(help="weight of the dense network's feature maps in the loss (0: off)")] = None,
+    precision: Annotated[str | None, typer.Option(help="of fine-tuning: auto (bf16 on a GPU that has it), fp32 or bf16")] = None,
     flip: Annotated[bool, typer.Option(help="mirror training images at random")] = True,
+    rounds: Annotated[int, typer.Option(help="prune, recover and fine-tune so often, each time a part of the way to the budget")] = 1,
     round_to: Annotated[int, typer.Option(help="widths are multiples of this")] = DEFAULT_RULES.round_to,
     min_channels: Annotated[int, typer.Option(help="no layer gets fewer channels")] = DEFAULT_RULES.min_channels,
     max_remove: Annotated[float, typer.Option(help="largest share of a group's channels that may go")] = DEFAULT_RULES.max_remove,
@@ -95,6 +106,7 @@ def compress(
     from edgeprune.data import load_data
     from edgeprune.run import default_folder
     from edgeprune.train import Recipe
+    from edgeprune.train.processes import processes
 
     if out:
         must_be_writable(out)
@@ -102,8 +114,14 @@ def compress(
     size = (shape[2], shape[3]) if shape and len(shape) == 4 and data and Path(data).is_dir() else None
     source = load_data(data, size=size, mean=numbers_of(mean), std=numbers_of(std), seed=seed) if data else None
     loaded = load(path, factory, shape, trust_pickle, sample=source.sample_shape if source else None)
-    epochs = api.default_epochs(source) if epochs is None else epochs
-    folder = out or default_folder(loaded.name, target.name)
+    changes = {
+        "epochs": epochs, "optimizer": optimizer, "lr": lr, "batch_size": batch_size, "ema_decay": ema_decay, "precision": precision,
+        "label_smoothing": label_smoothing, "mixup": mixup, "cutmix": cutmix, "feature_weight": feature_weight,
+    }  # fmt: skip
+    if epochs is None and not api.trainable(source):
+        changes["epochs"] = 0
+    recipe = Recipe.preset(preset, distill=distill, flip=flip, **{name: value for name, value in changes.items() if value is not None})
+    folder = processes().told(out or default_folder(loaded.name, target.name))
     say(f"the run folder is {folder}")
     with _resumable(folder), progress_bars() as progress:
         result = api.compress(
@@ -114,9 +132,7 @@ def compress(
             data=source,
             criterion=criterion,
             allocate=allocator,
-            recipe=Recipe(
-                epochs=api.default_epochs(source) if epochs is None else epochs, distill=distill, lr=lr, batch_size=batch_size, flip=flip
-            ),
+            recipe=recipe,
             recover=recover,
             round_to=round_to,
             min_channels=min_channels,
@@ -126,6 +142,7 @@ def compress(
             out=folder,
             resume=resume,
             seed=seed,
+            rounds=rounds,
             name=loaded.name,
             notes=loaded.notes,
             command=["edgeprune", *sys.argv[1:]],
