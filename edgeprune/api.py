@@ -69,7 +69,7 @@ def compress(
     `model` is left as it was; `example_inputs` is a tensor or the forward's positional arguments. `data`: whatever `load_data` takes,
     or Data; None: no accuracy, no recalibration, no training, and only criteria that read weights. `criterion` None: reconstruction
     where there are training images, l1 otherwise. `recipe` None: the preset quick where these have labels, no training otherwise.
-    `recover` None: before training batch norms are recalibrated, without training every layer is refitted. `round_to`, `min_channels`,
+    `recover` None: see default_recover. `round_to`, `min_channels`,
     `max_remove`, `keep_dense`: which widths a plan may choose, see WidthRules. `out`: the run folder (default runs/<name>-<device>);
     `resume` goes on with the run in it, and stages whose inputs are unchanged are read back. `rounds`: how often to prune and recover,
     see rounds.py.
@@ -90,7 +90,7 @@ def compress(
         criterion=criterion or default_criterion(source),
         allocator=allocate,
         recipe=recipe,
-        recover=recover or ("bn" if recipe.epochs else "reconstruct"),
+        recover=recover or default_recover(recipe),
         rules=WidthRules(round_to=round_to, min_channels=min_channels, max_remove=max_remove, keep_dense=keep_dense),
         formats=tuple(formats),
         seed=seed,
@@ -117,6 +117,11 @@ def compress(
 def trainable(data: Data | None) -> bool:
     """Whether there are labelled training images: without, nothing is trained unless it is asked for."""
     return bool(data and len(data.train) and data.train.labelled)
+
+
+def default_recover(recipe: Recipe) -> str:
+    """Reconstruction where nothing undoes it; training with the statistics of batches starts from recalibrated ones."""
+    return "bn" if recipe.epochs and recipe.norms == "batch" else "reconstruct"
 
 
 def default_criterion(data: Data | None) -> str:

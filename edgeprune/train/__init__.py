@@ -25,8 +25,10 @@ class Recipe:
     KL(dense || slim) + (1 - distill_weight) * cross-entropy (Hinton, Vinyals, Dean 2015); without labels the dense network's answers
     alone. feature_weight: of the features at the outputs of the groups of channels (train/distill.py). flip, crop_padding (None: an
     eighth of the image side), mixup, cutmix (the alpha of their Beta distribution, 0: off): augmentation. ema_decay: the result is the
-    moving average of the weights with this decay (0: off). precision: auto is bf16 on a GPU that has it, fp32 elsewhere. choose: the
-    result is that of the epoch that is best on held-out training images, or the last. Raises UsageError for values out of range.
+    moving average of the weights with this decay (0: off). norms: batch norms in training use the statistics of the batch, or stay
+    frozen as they are. clip_norm: gradients are never longer than this (0: off). precision: auto is bf16 on a GPU that has it, fp32
+    elsewhere. choose: the result is that of the epoch that is best on held-out training images, or the last.
+    Raises UsageError for values out of range.
     """
 
     epochs: int = 3
@@ -46,6 +48,8 @@ class Recipe:
     mixup: float = 0.0
     cutmix: float = 0.0
     ema_decay: float = 0.0
+    norms: str = "batch"
+    clip_norm: float = 0.0
     precision: str = "auto"
     choose: str = "best"
 
@@ -66,6 +70,8 @@ class Recipe:
             "mixup": 0 <= self.mixup < math.inf,
             "cutmix": 0 <= self.cutmix < math.inf,
             "ema_decay": 0 <= self.ema_decay < 1,
+            "norms": self.norms in ("batch", "frozen"),
+            "clip_norm": 0 <= self.clip_norm < math.inf,
             "precision": self.precision in ("auto", "fp32", "bf16"),
             "choose": self.choose in ("best", "last"),
         }
@@ -86,11 +92,12 @@ class Recipe:
 
 
 PRESETS: Mapping[str, Mapping[str, Any]] = {
-    "quick": {"epochs": 3},
+    "quick": {"epochs": 3, "lr": 0.001, "norms": "frozen", "clip_norm": 2.0},
     "standard": {"epochs": 40, "lr": 0.02},
     "long": {"epochs": 150, "lr": 0.05, "ema_decay": 0.999},
 }
-"""What --preset takes. quick is measured (README); standard and long are conventional values, not tuned here."""
+"""What --preset takes. quick goes on from where reconstruction left the network: statistics of batches and long steps would undo it at
+first, and a few epochs do not make up for that. standard and long have the time; their values are conventional, not measured here."""
 
 
 @dataclass(frozen=True)

@@ -27,7 +27,7 @@ from edgeprune.train import Epoch, Progress, Recipe, silent
 from edgeprune.train.augment import Batch, batches, seed_of, steps_in
 from edgeprune.train.checkpoint import Checkpoints
 from edgeprune.train.distill import Kept, Teacher, hard_loss, in_format, layout_for, watched
-from edgeprune.train.evaluate import evaluate, logits_of, settled
+from edgeprune.train.evaluate import batch_norms, evaluate, logits_of, settled
 from edgeprune.train.processes import Processes, processes
 
 REHEARSED = 2  # batches of the dry run
@@ -152,6 +152,9 @@ class _Training:
         """Before every epoch."""
         with suppress(NotImplementedError):  # an exported program: its mode was fixed at export
             self.work.train()
+        if self.recipe.norms == "frozen":
+            for norm in batch_norms(self.work):
+                norm.training = False
         self._loss.zero_()
         self._seen = 0
 
@@ -166,6 +169,8 @@ class _Training:
             loss.backward()  # type: ignore[no-untyped-call]  # torch leaves it untyped
         total = loss.detach().float()
         self.together.sum([total, *(p.grad for p in self._parameters.values() if p.grad is not None)])
+        if self.recipe.clip_norm:
+            nn.utils.clip_grad_norm_(self._parameters.values(), self.recipe.clip_norm)
         self._optimizer.step()
         self._loss += total * batch.images
         self._seen += batch.images
