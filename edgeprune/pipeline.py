@@ -31,6 +31,7 @@ from edgeprune.export import Artifact, export
 from edgeprune.graph import ChannelGraph, portable
 from edgeprune.graph.slim import Proof, named_tensors, prove, slim
 from edgeprune.graph.trace import trace
+from edgeprune.origin import Origin
 from edgeprune.plan import Budget, Plan, Scores
 from edgeprune.run import Run, write_atomic, write_json
 from edgeprune.train import Epoch, Progress, Recipe
@@ -44,15 +45,6 @@ ROUNDS = 5
 HEADROOM = 0.97  # of the asked latency: what a measurement a few minutes later must still meet
 CLOSE_ENOUGH = 0.93  # of the asked latency: a plan that uses this much of it is not worth another round
 PARITY_SAMPLES = 32
-
-
-@dataclass(frozen=True, eq=False)
-class Origin:
-    """Where a network that is pruned again comes from: the dense network, and the plan that made this one of it."""
-
-    model: nn.Module
-    graph: ChannelGraph
-    plan: Plan
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -287,7 +279,8 @@ class Pipeline:
             return small, ()
         if train is None:
             raise DataError("fine-tuning needs training images: give --data with training images, or --epochs 0.")
-        dense = job.origin.model if job.origin else job.model
+        origin = job.origin or Origin(job.model, self.graph, Plan({}))
+        dense = origin.model
 
         def compute() -> tuple[nn.Module, tuple[Epoch, ...]]:
             start = [fingerprint(small), fingerprint(dense), job.data and job.data.fingerprint, recipe.to_json(), job.seed]
@@ -298,7 +291,7 @@ class Pipeline:
                 self.held_split,
                 recipe,
                 seed=job.seed,
-                features=features_to_learn(self.graph, plan) if recipe.feature_weight and job.origin is None else None,
+                features=features_to_learn(origin.graph, origin.then(self.graph, plan)),
                 checkpoints=self.run.path("checkpoints/epochs"),
                 key=hashlib.sha256(json.dumps(start).encode()).hexdigest(),
                 progress=self.progress,

@@ -133,10 +133,8 @@ def _epochs(found: Findings) -> list[str]:
     if last is None or best is None or best.val_accuracy is None or last.val_accuracy is None:
         return rounds
     told = f"the weights are those of epoch {best.epoch}, {best.val_accuracy:.2%} on held-out training images"
-    return [
-        *rounds,
-        told + (", the last one" if best is last else f"; the last one, epoch {last.epoch}, has {last.val_accuracy:.2%} there"),
-    ]
+    beside = ", the last one" if best is last else f"; the last one, epoch {last.epoch}, has {last.val_accuracy:.2%} there"
+    return [*rounds, told + beside]
 
 
 def _reached(found: Findings) -> dict[str, tuple[float, str]]:

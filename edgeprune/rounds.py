@@ -12,13 +12,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-import numpy as np
-
 from edgeprune.device.cost import predict_graph
 from edgeprune.errors import SlimError
-from edgeprune.graph import ChannelGraph
-from edgeprune.graph.slim import named_tensors, removed_positions, slim
-from edgeprune.pipeline import Choice, Origin, Pipeline
+from edgeprune.graph.slim import named_tensors, slim
+from edgeprune.origin import Origin
+from edgeprune.pipeline import Choice, Pipeline
 from edgeprune.plan import Budget, Plan
 from edgeprune.run import write_json
 from edgeprune.train import Epoch
@@ -44,7 +42,7 @@ def last_round(first: Pipeline) -> tuple[Pipeline, tuple[Epoch, ...]]:
             small = settled(slim(model, stages.graph, choice.plan))
             stages.proof(small, choice.plan)
             model, more = stages.trained(stages.recovered(small, choice.plan), choice.plan)
-        origin = replace(origin, plan=composed(origin, stages.graph, choice.plan))
+        origin = replace(origin, plan=origin.then(stages.graph, choice.plan))
         curve += after(curve, more)
     turn = replace(job, model=model, budget=final, origin=origin, rules=rules)
     return Pipeline(turn, run, first.progress, part=f"round-{job.rounds}"), tuple(curve)
@@ -62,7 +60,7 @@ def overall(first: Pipeline, stages: Pipeline, choice: Choice) -> Choice:
         return choice
 
     def compute() -> Plan:
-        plan = composed(origin, stages.graph, choice.plan)
+        plan = origin.then(stages.graph, choice.plan)
         shapes = [
             {name: tuple(t.shape) for name, t in named_tensors(slim(*cut))}
             for cut in ((origin.model, origin.graph, plan), (stages.job.model, stages.graph, choice.plan))
@@ -100,17 +98,3 @@ def schedule(first: Pipeline) -> tuple[Budget, ...]:
         Budget(**{name: limit * shares[name] ** (number / job.rounds - 1) for name, limit in limits.items()})
         for number in range(1, job.rounds + 1)
     )
-
-
-def composed(origin: Origin, graph: ChannelGraph, plan: Plan) -> Plan:
-    """The plan of the origin's network that removes what `plan` removes from the network its own plan made, whose graph is `graph`."""
-    before, then = removed_positions(origin.graph, origin.plan), removed_positions(graph, plan)
-    keep = {}
-    for group in origin.graph.groups:
-        member = group.members[0]
-        axis = (member.parameter, member.axis)
-        stays = ~before.get(axis, np.zeros(origin.graph.shapes[member.parameter][member.axis], dtype=bool))
-        if axis in then:
-            stays[np.flatnonzero(stays)[then[axis]]] = False
-        keep[group.name] = tuple(np.flatnonzero(stays[member.indices].all(axis=1)).tolist())
-    return Plan(keep)

@@ -6,16 +6,15 @@ import json
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 
 import edgeprune as ep
 from edgeprune.errors import UsageError
 from edgeprune.graph.slim import named_tensors, slim
-from edgeprune.pipeline import Job, Origin, Pipeline
+from edgeprune.pipeline import Job, Pipeline
 from edgeprune.result import Result
-from edgeprune.rounds import composed, schedule
+from edgeprune.rounds import schedule
 from edgeprune.run import Run
 from edgeprune.train import silent
 from edgeprune.widths import WidthRules
@@ -57,25 +56,6 @@ def test_the_schedule_is_geometric_and_ends_at_the_budget(tmp_path: Path) -> Non
     assert [b["macs"] for b in budgets] == pytest.approx([macs / 2, macs / 4, macs / 8])
     assert [b["params"] for b in budgets] == pytest.approx([params * 0.5 ** (n / 3) for n in (1, 2, 3)])
     assert [b["latency_ms"] for b in budgets] == pytest.approx([1e6] * 3)
-
-
-def test_two_plans_after_each_other_are_one() -> None:
-    """Random plans: slimming twice gives the tensors of slimming once by the composed plan, value by value."""
-    model, random = colour_net(), np.random.default_rng(0)
-    graph = ep.trace(model, EXAMPLE)
-
-    def draw(g: ep.ChannelGraph) -> ep.Plan:
-        keep = {group.name: random.choice(group.channels, random.integers(1, group.channels + 1), replace=False) for group in g.groups}
-        return ep.Plan({name: tuple(sorted(int(c) for c in channels)) for name, channels in keep.items()})
-
-    for _ in range(5):
-        first = draw(graph)
-        small = slim(model, graph, first)
-        later = ep.trace(small, EXAMPLE)
-        second = draw(later)
-        twice = slim(small, later, second)
-        once = slim(model, graph, composed(Origin(model, graph, first), later, second))
-        assert same(dict(named_tensors(twice)), dict(named_tensors(once)))
 
 
 def test_a_run_in_rounds_is_a_run_like_any_other(finished: Result) -> None:

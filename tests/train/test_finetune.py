@@ -311,7 +311,7 @@ def test_gradients_are_no_longer_than_asked() -> None:
 def test_one_class_and_foreign_labels_are_errors() -> None:
     x, y = images(12)
     one = load_data(((x, y * 0), (x, y))).train
-    with pytest.raises(DataError, match="all 12 training images .* have the label 0"):
+    with pytest.raises(DataError, match=r"all 12 training images .* have the label 0"):
         train(colour_net(), one)
     foreign = load_data(((x, y + 4), (x, y + 4))).train
     with pytest.raises(DataError, match=r"labels from 4 to 6 but the network has 3 outputs \(labels 0 to 2\)"):
