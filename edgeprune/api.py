@@ -61,7 +61,7 @@ def compress(
     calibration_images: int = 512,
     name: str | None = None,
     notes: Sequence[str] = (),
-    command: Sequence[str] = (),
+    command: Sequence[str] = ("edgeprune.compress",),
     progress: Progress = silent,
 ) -> Result:
     """A smaller network that meets the budget on the device, with artifact, evidence and report in a run folder.
@@ -75,8 +75,7 @@ def compress(
     see rounds.py.
     Raises BudgetError when no plan meets the budget, and the other errors of errors.py.
     """
-    if seed < 0 or rounds < 1:
-        raise UsageError(f"the seed must be 0 or more and rounds 1 or more, got {seed} and {rounds}.")
+    _check_numbers(seed, rounds)
     target = device if isinstance(device, Device) else find_device(device)
     source = data if isinstance(data, Data) or data is None else load_data(data, seed=seed)
     recipe = recipe or Recipe.preset("quick", **({} if trainable(source) else {"epochs": 0}))
@@ -101,13 +100,11 @@ def compress(
     _check(job)
     team = processes()
     folder = team.told(Path(out) if out else default_folder(job.name, target.name))
-    words = list(command) or ["edgeprune.compress", job.name]
     new, ours = not folder.exists(), False
     try:
-        with Run.open(folder, asked=_asked(job), command=words, resume=resume, team=team) as run:
+        with Run.open(folder, asked=_asked(job), command=list(command), resume=resume, team=team) as run:
             ours = new and run.leads
-            run.record("inputs", {"model": fingerprint(job.model), "data": source.fingerprint if source else None})
-            return _stages(job, run, shlex.join(words), progress)
+            return _stages(job, run, shlex.join(command), progress)
     except EdgepruneError:
         if ours and not any(folder.rglob("plan.json")):  # nothing worth going on from
             shutil.rmtree(folder, ignore_errors=True)
@@ -130,6 +127,7 @@ def default_criterion(data: Data | None) -> str:
 
 
 def _stages(job: Job, run: Run, command: str, progress: Progress) -> Result:
+    run.record("inputs", {"model": fingerprint(job.model), "data": job.data.fingerprint if job.data else None})
     first = Pipeline(job, run, progress)
     graph = first.graph
     job.rules.allowed(graph)  # a pattern that matches nothing is known before hours are spent
@@ -169,6 +167,11 @@ def _stages(job: Job, run: Run, command: str, progress: Progress) -> Result:
         write_json(run.path("result.json"), words)
         report.write(words, run.folder)
     return Result(run.folder, final, choice.plan, words)
+
+
+def _check_numbers(seed: int, rounds: int) -> None:
+    if seed < 0 or rounds < 1:
+        raise UsageError(f"the seed must be 0 or more and rounds 1 or more, got {seed} and {rounds}.")
 
 
 def _check(job: Job) -> None:

@@ -80,21 +80,41 @@ def overall(first: Pipeline, stages: Pipeline, choice: Choice) -> Choice:
 
 
 def schedule(first: Pipeline) -> tuple[Budget, ...]:
-    """The budget of every round, in absolute figures; a limit that the dense network meets is the same in all of them."""
+    """The budget of every round, in absolute figures; a limit that the dense network meets is the same in all of them.
+
+    A stage, because on a board that is attached the dense network's latency is measured, a little different every time.
+    """
+    job = first.job
+
+    def compute() -> tuple[Budget, ...]:
+        dense = _dense_figures(first)
+        limits = job.budget.absolute(dense)
+        shares = {name: min(1.0, limit / dense[name]) if dense[name] else 1.0 for name, limit in limits.items()}
+        return tuple(
+            Budget(**{name: limit * shares[name] ** (number / job.rounds - 1) for name, limit in limits.items()})
+            for number in range(1, job.rounds + 1)
+        )
+
+    def write(budgets: tuple[Budget, ...]) -> dict[str, Any]:
+        return {"budgets": [budget.limits() for budget in budgets]}
+
+    def read(facts: Mapping[str, Any]) -> tuple[Budget, ...]:
+        return tuple(Budget(**limits) for limits in facts["budgets"])
+
+    inputs = {"budget": job.budget.limits(), "rounds": job.rounds, "device": job.device.card.model_dump(mode="json")}
+    return first.run.cached("schedule", inputs, compute, write=write, read=read)
+
+
+def _dense_figures(first: Pipeline) -> dict[str, float]:
     job, cost = first.job, predict_graph(first.graph, None, first.job.device)
-    dense = {
+    latency_ms = cost.latency_ms.high
+    if job.device.attached and job.budget.latency_ms is not None:
+        latency_ms = first.measured("dense", job.model, quick=True).high_ms
+    return {
         "macs": cost.macs,
         "params": cost.params,
         "size_bytes": cost.size_bytes,
         "peak_memory_bytes": cost.peak_memory_bytes,
-        "latency_ms": cost.latency_ms.high,
+        "latency_ms": latency_ms,
         "energy_mj": cost.energy_mj.high if cost.energy_mj else 0.0,
     }
-    if job.device.attached and job.budget.latency_ms is not None:
-        dense["latency_ms"] = first.measured("dense", job.model, quick=True).high_ms
-    limits = job.budget.absolute(dense)
-    shares = {name: min(1.0, limit / dense[name]) if dense[name] else 1.0 for name, limit in limits.items()}
-    return tuple(
-        Budget(**{name: limit * shares[name] ** (number / job.rounds - 1) for name, limit in limits.items()})
-        for number in range(1, job.rounds + 1)
-    )

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -30,6 +30,7 @@ from edgeprune.widths import DEFAULT_RULES
 
 if TYPE_CHECKING:
     from edgeprune.result import Result
+    from edgeprune.train import Recipe
 
 
 def compress(
@@ -105,7 +106,6 @@ def compress(
     from edgeprune import api
     from edgeprune.data import load_data
     from edgeprune.run import default_folder
-    from edgeprune.train import Recipe
     from edgeprune.train.processes import processes
 
     if out:
@@ -114,13 +114,11 @@ def compress(
     size = (shape[2], shape[3]) if shape and len(shape) == 4 and data and Path(data).is_dir() else None
     source = load_data(data, size=size, mean=numbers_of(mean), std=numbers_of(std), seed=seed) if data else None
     loaded = load(path, factory, shape, trust_pickle, sample=source.sample_shape if source else None)
-    changes = {
-        "epochs": epochs, "optimizer": optimizer, "lr": lr, "batch_size": batch_size, "ema_decay": ema_decay, "precision": precision,
-        "label_smoothing": label_smoothing, "mixup": mixup, "cutmix": cutmix, "feature_weight": feature_weight,
-    }  # fmt: skip
-    if epochs is None and not api.trainable(source):
-        changes["epochs"] = 0
-    recipe = Recipe.preset(preset, distill=distill, flip=flip, **{name: value for name, value in changes.items() if value is not None})
+    recipe = _recipe(preset, api.trainable(source), {
+        "epochs": epochs, "distill": distill, "optimizer": optimizer, "lr": lr, "batch_size": batch_size, "ema_decay": ema_decay,
+        "label_smoothing": label_smoothing, "mixup": mixup, "cutmix": cutmix, "feature_weight": feature_weight, "precision": precision,
+        "flip": flip,
+    })  # fmt: skip
     folder = processes().told(out or default_folder(loaded.name, target.name))
     say(f"the run folder is {folder}")
     with _resumable(folder), progress_bars() as progress:
@@ -148,10 +146,7 @@ def compress(
             command=["edgeprune", *sys.argv[1:]],
             progress=progress,
         )
-    if as_json:
-        print_json(result.to_json())
-    else:
-        _tell(result)
+    _tell(result, as_json)
     _gate(result)
 
 
@@ -183,9 +178,20 @@ def _resumable(folder: Path) -> Iterator[None]:
         raise
 
 
-def _tell(result: Result) -> None:
+def _recipe(preset: str, trainable: bool, options: Mapping[str, Any]) -> Recipe:
+    """The preset with the options that were given; no epochs where there is nothing to train on and none were asked for."""
+    from edgeprune.train import Recipe
+
+    given = {name: value for name, value in options.items() if value is not None}
+    return Recipe.preset(preset, **({} if trainable else {"epochs": 0}) | given)
+
+
+def _tell(result: Result, as_json: bool) -> None:
     from edgeprune.report import headline, label
 
+    if as_json:
+        print_json(result.to_json())
+        return
     typer.echo(f"{result.facts['title']}: {headline(result.facts)}")
     for budget in result.facts["budgets"]:
         typer.echo(f"  {label(budget['name'])}, {budget['how']}")
