@@ -166,7 +166,7 @@ class _Training:
         with self.together.as_one():
             with torch.autocast(self.together.device.type, torch.bfloat16, enabled=self._bf16):
                 loss = self._loss_of(batch) * (len(batch.x) / batch.images)
-            loss.backward()  # type: ignore[no-untyped-call]  # torch leaves it untyped
+            loss.backward()
         total = loss.detach().float()
         self.together.sum([total, *(p.grad for p in self._parameters.values() if p.grad is not None)])
         if self.recipe.clip_norm:

@@ -16,7 +16,6 @@ from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch
-from accelerate.state import PartialState
 from torch import Tensor, distributed
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
@@ -69,8 +68,11 @@ class Processes:
 
 def processes() -> Processes:
     """Those that accelerate started; this process alone otherwise, on the accelerator if there is one."""
-    cpu = not torch.accelerator.is_available()
-    state = PartialState(cpu, timeout=PATIENCE) if int(os.environ.get("WORLD_SIZE", "1")) > 1 else PartialState(cpu)
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        return Processes(device=torch.accelerator.current_accelerator() or torch.device("cpu"))
+    from accelerate.state import PartialState  # half a second that one process need not spend
+
+    state = PartialState(cpu=not torch.accelerator.is_available(), timeout=PATIENCE)
     return Processes(state.process_index, state.num_processes, torch.device(state.device))
 
 
@@ -112,7 +114,8 @@ def _batch_norm(  # noqa: PLR0917  the arguments of the function it stands for
             running_var.lerp_((variance * total / (total - 1)).to(running_var.dtype), momentum)
     scale = (variance + eps).rsqrt() if weight is None else (variance + eps).rsqrt() * weight
     out = (x - mean.to(x.dtype).view(shape)) * scale.to(x.dtype).view(shape)
-    return (out if bias is None else out + bias.view(shape)).to(input.dtype)
+    shifted: Tensor = out if bias is None else out + bias.view(shape)
+    return shifted.to(input.dtype)
 
 
 class _Sum(torch.autograd.Function):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -65,7 +67,7 @@ def test_all_crops_and_flips_occur_and_nothing_else() -> None:
 
 @pytest.mark.parametrize("mix", [{}, {"mixup": 0.4}, {"cutmix": 1.0}])
 @pytest.mark.parametrize("count", [2, 3])
-def test_processes_share_the_batches_of_one(mix: dict[str, float], count: int) -> None:
+def test_processes_share_the_batches_of_one(mix: dict[str, Any], count: int) -> None:
     """Batch by batch the parts of all processes are the whole, in order."""
     source, recipe = split(38), Recipe(batch_size=16, crop_padding=1, **mix)
     whole = epoch(source, recipe)
