@@ -4,7 +4,7 @@ BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint .ci/constraints.txt
 TORCH := torch==2.13.0
 
-.PHONY: demo test test-slow lint type setup bench-accuracy bench-cost bench-criteria bench-graph clean
+.PHONY: demo test test-slow lint type setup bench-accuracy bench-cost bench-criteria bench-graph bench-training clean
 
 demo: .venv/.core  ## the main job on data that ships with the installation, under 3 minutes
 	$(BIN)/edgeprune demo
@@ -39,6 +39,9 @@ bench-graph: .venv/.dev  ## trace and slim: the 87 library networks of the list 
 	$(BIN)/python -m benchmarks.graph coverage
 	$(BIN)/python -m benchmarks.graph speed
 	$(BIN)/python -m benchmarks.graph depth
+
+bench-training: .venv/.dev  ## images per second of fine-tuning beside bare forward + backward
+	$(BIN)/python -m benchmarks.training
 
 clean:
 	rm -rf .venv .mypy_cache .ruff_cache .pytest_cache

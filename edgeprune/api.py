@@ -27,10 +27,12 @@ from edgeprune.pipeline import Job, Pipeline, fingerprint
 from edgeprune.plan import Budget
 from edgeprune.registry import find
 from edgeprune.result import Findings, Result, facts
+from edgeprune.rounds import after, last_round, overall
 from edgeprune.run import Run, default_folder, write_json
 from edgeprune.train import Progress, Recipe, silent
 from edgeprune.train.evaluate import Accuracy, accuracy_of, logits_of, settled
 from edgeprune.train.evaluate import evaluate as evaluate_module
+from edgeprune.train.processes import processes
 from edgeprune.widths import DEFAULT_RULES, WidthRules
 
 RECOVERIES = {"none": "", "bn": "after BN recalibration", "reconstruct": "after reconstruction"}
@@ -55,27 +57,28 @@ def compress(
     out: str | Path | None = None,
     resume: bool = False,
     seed: int = 0,
+    rounds: int = 1,
     calibration_images: int = 512,
     name: str | None = None,
     notes: Sequence[str] = (),
-    command: Sequence[str] = (),
+    command: Sequence[str] = ("edgeprune.compress",),
     progress: Progress = silent,
 ) -> Result:
     """A smaller network that meets the budget on the device, with artifact, evidence and report in a run folder.
 
     `model` is left as it was; `example_inputs` is a tensor or the forward's positional arguments. `data`: whatever `load_data` takes,
     or Data; None: no accuracy, no recalibration, no training, and only criteria that read weights. `criterion` None: reconstruction
-    where there are training images, l1 otherwise. `recipe` None: three epochs where these have labels, none otherwise. `recover` None:
-    before training batch norms are recalibrated, without training every layer is refitted. `round_to`, `min_channels`, `max_remove`,
-    `keep_dense`: which widths a plan may choose, see WidthRules. `out`: the run folder (default runs/<name>-<device>); `resume` goes on
-    with the run in it, and stages whose inputs are unchanged are read back.
+    where there are training images, l1 otherwise. `recipe` None: the preset quick where these have labels, no training otherwise.
+    `recover` None: see default_recover. `round_to`, `min_channels`,
+    `max_remove`, `keep_dense`: which widths a plan may choose, see WidthRules. `out`: the run folder (default runs/<name>-<device>);
+    `resume` goes on with the run in it, and stages whose inputs are unchanged are read back. `rounds`: how often to prune and recover,
+    see rounds.py.
     Raises BudgetError when no plan meets the budget, and the other errors of errors.py.
     """
-    if seed < 0:
-        raise UsageError(f"the seed must be 0 or more, got {seed}.")
+    _check_numbers(seed, rounds)
     target = device if isinstance(device, Device) else find_device(device)
     source = data if isinstance(data, Data) or data is None else load_data(data, seed=seed)
-    recipe = recipe or Recipe(epochs=default_epochs(source))
+    recipe = recipe or Recipe.preset("quick", **({} if trainable(source) else {"epochs": 0}))
     job = Job(
         name=name or type(model).__name__.lower(),
         model=model,
@@ -86,31 +89,36 @@ def compress(
         criterion=criterion or default_criterion(source),
         allocator=allocate,
         recipe=recipe,
-        recover=recover or ("bn" if recipe.epochs else "reconstruct"),
+        recover=recover or default_recover(recipe),
         rules=WidthRules(round_to=round_to, min_channels=min_channels, max_remove=max_remove, keep_dense=keep_dense),
         formats=tuple(formats),
         seed=seed,
         calibration_images=calibration_images,
         notes=tuple(notes),
+        rounds=rounds,
     )
     _check(job)
-    folder = Path(out) if out else default_folder(job.name, target.name)
-    words = list(command) or ["edgeprune.compress", job.name]
+    team = processes()
+    folder = team.told(Path(out) if out else default_folder(job.name, target.name))
     new, ours = not folder.exists(), False
     try:
-        with Run.open(folder, asked=_asked(job), command=words, resume=resume) as run:
-            ours = new
-            run.record("inputs", {"model": fingerprint(job.model), "data": source.fingerprint if source else None})
-            return _stages(job, run, shlex.join(words), progress)
+        with Run.open(folder, asked=_asked(job), command=list(command), resume=resume, team=team) as run:
+            ours = new and run.leads
+            return _stages(job, run, shlex.join(command), progress)
     except EdgepruneError:
-        if ours and not (folder / "plan.json").exists():  # nothing worth going on from
+        if ours and not any(folder.rglob("plan.json")):  # nothing worth going on from
             shutil.rmtree(folder, ignore_errors=True)
         raise
 
 
-def default_epochs(data: Data | None) -> int:
-    """Three where there are labelled training images, none otherwise."""
-    return 3 if data and len(data.train) and data.train.labelled else 0
+def trainable(data: Data | None) -> bool:
+    """Whether there are labelled training images: without, nothing is trained unless it is asked for."""
+    return bool(data and len(data.train) and data.train.labelled)
+
+
+def default_recover(recipe: Recipe) -> str:
+    """Reconstruction where nothing undoes it; training with the statistics of batches starts from recalibrated ones."""
+    return "bn" if recipe.epochs and recipe.norms == "batch" else "reconstruct"
 
 
 def default_criterion(data: Data | None) -> str:
@@ -119,24 +127,29 @@ def default_criterion(data: Data | None) -> str:
 
 
 def _stages(job: Job, run: Run, command: str, progress: Progress) -> Result:
-    stages = Pipeline(job, run, progress)
-    graph = stages.graph
+    run.record("inputs", {"model": fingerprint(job.model), "data": job.data.fingerprint if job.data else None})
+    first = Pipeline(job, run, progress)
+    graph = first.graph
     job.rules.allowed(graph)  # a pattern that matches nothing is known before hours are spent
-    accuracies = {"dense": stages.accuracy("dense", job.model)}
-    scores = stages.scores()
-    choice = stages.choose(scores)
-    small = settled(slim(job.model, graph, choice.plan))
+    accuracies = {"dense": first.accuracy("dense", job.model)}
+    stages, curve = last_round(first)
+    with run.inside(stages.part):
+        scores = stages.scores()
+        choice = stages.choose(scores)
+    small = settled(slim(stages.job.model, stages.graph, choice.plan))
     proof = stages.proof(small, choice.plan)
     accuracies["right after pruning"] = stages.accuracy("right after pruning", small)
     if (recovered := stages.recovered(small, choice.plan)) is not small:
         step = RECOVERIES[job.recover]
         accuracies[step] = stages.accuracy(step, recovered)
-    final, curve = stages.trained(recovered)
-    if curve:
+    final, epochs = stages.trained(recovered, choice.plan)
+    curve = (*curve, *after(curve, epochs))
+    if epochs:
         accuracies["after fine-tuning"] = stages.accuracy("after fine-tuning", final)
-    artifacts = stages.exported(final, choice.plan)
-    measurements = stages.measurements(artifacts[0])
-    dense_cost, cost = stages.costs(choice)
+    choice = overall(first, stages, choice)
+    artifacts = first.exported(final, choice.plan)
+    measurements = first.measurements(artifacts[0])
+    dense_cost, cost = first.costs(choice)
     found = Findings(
         job=job,
         graph=graph,
@@ -150,9 +163,15 @@ def _stages(job: Job, run: Run, command: str, progress: Progress) -> Result:
         measurements=measurements,
     )
     words = facts(found, run.manifest, run.used, command)
-    write_json(run.path("result.json"), words)
-    report.write(words, run.folder)
+    if run.leads:
+        write_json(run.path("result.json"), words)
+        report.write(words, run.folder)
     return Result(run.folder, final, choice.plan, words)
+
+
+def _check_numbers(seed: int, rounds: int) -> None:
+    if seed < 0 or rounds < 1:
+        raise UsageError(f"the seed must be 0 or more and rounds 1 or more, got {seed} and {rounds}.")
 
 
 def _check(job: Job) -> None:
@@ -187,6 +206,7 @@ def _asked(job: Job) -> dict[str, Any]:
         "recipe": job.recipe.to_json(),
         "formats": list(job.formats),
         "seed": job.seed,
+        "rounds": job.rounds,
     }
 
 

@@ -1,7 +1,7 @@
 """What users have (image folders, .npz, a function, datasets) as batches and deterministic splits.
 
-Images stay as they came (uint8 arrays in memory, files on disk) and become normalised float tensors one batch at a time. Everything
-random takes a seed and is drawn for a whole pass at once, so it does not depend on the batch size. Checks happen at loading where
+Images stay as they came (uint8 arrays in memory, files on disk) and become normalised float tensors one batch at a time, on any device.
+Everything random takes a seed. Checks happen at loading where
 they are cheap, at the first decode otherwise; every failure is one DataError.
 """
 
@@ -42,14 +42,6 @@ class Preprocessing:
         return {"mean": self.mean and list(self.mean), "std": self.std and list(self.std), "size": list(self.size)}
 
 
-@dataclass(frozen=True)
-class Augment:
-    """Random crops after zero padding of `crop_padding` pixels, and random horizontal flips."""
-
-    crop_padding: int = 0
-    flip: bool = False
-
-
 @dataclass(frozen=True, eq=False)
 class Split:
     """Some images of a source, in a fixed order: `indices` (n,) into the source and its label array."""
@@ -77,31 +69,33 @@ class Split:
         """Whether the images have labels."""
         return self.all_labels is not None
 
-    def batches(
-        self, batch_size: int, *, shuffle_seed: int | None = None, limit: int | None = None, augment: Augment | None = None
-    ) -> Iterator[tuple[Tensor, Tensor]]:
+    def batches(self, batch_size: int, *, shuffle_seed: int | None = None, limit: int | None = None) -> Iterator[tuple[Tensor, Tensor]]:
         """Yields (float32 images (n, channels, height, width) normalised, int64 labels (n,)); -1 stands for no label.
 
-        In order without `shuffle_seed`; the first `limit` images of that order. The seed also drives `augment`: the same seed gives
-        every image the same crop and flip whatever the batch size. Raises DataError for an empty split and for images that cannot
-        be read.
+        In order without `shuffle_seed`; the first `limit` images of that order. Raises DataError for an empty split and for images
+        that cannot be read.
+        """
+        order = np.arange(len(self)) if shuffle_seed is None else self.shuffled(torch.Generator().manual_seed(shuffle_seed))
+        order = order[:limit]
+        for raw, labels in self.raw([order[i : i + batch_size] for i in range(0, len(order), batch_size)]):
+            yield normalised(torch.from_numpy(raw), self.preprocessing), labels
+
+    def shuffled(self, generator: torch.Generator) -> NDArray[np.int64]:
+        """The positions of this split in a random order, (len,)."""
+        order: NDArray[np.int64] = torch.randperm(len(self), generator=generator).numpy()
+        return order
+
+    def raw(self, chunks: Sequence[NDArray[np.int64]]) -> Iterator[tuple[NDArray[Any], Tensor]]:
+        """For every chunk of positions the images as they came (see `normalised`) and their int64 labels (n,), -1 without.
+
+        Image files are decoded ahead of the reader. Raises DataError for an empty split and for images that cannot be read.
         """
         if not len(self):
             raise DataError(f"{self.source.name} has no images for this part (train or val): give both, or one part to be split.")
-        generator = torch.Generator().manual_seed(shuffle_seed or 0)
-        order = np.arange(len(self)) if shuffle_seed is None else torch.randperm(len(self), generator=generator).numpy()
-        order = order[:limit]
-        changes = _Changes.draw(augment, len(order), generator) if augment else None
-        chosen = self.indices[order]
-        starts = range(0, len(order), batch_size)
-        images = self.source.read([chosen[i : i + batch_size] for i in starts])
-        for start, raw in zip(starts, images, strict=True):
-            stop = start + len(raw)
-            x = _normalise(raw, self.preprocessing)
-            if changes:
-                x = changes.apply(x, slice(start, stop))
-            y = np.full(len(raw), -1) if self.all_labels is None else self.all_labels[chosen[start:stop]]
-            yield x, torch.from_numpy(y.astype(np.int64))
+        chosen = [self.indices[chunk] for chunk in chunks]
+        for raw, where in zip(self.source.read(chosen), chosen, strict=True):
+            y = np.full(len(where), -1) if self.all_labels is None else self.all_labels[where]
+            yield raw, torch.from_numpy(y.astype(np.int64))
 
     def subset(self, indices: Sequence[int] | NDArray[np.int64]) -> Split:
         """The images at these positions of this split, in this order."""
@@ -260,37 +254,10 @@ def _rank_in_class(classes: Labels, seed: int) -> NDArray[np.int64]:
     return rank
 
 
-def _normalise(raw: NDArray[Any], preprocessing: Preprocessing) -> Tensor:
-    """Batch of uint8 (n, h, w, c) or float (n, c, h, w) -> float32 (n, c, h, w)."""
+def normalised(raw: Tensor, preprocessing: Preprocessing) -> Tensor:
+    """A batch of uint8 (n, h, w, c) or float (n, c, h, w) as new float32 (n, c, h, w), on the device where it lies."""
     if preprocessing.mean is None or preprocessing.std is None:
-        return torch.from_numpy(raw.astype(np.float32, copy=True))
-    x = torch.from_numpy(np.ascontiguousarray(raw.transpose(0, 3, 1, 2))).to(torch.float32)
-    mean = torch.tensor(preprocessing.mean).view(-1, 1, 1)
-    std = torch.tensor(preprocessing.std).view(-1, 1, 1)
+        return raw.to(torch.float32, copy=True)
+    x = raw.permute(0, 3, 1, 2).to(torch.float32, memory_format=torch.contiguous_format)
+    mean, std = (torch.tensor(v, device=raw.device).view(-1, 1, 1) for v in (preprocessing.mean, preprocessing.std))
     return x.div_(255).sub_(mean).div_(std)
-
-
-@dataclass(frozen=True, eq=False)
-class _Changes:
-    """The crop offsets (n, 2) and flips (n,) of one pass over the data."""
-
-    padding: int
-    offsets: Tensor
-    flips: Tensor
-
-    @staticmethod
-    def draw(augment: Augment, n: int, generator: torch.Generator) -> _Changes:
-        offsets = torch.randint(0, 2 * augment.crop_padding + 1, (n, 2), generator=generator)
-        flips = torch.rand(n, generator=generator) < (0.5 if augment.flip else 0.0)
-        return _Changes(augment.crop_padding, offsets, flips)
-
-    def apply(self, x: Tensor, part: slice) -> Tensor:
-        """Crops and flips a batch (n, c, h, w): one gather of rows and columns."""
-        n, _, height, width = x.shape
-        offsets, flips = self.offsets[part], self.flips[part]
-        columns = torch.arange(width).expand(n, width)
-        columns = torch.where(flips[:, None], width - 1 - columns, columns) + offsets[:, 1:]
-        rows = torch.arange(height) + offsets[:, :1]
-        padded = torch.nn.functional.pad(x, (self.padding,) * 4)
-        images = torch.arange(n)[:, None, None]
-        return padded.permute(0, 2, 3, 1)[images, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2).contiguous()

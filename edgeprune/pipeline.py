@@ -31,9 +31,11 @@ from edgeprune.export import Artifact, export
 from edgeprune.graph import ChannelGraph, portable
 from edgeprune.graph.slim import Proof, named_tensors, prove, slim
 from edgeprune.graph.trace import trace
+from edgeprune.origin import Origin
 from edgeprune.plan import Budget, Plan, Scores
 from edgeprune.run import Run, write_atomic, write_json
 from edgeprune.train import Epoch, Progress, Recipe
+from edgeprune.train.distill import features_to_learn
 from edgeprune.train.evaluate import Accuracy, batch_norms, evaluate, recalibrate, settled
 from edgeprune.train.finetune import finetune
 from edgeprune.train.reconstruct import reconstruct
@@ -64,6 +66,8 @@ class Job:
     seed: int
     calibration_images: int
     notes: tuple[str, ...] = ()
+    rounds: int = 1
+    origin: Origin | None = None
 
 
 @dataclass(frozen=True)
@@ -88,9 +92,10 @@ class Choice:
 
 
 class Pipeline:
-    """One run of one job in one folder; every method is a stage."""
+    """One run of one job in one folder, or in a `part` of it (a round); every method is a stage."""
 
-    def __init__(self, job: Job, run: Run, progress: Progress) -> None:
+    def __init__(self, job: Job, run: Run, progress: Progress, *, part: str = "") -> None:
+        self.part = part
         self.job = job
         self.run = run
         self.progress = progress
@@ -274,53 +279,48 @@ class Pipeline:
 
         return self._stored("reconstruct", {"augment": asdict(self.augment)}, small, refit)
 
-    def trained(self, small: nn.Module) -> tuple[nn.Module, tuple[Epoch, ...]]:
-        """Fine-tuned, with the figures of every epoch."""
-        job, train = self.job, self.train_split
-        if not job.recipe.epochs:
+    def trained(self, small: nn.Module, plan: Plan) -> tuple[nn.Module, tuple[Epoch, ...]]:
+        """Fine-tuned, with the figures of every epoch; the teacher is the dense network, also in later rounds."""
+        job, recipe, train, file = self.job, self.job.recipe, self.train_split, "checkpoints/finetune.safetensors"
+        if not recipe.epochs:
             return small, ()
         if train is None:
             raise DataError("fine-tuning needs training images: give --data with training images, or --epochs 0.")
-        curve: tuple[Epoch, ...] = ()
+        origin = job.origin or Origin(job.model, self.graph, Plan({}))
+        dense = origin.model
 
-        def compute() -> nn.Module:
-            nonlocal curve
-            teacher = job.model if job.recipe.distill else None
-            start = [fingerprint(small), fingerprint(job.model), job.data and job.data.fingerprint, job.recipe.to_json(), job.seed]
-            key = hashlib.sha256(json.dumps(start).encode()).hexdigest()
-            model, curve = finetune(
+        def compute() -> tuple[nn.Module, tuple[Epoch, ...]]:
+            start = [fingerprint(small), fingerprint(dense), job.data and job.data.fingerprint, recipe.to_json(), job.seed]
+            return finetune(
                 small,
-                teacher,
+                dense if recipe.distill else None,
                 train,
                 self.held_split,
-                job.recipe,
+                recipe,
                 seed=job.seed,
+                features=features_to_learn(origin.graph, origin.then(self.graph, plan)),
                 checkpoints=self.run.path("checkpoints/epochs"),
-                key=key,
+                key=hashlib.sha256(json.dumps(start).encode()).hexdigest(),
                 progress=self.progress,
             )
-            return model
 
-        inputs = {"recipe": job.recipe.to_json(), "seed": job.seed}
-        extra: Callable[[], dict[str, Any]] = lambda: {"curve": [asdict(e) for e in curve]}  # noqa: E731  read after compute
-        model = self._stored("finetune", inputs, small, compute, extra)
-        facts = self.run.manifest["stages"]["finetune"]["facts"]
-        return model, tuple(Epoch(**e) for e in facts["curve"])
+        def write(found: tuple[nn.Module, tuple[Epoch, ...]]) -> dict[str, Any]:
+            portable.save(found[0], self.run.path(file))
+            return {"files": [file], "curve": [asdict(e) for e in found[1]]}
 
-    def _stored(
-        self,
-        stage: str,
-        inputs: dict[str, Any],
-        small: nn.Module,
-        compute: Callable[[], nn.Module],
-        extra: Callable[[], dict[str, Any]] = dict,
-    ) -> nn.Module:
+        def read(facts: Mapping[str, Any]) -> tuple[nn.Module, tuple[Epoch, ...]]:
+            return settled(portable.load(self.run.path(file), model=small)), tuple(Epoch(**e) for e in facts["curve"])
+
+        inputs = {"recipe": recipe.to_json(), "seed": job.seed}
+        return self.run.cached("finetune", inputs, compute, write=write, read=read, together=True)
+
+    def _stored(self, stage: str, inputs: dict[str, Any], small: nn.Module, compute: Callable[[], nn.Module]) -> nn.Module:
         """A stage whose value is a network of the shape of `small`."""
         file = f"checkpoints/{stage}.safetensors"
 
         def write(model: nn.Module) -> dict[str, Any]:
             portable.save(model, self.run.path(file))
-            return {"files": [file], **extra()}
+            return {"files": [file]}
 
         return self.run.cached(stage, inputs, compute, write=write, read=lambda _: settled(portable.load(self.run.path(file), model=small)))
 

@@ -104,6 +104,7 @@ def facts(found: Findings, manifest: Mapping[str, Any], used: Mapping[str, bool]
         "notes": [
             *job.notes,
             *_rules(found),
+            *_epochs(found),
             *([device.resolved] if device.resolved else []),
             *found.cost.notes,
             *(f"measuring the {name} network: {problem}" for name, m in found.measurements.items() for problem in m.problems),
@@ -122,6 +123,18 @@ def _rules(found: Findings) -> list[str]:
     if rules.max_remove != DEFAULT_RULES.max_remove:
         words.append(f"no group lost more than {rules.max_remove:.0%} of its channels, as asked")
     return words
+
+
+def _epochs(found: Findings) -> list[str]:
+    """Which epoch's weights these are, and what the last one was worth."""
+    last = found.curve[-1] if found.curve else None
+    best = next((e for e in reversed(found.curve) if e.chosen), None)
+    rounds = [f"pruned and recovered in {found.job.rounds} rounds"] if found.job.rounds > 1 else []
+    if last is None or best is None or best.val_accuracy is None or last.val_accuracy is None:
+        return rounds
+    told = f"the weights are those of epoch {best.epoch}, {best.val_accuracy:.2%} on held-out training images"
+    beside = ", the last one" if best is last else f"; the last one, epoch {last.epoch}, has {last.val_accuracy:.2%} there"
+    return [*rounds, told + beside]
 
 
 def _reached(found: Findings) -> dict[str, tuple[float, str]]:

@@ -2,7 +2,8 @@
 
 Invariants: a file is either whole or absent (written under a temporary name, synced, renamed), so `kill -9` at any moment leaves a
 folder that can be resumed; a stage is read back only if its inputs, everything upstream and its files are unchanged; one process at a
-time writes into a folder. POSIX: the lock is held by the kernel (flock) and so dies with its process.
+time writes into a folder. POSIX: the lock is held by the kernel (flock) and so dies with its process. Where several processes compute
+one run together (accelerate launch), the first one leads: it alone writes, and tells the others what each stage found.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self, TypeVar
+from typing import Any, Protocol, Self, TypeVar
 
 from edgeprune.errors import EdgepruneError, UsageError
 
@@ -35,27 +36,59 @@ Facts = Mapping[str, Any]
 T = TypeVar("T")
 
 
+class Team(Protocol):
+    """The processes that compute one run together (train/processes.py)."""
+
+    @property
+    def leads(self) -> bool:
+        """Whether this is the process that writes files."""
+        ...
+
+    def told(self, value: T) -> T:
+        """What the leader has as `value`, in every process."""
+        ...
+
+
+class _Alone:
+    """One process."""
+
+    leads = True
+
+    def told(self, value: T) -> T:
+        """Its own value."""
+        return value
+
+
+ALONE: Team = _Alone()
+
+
 class Run:
     """An open run folder. A context manager: leaving it writes the status (done, interrupted, failed) and frees the folder.
 
     `manifest` is what run.json holds. Open one with `Run.open`.
     """
 
-    def __init__(self, folder: Path, manifest: dict[str, Any], lock: int) -> None:
-        self.folder = folder
+    def __init__(self, folder: Path, manifest: dict[str, Any], lock: int, team: Team = ALONE) -> None:
+        self.root = self.folder = folder
         self.manifest = manifest
         self._lock = lock
+        self._team = team
+        self._part = ""
         self._upstream = ""
         self.used: dict[str, bool] = {}  # the stages of this process in order, and whether each was read back
 
     @classmethod
-    def open(cls, folder: str | Path, *, asked: Mapping[str, Any], command: list[str], resume: bool = False) -> Run:
+    def open(cls, folder: str | Path, *, asked: Mapping[str, Any], command: list[str], resume: bool = False, team: Team = ALONE) -> Run:
         """Creates the folder, or goes on with the run in it (`resume`); `asked` and `command` go into run.json.
+
+        Only the leader of a `team` opens it; the others are told what it holds.
 
         Raises UsageError if the folder holds a run and `resume` is off, is in use by another process, holds a damaged run.json,
         or cannot be written.
         """
         folder = Path(folder)
+        if not team.leads:
+            return cls(folder, team.told({}), -1, team)
         try:
             folder.mkdir(parents=True, exist_ok=True)
             lock = _acquire(folder)
@@ -64,13 +97,18 @@ class Run:
         try:
             manifest = _manifest(folder, resume=resume)
             manifest |= {"status": "running", "command": command, "asked": dict(asked), **_environment()}
-            run = cls(folder, manifest, lock)
+            run = cls(folder, team.told(manifest), lock, team)
             run._save()
         except BaseException:
             os.close(lock)
             raise
         run.log(f"{'resumed' if manifest['stages'] else 'started'}: {' '.join(command)}")
         return run
+
+    @property
+    def leads(self) -> bool:
+        """Whether this process writes the files."""
+        return self._team.leads
 
     def __enter__(self) -> Self:
         return self
@@ -86,13 +124,22 @@ class Run:
         self._release()
 
     def path(self, name: str) -> Path:
-        """Where a file of this run lies ("model.onnx", "checkpoints/3.safetensors"); its folder exists afterwards."""
+        """Where a file of this run, or of the part `inside`, lies ("model.onnx", "checkpoints/3.safetensors"); its folder exists."""
         path = self.folder / name
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise _write_error(error, path.parent) from error
         return path
+
+    @contextmanager
+    def inside(self, part: str) -> Iterator[None]:
+        """Until the end of the block, stages are called "part: name" and their files lie in a folder `part`; "" changes nothing."""
+        self._part, self.folder = f"{part}: " if part else "", self.root / part
+        try:
+            yield
+        finally:
+            self._part, self.folder = "", self.root
 
     def record(self, name: str, value: Any) -> None:
         """Puts one entry into run.json at once, for example the hashes of the inputs; `value` must be JSON."""
@@ -101,41 +148,56 @@ class Run:
 
     def log(self, text: str) -> None:
         """Appends one line with a UTC time stamp to log.txt."""
+        if not self._team.leads:
+            return
         try:
-            with (self.folder / "log.txt").open("a", encoding="utf-8") as file:
+            with (self.root / "log.txt").open("a", encoding="utf-8") as file:
                 file.write(f"{_now()} {' '.join(text.split())}\n")
         except OSError as error:
-            raise _write_error(error, self.folder / "log.txt") from error
+            raise _write_error(error, self.root / "log.txt") from error
 
-    def cached(self, name: str, inputs: Facts, compute: Callable[[], T], *, write: Callable[[T], Facts], read: Callable[[Facts], T]) -> T:
+    def cached(
+        self,
+        name: str,
+        inputs: Facts,
+        compute: Callable[[], T],
+        *,
+        write: Callable[[T], Facts],
+        read: Callable[[Facts], T],
+        together: bool = False,
+    ) -> T:
         """The value of a stage: read back if nothing it depends on changed, else computed and recorded.
 
         Stages form a chain: what this one depends on is `inputs` (JSON: hashes, options) and every stage asked for before it in
         this process. `write` puts the value into files of the folder and returns JSON facts; the entry "files" of the facts, a list
         of names in the folder, is checked by hash before `read` is trusted with the facts again. run.json then holds
-        stages[name] = {key, seconds, facts, sha256}.
+        stages[name] = {key, seconds, facts, sha256}. In a team the leader computes (all of them, where the stage is done `together`),
+        the others read.
         """
+        name = self._part + name
         text = json.dumps([name, inputs, self._upstream, _version("edgeprune")], sort_keys=True)
         self._upstream = key = hashlib.sha256(text.encode()).hexdigest()
         entry = self.manifest["stages"].get(name)
-        if entry is not None and entry["key"] == key and self._intact(entry):
+        self.used[name] = self._team.told(entry is not None and entry["key"] == key and self._team.leads and self._intact(entry))
+        if self.used[name]:
             self.log(f"{name}: read back")
-            self.used[name] = True
             return read(entry["facts"])
-        self.used[name] = False
         start = time.monotonic()
-        value = compute()
-        facts = dict(write(value))
-        seconds = round(time.monotonic() - start, 3)
-        hashes = {file: hash_file(self.folder / file) for file in facts.get("files", ())}
-        self.manifest["stages"][name] = {"key": key, "seconds": seconds, "facts": facts, "sha256": hashes}
+        value = [compute()] if together or self._team.leads else []
+        entry = self._team.told(self._entry(key, start, write(value[0])) if self._team.leads else {})
+        self.manifest["stages"][name] = entry
         self._save()
-        self.log(f"{name}: {seconds} s")
-        return value
+        self.log(f"{name}: {entry['seconds']} s")
+        return value[0] if value else read(entry["facts"])
+
+    def _entry(self, key: str, start: float, facts: Facts) -> dict[str, Any]:
+        seconds = round(time.monotonic() - start, 3)
+        files = [(self.folder / file).relative_to(self.root).as_posix() for file in facts.get("files", ())]
+        return {"key": key, "seconds": seconds, "facts": dict(facts), "sha256": {file: hash_file(self.root / file) for file in files}}
 
     def close(self, status: str = "done") -> None:
         """Writes the final status (done, interrupted or failed) and frees the folder; harmless when repeated."""
-        if self._lock >= 0:
+        if self._lock >= 0:  # only the leader holds one
             self.manifest |= {"status": status, "finished": _now()}
             try:
                 self._save()
@@ -143,10 +205,11 @@ class Run:
                 self._release()
 
     def _intact(self, entry: Facts) -> bool:
-        return all((self.folder / file).is_file() and hash_file(self.folder / file) == sha for file, sha in entry["sha256"].items())
+        return all((self.root / file).is_file() and hash_file(self.root / file) == sha for file, sha in entry["sha256"].items())
 
     def _save(self) -> None:
-        write_json(self.folder / "run.json", self.manifest)
+        if self._team.leads:
+            write_json(self.root / "run.json", self.manifest)
 
     def _release(self) -> None:
         if self._lock >= 0:

@@ -136,7 +136,7 @@ def sparsify(
         if epoch:
             counts.append(screen.tighten(network, names, epoch))
 
-    chosen = replace(recipe or Recipe(), epochs=epochs, distill=False)
+    chosen = replace(recipe or Recipe(), epochs=epochs, distill=False, choose="last")
     work, curve = finetune(work, None, train, aside, chosen, seed=seed, before_epoch=between, progress=progress)
     counts.append(screen.tighten(work, names, epochs))
     masks = {name: _parametrization(work, module).mask.clone() for name, module in names.items()}

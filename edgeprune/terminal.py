@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 import textwrap
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from typing import TYPE_CHECKING, Any
 
 import typer
@@ -15,8 +16,20 @@ if TYPE_CHECKING:
     from edgeprune.train import Progress
 
 
+@contextmanager
+def quiet_unless_first() -> Iterator[None]:
+    """Of the processes that `accelerate launch` starts only the first one talks; the others complain to stderr if they must."""
+    if os.environ.get("RANK", "0") == "0":
+        yield
+        return
+    with open(os.devnull, "w", encoding="utf-8") as nowhere, redirect_stdout(nowhere):
+        yield
+
+
 def say(text: str) -> None:
-    """One line on stderr."""
+    """One line on stderr, from the first process."""
+    if os.environ.get("RANK", "0") != "0":
+        return
     typer.echo(f"edgeprune: {text}", err=True)
 
 
@@ -54,8 +67,9 @@ def progress_bars() -> Iterator[Progress]:
     from rich.progress import Progress as Bars
 
     console = Console(file=sys.stderr)
+    first = os.environ.get("RANK", "0") == "0"
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
-    with Bars(*columns, console=console, disable=not console.is_terminal) as bars:
+    with Bars(*columns, console=console, disable=not (first and console.is_terminal)) as bars:
         tasks: dict[str, TaskID] = {}
 
         def progress(what: str, done: int, total: int) -> None:

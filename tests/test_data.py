@@ -13,7 +13,7 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
-from edgeprune.data import IMAGENET_MEAN, IMAGENET_STD, Augment, Data, Split, load_data
+from edgeprune.data import IMAGENET_MEAN, IMAGENET_STD, Data, Split, load_data
 from edgeprune.errors import DataError, UsageError
 
 FUNCTIONS = """
@@ -111,27 +111,6 @@ def test_shuffle_and_limit() -> None:
     assert not torch.equal(x, other)
     assert sorted(y.tolist()) == sorted(labels(12).tolist())
     assert torch.equal(everything(split, shuffle_seed=3, limit=7)[0], x[:7])
-
-
-@pytest.mark.parametrize("sizes", [(1, 12), (5, 7)])
-def test_augmentation_does_not_depend_on_the_batch_size(sizes: tuple[int, int]) -> None:
-    augment = Augment(crop_padding=2, flip=True)
-    passes = [torch.cat([x for x, _ in pair().train.batches(size, shuffle_seed=5, augment=augment)]) for size in sizes]
-    assert torch.equal(*passes)
-    plain, _ = everything(pair().train, shuffle_seed=5)
-    assert not torch.equal(passes[0], plain)
-
-
-def test_augmentation_crops_and_flips() -> None:
-    n = 200
-    x = np.tile(np.arange(1, 17, dtype=np.float32).reshape(1, 1, 4, 4), (n, 1, 1, 1))
-    split = load_data(((x, labels(n)), (x, labels(n)))).train
-    padded = np.pad(x[0, 0], 1)
-    allowed = {(flip, i, j): padded[i : i + 4, j : j + 4][:, ::flip].tobytes() for flip in (1, -1) for i in range(3) for j in range(3)}
-    found = {batch.numpy()[0, 0].tobytes() for batch, _ in split.batches(1, shuffle_seed=0, augment=Augment(1, True))}
-    assert found == set(allowed.values())
-    flips = [x.numpy()[0, 0].tobytes() for x, _ in split.batches(1, shuffle_seed=0, augment=Augment(flip=True))]
-    assert set(flips) == {allowed[1, 1, 1], allowed[-1, 1, 1]}
 
 
 @settings(max_examples=30, deadline=None)

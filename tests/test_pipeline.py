@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import os
+import random
 import signal
 import subprocess
 import sys
@@ -16,20 +17,21 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch import nn
 
 import edgeprune as ep
 from edgeprune import pipeline
 from edgeprune.cli import main
 from edgeprune.device.measure import Measurement
-from edgeprune.errors import BudgetError, UsageError
+from edgeprune.errors import BudgetError, DataError, UsageError
 from edgeprune.pipeline import Job, Pipeline, fingerprint, widths
 from edgeprune.plan import Scores
 from edgeprune.result import Result
 from edgeprune.run import Run
 from edgeprune.train import silent
 from edgeprune.widths import WidthRules
-from tests.colours import FACTORY, SIDE, colour_data, colour_net, same, weights, write_npz, write_weights
+from tests.colours import FACTORY, SIDE, colour_data, colour_net, images, same, weights, write_npz, write_weights
 
 EXAMPLE = torch.zeros(1, 3, SIDE, SIDE)
 LARGE = torch.zeros(1, 3, 64, 64)  # so large that arithmetic, not the calls, decides the predicted latency
@@ -285,7 +287,7 @@ def test_widths_are_in_the_order_of_the_groups() -> None:
 
 # A real process, really killed.
 
-EPOCHS = 20  # of about 50 ms: time enough to be hit in the middle
+EPOCHS = 40  # of about 50 ms: time enough to be hit in the middle
 
 
 def words(folder: Path) -> list[str]:
@@ -294,10 +296,12 @@ def words(folder: Path) -> list[str]:
     return [sys.executable, "-m", "edgeprune", *text.split(), "--seed", "3", "--out", str(folder)]
 
 
-def start(folder: Path, inputs: Path) -> subprocess.Popen[str]:
-    """The checkout under test, with as many threads as here."""
+def start(folder: Path, inputs: Path, *more: str, limit_kib: int | None = None) -> subprocess.Popen[str]:
+    """The checkout under test, with as many threads as here; no file may grow beyond the limit."""
     environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1]), "OMP_NUM_THREADS": str(torch.get_num_threads())}
-    return subprocess.Popen(words(folder), cwd=inputs, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    limited = ["bash", "-c", f'ulimit -f {limit_kib}; exec "$@"', "bash"] if limit_kib else []
+    command = [*limited, *words(folder), *more]
+    return subprocess.Popen(command, cwd=inputs, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
 @pytest.fixture(scope="module")
@@ -333,7 +337,7 @@ def wait_for(there: Callable[[], bool], process: subprocess.Popen[str]) -> None:
 
 @pytest.mark.parametrize(
     ("moment", "with_signal"),
-    [("an epoch is done", signal.SIGKILL), ("batch norms are recalibrated", signal.SIGKILL), ("an epoch is done", signal.SIGINT)],
+    [("an epoch is done", signal.SIGKILL), ("layers are reconstructed", signal.SIGKILL), ("an epoch is done", signal.SIGINT)],
     ids=["kill", "kill-before-the-first-checkpoint", "ctrl-c"],
 )
 def test_resume_after_a_signal(moment: str, with_signal: signal.Signals, inputs: Path, uninterrupted: Path, tmp_path: Path) -> None:
@@ -341,7 +345,7 @@ def test_resume_after_a_signal(moment: str, with_signal: signal.Signals, inputs:
     log, epochs = folder / "log.txt", folder / "checkpoints" / "epochs"
     moments = {
         "an epoch is done": lambda: epochs.is_dir() and any(epochs.glob("epoch-*.safetensors")),
-        "batch norms are recalibrated": lambda: log.is_file() and "recalibrate:" in log.read_text(),
+        "layers are reconstructed": lambda: log.is_file() and "reconstruct:" in log.read_text(),
     }
     process = start(folder, inputs)
     wait_for(moments[moment], process)
@@ -363,3 +367,86 @@ def test_resume_after_a_signal(moment: str, with_signal: signal.Signals, inputs:
     assert [p.name for p in folder.rglob("*") if "tmp" in p.name] == []
     curve, expected = (json.loads((f / "result.json").read_text())["curve"] for f in (folder, uninterrupted))
     assert [e["train_loss"] for e in curve] == [e["train_loss"] for e in expected]
+
+
+@pytest.mark.slow
+def test_twelve_kills_at_random_moments(inputs: Path, tmp_path: Path) -> None:
+    """Between starting up and the end, wherever it hits; the weights are those of a run that was left alone."""
+    folder, more, dice, killed = tmp_path / "run", ("--epochs", "150", "--ema-decay", "0.9"), random.Random(7), 0
+    finish(tmp_path / "whole", inputs, *more)
+    log = folder / "log.txt"
+    done: set[int] = set()
+    while killed < 12:
+        begun = (log.read_text().count("ed: edgeprune") if log.is_file() else 0) + 1
+        process = start(folder, inputs, *more, *(["--resume"] if (folder / "run.json").is_file() else []))
+        wait_for(lambda begun=begun: log.is_file() and log.read_text().count("ed: edgeprune") == begun, process)  # type: ignore[misc]
+        time.sleep(dice.uniform(0, 0.6))
+        process.kill()
+        process.communicate(timeout=60)
+        assert process.returncode == -signal.SIGKILL, "it finished before the last kill"
+        killed += 1
+        done.add(len(list(folder.rglob("epoch-*.safetensors"))))
+    finish(folder, inputs, *more, "--resume")
+    assert done == {0, 1}, "no kill before, or none during the training"
+    assert same(weights(folder / "model.safetensors"), weights(tmp_path / "whole" / "model.safetensors"))
+    curves = [json.loads((f / "result.json").read_text())["curve"] for f in (folder, tmp_path / "whole")]
+    assert [e["train_loss"] for e in curves[0]] == [e["train_loss"] for e in curves[1]]
+
+
+@pytest.fixture
+def tiny_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 150 kB, where we may mount one."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=150k", "none", str(folder)], capture_output=True, check=False).returncode:
+        pytest.skip("mounting a file system needs root")
+    yield folder
+    subprocess.run(["umount", str(folder)], check=True)
+
+
+def test_a_full_disk_ends_with_a_paragraph_and_can_be_resumed(tiny_disk: Path, inputs: Path, uninterrupted: Path, tmp_path: Path) -> None:
+    folder = tiny_disk / "run"
+    process = start(folder, inputs)
+    _, errors = process.communicate(timeout=120)
+    assert (process.returncode, "Traceback" in errors) == (1, False), errors
+    assert "no space left" in " ".join(errors.split())
+    assert "--resume" in errors
+    subprocess.run(["mount", "-o", "remount,size=20m", str(tiny_disk)], check=True)
+    assert not list(folder.rglob(".*tmp"))
+    finish(folder, inputs, "--resume")
+    assert same(weights(folder / "model.safetensors"), weights(uninterrupted / "model.safetensors"))
+
+
+def test_a_file_that_may_not_grow_ends_with_a_paragraph(inputs: Path, uninterrupted: Path, tmp_path: Path) -> None:
+    """The first checkpoint, which holds weights and momentum, is larger than all that is written before it."""
+    folder = tmp_path / "run"
+    process = start(folder, inputs, limit_kib=40)
+    _, errors = process.communicate(timeout=120)
+    assert (process.returncode, "Traceback" in errors) == (2, False), errors
+    assert "cannot be written (File too large)" in " ".join(errors.split())
+    assert "reconstruct" in stages(folder)
+    finish(folder, inputs, "--resume")
+    assert same(weights(folder / "model.safetensors"), weights(uninterrupted / "model.safetensors"))
+
+
+def test_a_lost_data_folder_ends_with_a_paragraph_and_can_be_resumed(tmp_path: Path) -> None:
+    """Photos on a disk that is pulled out in the second epoch, and put back."""
+    for part, count in (("train", 48), ("val", 12)):
+        for n, (x, y) in enumerate(zip(*images(count, seed=count), strict=True)):
+            file = tmp_path / "photos" / part / f"class{y}" / f"{n:03d}.png"
+            file.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(x).save(file)
+
+    def pulled_out(what: str, done: int, total: int) -> None:
+        if what == "fine-tuning" and done == 4 and (tmp_path / "photos").exists():
+            (tmp_path / "photos").rename(tmp_path / "away")
+
+    def run(out: str, **options: Any) -> Result:
+        return compress(tmp_path / out, data=ep.load_data(tmp_path / "photos", size=SIDE), **options)
+
+    whole = run("whole")
+    with pytest.raises(DataError, match=r"image .* cannot be read"):
+        run("lost", progress=pulled_out)
+    assert list((tmp_path / "lost" / "checkpoints" / "epochs").glob("epoch-0001*"))
+    (tmp_path / "away").rename(tmp_path / "photos")
+    assert same(run("lost", resume=True).model.state_dict(), whole.model.state_dict())

@@ -1,10 +1,13 @@
+import copy
 import errno
 import json
 import os
+import queue
 import signal
 import subprocess
 import sys
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -262,3 +265,72 @@ def write_some_then_fail(code: int) -> Callable[[Path, bytes], int]:
         raise OSError(code, os.strerror(code))
 
     return fail
+
+
+def test_a_part_has_its_own_stages_and_files(tmp_path: Path) -> None:
+    """Read back like any other stage, and changed by what came before it."""
+
+    def stages_of(resume: bool, first: int) -> dict[str, bool]:
+        with Run.open(tmp_path / "run", asked={}, command=["x"], resume=resume) as run:
+            values = [first]
+            for part in ("round-1", "", "round-2"):
+                with run.inside(part):
+                    values.append(number_stage(run, values[-1]))
+            assert values == [first, first + 1, first + 2, first + 3]
+            assert run.path("n.json") == tmp_path / "run" / "n.json"
+            return run.used
+
+    assert list(stages_of(False, 5)) == ["round-1: n", "n", "round-2: n"]
+    assert [json.loads((tmp_path / "run" / part / "n.json").read_text()) for part in ("round-1", "", "round-2")] == [6, 7, 8]
+    assert set(stages_of(True, 5).values()) == {True}
+    (tmp_path / "run" / "round-1" / "n.json").write_text("0")
+    assert stages_of(True, 5) == {"round-1: n": False, "n": True, "round-2: n": True}
+    assert set(stages_of(True, 6).values()) == {False}
+
+
+def number_stage(run: Run, n: int) -> int:
+    """n + 1, by way of a file."""
+
+    def write(value: int) -> dict[str, Any]:
+        write_json(run.path("n.json"), value)
+        return {"files": ["n.json"]}
+
+    return run.cached("n", {"n": n}, lambda: n + 1, write=write, read=lambda _: int(json.loads(run.path("n.json").read_text())))
+
+
+class Pair:
+    """Two threads: what the leader says, the other hears, in order."""
+
+    def __init__(self, words: queue.Queue[Any], *, leads: bool) -> None:
+        self.leads = leads
+        self.words = words
+
+    def told(self, value: Any) -> Any:
+        if not self.leads:
+            return self.words.get(timeout=60)
+        self.words.put(copy.deepcopy(value))
+        return value
+
+
+def test_the_leader_computes_and_writes_the_other_reads(tmp_path: Path) -> None:
+    words: queue.Queue[Any] = queue.Queue()
+    computed: list[tuple[bool, str]] = []
+
+    def work(leads: bool) -> list[int]:
+        with Run.open(tmp_path / "run", asked={}, command=["x"], team=Pair(words, leads=leads)) as run:
+
+            def stage(name: str, together: bool) -> int:
+                def compute() -> int:
+                    computed.append((leads, name))
+                    return 10 + len(name)
+
+                return run.cached(name, {}, compute, write=lambda v: {"v": v}, read=lambda facts: int(facts["v"]), together=together)
+
+            return [stage("alone", False), stage("together", True)]
+
+    with ThreadPoolExecutor(2) as pool:
+        other = pool.submit(work, False)
+        assert work(True) == other.result(timeout=60) == [15, 18]
+    assert sorted(computed) == [(False, "together"), (True, "alone"), (True, "together")]
+    assert (tmp_path / "run" / "log.txt").read_text().count("alone:") == 1
+    assert json.loads((tmp_path / "run" / "run.json").read_text())["status"] == "done"

@@ -12,7 +12,7 @@ import typer
 
 from edgeprune.cli import board, compress, look, runs
 from edgeprune.errors import EdgepruneError
-from edgeprune.terminal import complain
+from edgeprune.terminal import complain, quiet_unless_first
 
 app = typer.Typer(
     name="edgeprune",
@@ -42,7 +42,8 @@ devices_app.command("show")(board.show)
 def main() -> None:
     """The command `edgeprune`: every error of ours becomes one paragraph and its exit code."""
     try:
-        app()
+        with quiet_unless_first():
+            app()
     except EdgepruneError as error:
         complain(str(error))
         sys.exit(error.exit_code)

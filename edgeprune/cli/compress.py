@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -30,6 +30,7 @@ from edgeprune.widths import DEFAULT_RULES
 
 if TYPE_CHECKING:
     from edgeprune.result import Result
+    from edgeprune.train import Recipe
 
 
 def compress(
@@ -52,13 +53,24 @@ def compress(
     allocator: Annotated[str, typer.Option("--allocate", help="how much of each layer stays, see `edgeprune allocators`")] = "knapsack",
     recover: Annotated[
         str | None,
-        typer.Option(help="before training: none, bn (batch norms) or reconstruct (every layer refitted; the default without training)"),
+        typer.Option(help="before training: none, bn (batch norms) or reconstruct (every layer refitted; default but for long training)"),
     ] = None,
-    epochs: Annotated[int | None, typer.Option(help="epochs of fine-tuning (default: 3 with labelled training images)")] = None,
+    preset: Annotated[
+        str, typer.Option(help="how to fine-tune: quick (3 epochs), standard (40) or long (150); the options below change it")
+    ] = "quick",
+    epochs: Annotated[int | None, typer.Option(help="epochs of fine-tuning, of every round; none without labelled training images")] = None,
     distill: Annotated[bool, typer.Option(help="fine-tune towards the dense network's answers too")] = True,
-    lr: Annotated[float, typer.Option(help="largest learning rate of the cosine schedule")] = 0.01,
-    batch_size: Annotated[int, typer.Option(help="images per training step")] = 128,
+    optimizer: Annotated[str | None, typer.Option(help="sgd or adamw")] = None,
+    lr: Annotated[float | None, typer.Option(help="largest learning rate of the cosine schedule")] = None,
+    batch_size: Annotated[int | None, typer.Option(help="images per training step, of all processes together")] = None,
+    ema_decay: Annotated[float | None, typer.Option(help="average the weights with this decay, such as 0.999 (0: do not)")] = None,
+    label_smoothing: Annotated[float | None, typer.Option(help="share of the label spread over all classes")] = None,
+    mixup: Annotated[float | None, typer.Option(help="alpha of mixup (0: off)")] = None,
+    cutmix: Annotated[float | None, typer.Option(help="alpha of CutMix (0: off)")] = None,
+    feature_weight: Annotated[float | None, typer.Option(help="weight of the dense network's feature maps in the loss (0: off)")] = None,
+    precision: Annotated[str | None, typer.Option(help="of fine-tuning: auto (bf16 on a GPU that has it), fp32 or bf16")] = None,
     flip: Annotated[bool, typer.Option(help="mirror training images at random")] = True,
+    rounds: Annotated[int, typer.Option(help="prune, recover and fine-tune so often, each time a part of the way to the budget")] = 1,
     round_to: Annotated[int, typer.Option(help="widths are multiples of this")] = DEFAULT_RULES.round_to,
     min_channels: Annotated[int, typer.Option(help="no layer gets fewer channels")] = DEFAULT_RULES.min_channels,
     max_remove: Annotated[float, typer.Option(help="largest share of a group's channels that may go")] = DEFAULT_RULES.max_remove,
@@ -94,7 +106,7 @@ def compress(
     from edgeprune import api
     from edgeprune.data import load_data
     from edgeprune.run import default_folder
-    from edgeprune.train import Recipe
+    from edgeprune.train.processes import processes
 
     if out:
         must_be_writable(out)
@@ -102,8 +114,12 @@ def compress(
     size = (shape[2], shape[3]) if shape and len(shape) == 4 and data and Path(data).is_dir() else None
     source = load_data(data, size=size, mean=numbers_of(mean), std=numbers_of(std), seed=seed) if data else None
     loaded = load(path, factory, shape, trust_pickle, sample=source.sample_shape if source else None)
-    epochs = api.default_epochs(source) if epochs is None else epochs
-    folder = out or default_folder(loaded.name, target.name)
+    recipe = _recipe(preset, api.trainable(source), {
+        "epochs": epochs, "distill": distill, "optimizer": optimizer, "lr": lr, "batch_size": batch_size, "ema_decay": ema_decay,
+        "label_smoothing": label_smoothing, "mixup": mixup, "cutmix": cutmix, "feature_weight": feature_weight, "precision": precision,
+        "flip": flip,
+    })  # fmt: skip
+    folder = processes().told(out or default_folder(loaded.name, target.name))
     say(f"the run folder is {folder}")
     with _resumable(folder), progress_bars() as progress:
         result = api.compress(
@@ -114,9 +130,7 @@ def compress(
             data=source,
             criterion=criterion,
             allocate=allocator,
-            recipe=Recipe(
-                epochs=api.default_epochs(source) if epochs is None else epochs, distill=distill, lr=lr, batch_size=batch_size, flip=flip
-            ),
+            recipe=recipe,
             recover=recover,
             round_to=round_to,
             min_channels=min_channels,
@@ -126,15 +140,13 @@ def compress(
             out=folder,
             resume=resume,
             seed=seed,
+            rounds=rounds,
             name=loaded.name,
             notes=loaded.notes,
             command=["edgeprune", *sys.argv[1:]],
             progress=progress,
         )
-    if as_json:
-        print_json(result.to_json())
-    else:
-        _tell(result)
+    _tell(result, as_json)
     _gate(result)
 
 
@@ -166,9 +178,20 @@ def _resumable(folder: Path) -> Iterator[None]:
         raise
 
 
-def _tell(result: Result) -> None:
+def _recipe(preset: str, trainable: bool, options: Mapping[str, Any]) -> Recipe:
+    """The preset with the options that were given; no epochs where there is nothing to train on and none were asked for."""
+    from edgeprune.train import Recipe
+
+    given = {name: value for name, value in options.items() if value is not None}
+    return Recipe.preset(preset, **({} if trainable else {"epochs": 0}) | given)
+
+
+def _tell(result: Result, as_json: bool) -> None:
     from edgeprune.report import headline, label
 
+    if as_json:
+        print_json(result.to_json())
+        return
     typer.echo(f"{result.facts['title']}: {headline(result.facts)}")
     for budget in result.facts["budgets"]:
         typer.echo(f"  {label(budget['name'])}, {budget['how']}")

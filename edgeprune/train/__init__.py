@@ -1,9 +1,9 @@
-"""Getting the accuracy back: BN recalibration, fine-tuning, distillation. This file imports no torch."""
+"""Getting the accuracy back: reconstruction, BN recalibration, fine-tuning, distillation. This file imports no torch."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -19,14 +19,20 @@ def silent(what: str, done: int, total: int) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
-    """How a slim network is trained: SGD with momentum, warm-up, then a cosine to zero over all epochs.
+    """How a slim network is trained: warm-up, then a cosine to zero over all epochs.
 
-    distill: learn from the dense network too, loss = distill_weight * temperature² * KL(dense || slim) + (1 - distill_weight) *
-    cross-entropy (Hinton, Vinyals, Dean 2015); without labels the dense network's answers alone. flip, crop_padding: augmentation
-    (crop_padding None: an eighth of the image side). Raises UsageError for values out of range.
+    optimizer: sgd (with Nesterov momentum) or adamw. distill: learn from the dense network too, loss = distill_weight * temperature² *
+    KL(dense || slim) + (1 - distill_weight) * cross-entropy (Hinton, Vinyals, Dean 2015); without labels the dense network's answers
+    alone. feature_weight: of the features at the outputs of the groups of channels (train/distill.py). flip, crop_padding (None: an
+    eighth of the image side), mixup, cutmix (the alpha of their Beta distribution, 0: off): augmentation. ema_decay: the result is the
+    moving average of the weights with this decay (0: off). norms: batch norms in training use the statistics of the batch, or stay
+    frozen as they are. clip_norm: gradients are never longer than this (0: off). precision: auto is bf16 on a GPU that has it, fp32
+    elsewhere. choose: the result is that of the epoch that is best on held-out training images, or the last.
+    Raises UsageError for values out of range.
     """
 
     epochs: int = 3
+    optimizer: str = "sgd"
     lr: float = 0.01
     batch_size: int = 128
     momentum: float = 0.9
@@ -35,13 +41,22 @@ class Recipe:
     distill: bool = True
     temperature: float = 4.0
     distill_weight: float = 0.7
+    feature_weight: float = 0.0
     label_smoothing: float = 0.0
     flip: bool = True
     crop_padding: int | None = None
+    mixup: float = 0.0
+    cutmix: float = 0.0
+    ema_decay: float = 0.0
+    norms: str = "batch"
+    clip_norm: float = 0.0
+    precision: str = "auto"
+    choose: str = "best"
 
     def __post_init__(self) -> None:
         checks = {
             "epochs": self.epochs >= 0,
+            "optimizer": self.optimizer in ("sgd", "adamw"),
             "lr": 0 < self.lr < math.inf,
             "batch_size": self.batch_size >= 2,
             "momentum": 0 <= self.momentum < 1,
@@ -49,21 +64,48 @@ class Recipe:
             "warmup_share": 0 <= self.warmup_share < 1,
             "temperature": 0 < self.temperature < math.inf,
             "distill_weight": 0 <= self.distill_weight <= 1,
+            "feature_weight": 0 <= self.feature_weight < math.inf,
             "label_smoothing": 0 <= self.label_smoothing < 1,
             "crop_padding": self.crop_padding is None or self.crop_padding >= 0,
+            "mixup": 0 <= self.mixup < math.inf,
+            "cutmix": 0 <= self.cutmix < math.inf,
+            "ema_decay": 0 <= self.ema_decay < 1,
+            "norms": self.norms in ("batch", "frozen"),
+            "clip_norm": 0 <= self.clip_norm < math.inf,
+            "precision": self.precision in ("auto", "fp32", "bf16"),
+            "choose": self.choose in ("best", "last"),
         }
         for name, good in checks.items():
             if not good:
                 raise UsageError(f"the recipe's {name} cannot be {getattr(self, name)!r}.")
+
+    @staticmethod
+    def preset(name: str, **changes: Any) -> Recipe:
+        """The recipe of a name in PRESETS, with some of its values changed. Raises UsageError for other names."""
+        if name not in PRESETS:
+            raise UsageError(f"unknown preset {name!r}; there is: {', '.join(PRESETS)}.")
+        return Recipe(**{**PRESETS[name], **changes})
 
     def to_json(self) -> dict[str, Any]:
         """Plain values, for run.json."""
         return asdict(self)
 
 
+PRESETS: Mapping[str, Mapping[str, Any]] = {
+    "quick": {"epochs": 3, "lr": 0.001, "norms": "frozen", "clip_norm": 2.0},
+    "standard": {"epochs": 40, "lr": 0.02},
+    "long": {"epochs": 150, "lr": 0.05, "ema_decay": 0.999},
+}
+"""What --preset takes. quick goes on from where reconstruction left the network: statistics of batches and long steps would undo it at
+first, and a few epochs do not make up for that. standard and long have the time; their values are conventional, not measured here."""
+
+
 @dataclass(frozen=True)
 class Epoch:
-    """One epoch's figures; the validation figures are of images held out from the training set, None without labels."""
+    """One epoch's figures; the validation figures are of images held out from the training set, None without labels.
+
+    `chosen` marks the epoch whose weights are the result, once training is over.
+    """
 
     epoch: int
     train_loss: float
@@ -71,3 +113,4 @@ class Epoch:
     val_accuracy: float | None
     lr: float
     seconds: float
+    chosen: bool = False

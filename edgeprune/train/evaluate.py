@@ -36,8 +36,9 @@ def evaluate(model: nn.Module, split: Split, *, batch_size: int = EVALUATION_BAT
     Raises DataError for images without labels, labels the network has no output for and outputs that are no logits, GateError for
     outputs that are not finite.
     """
+    device = next((t.device for t in model.parameters()), torch.device("cpu"))
     with torch.no_grad(), evaluating(model):
-        return _judge(lambda x: logits_of(model(x)), split, batch_size, progress)
+        return _judge(lambda x: logits_of(model(x.to(device))).cpu(), split, batch_size, progress)
 
 
 def accuracy_of(run: Runner, split: Split, *, batch_size: int = EVALUATION_BATCH, progress: Progress = silent) -> Accuracy:

@@ -54,6 +54,35 @@ def test_json_is_one_object_with_every_file(edgeprune: Command, here: Path) -> N
     assert "edgeprune: fine-tuning" in done.err
 
 
+def test_presets_and_what_changes_them(edgeprune: Command, here: Path) -> None:
+    """The recipe in run.json: a preset, with the options given; pruned in two rounds."""
+    options = [
+        "--preset",
+        "long",
+        "--epochs",
+        "1",
+        "--lr",
+        "0.02",
+        "--batch-size",
+        "16",
+        "--optimizer",
+        "adamw",
+        "--label-smoothing",
+        "0.1",
+    ]
+    options += ["--mixup", "0.2", "--cutmix", "1", "--feature-weight", "0.5", "--precision", "bf16", "--rounds", "2"]
+    done = edgeprune("compress", *QUICK, "--macs", "0.5", "--round-to", "1", "--out", "run", *options)
+    assert done.code == 0, done.err
+    asked = json.loads(Path("run/run.json").read_text())["asked"]
+    recipe = asked["recipe"]
+    assert (recipe["epochs"], recipe["lr"], recipe["ema_decay"], recipe["optimizer"]) == (1, 0.02, 0.999, "adamw")
+    assert (recipe["label_smoothing"], recipe["mixup"], recipe["cutmix"], recipe["feature_weight"]) == (0.1, 0.2, 1.0, 0.5)
+    assert (recipe["precision"], recipe["norms"], asked["rounds"], asked["recover"]) == ("bf16", "batch", 2, "bn")
+    assert Path("run/round-1/plan.json").is_file()
+    refused = edgeprune("compress", *QUICK, "--macs", "0.5", "--preset", "slow", "--out", "other")
+    assert (refused.code, "unknown preset 'slow'; there is: quick, standard, long" in refused.message) == (2, True)
+
+
 def test_resume_goes_on(edgeprune: Command, here: Path) -> None:
     command = ["compress", *QUICK, "--macs", "0.5", "--out", "run"]
     assert edgeprune(*command).code == 0

@@ -1,18 +1,20 @@
 import copy
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from edgeprune.data import Split
+from edgeprune.data import Split, load_data
 from edgeprune.errors import DataError, GateError
 from edgeprune.train import Epoch, Recipe
 from edgeprune.train.evaluate import evaluate
-from edgeprune.train.finetune import finetune
-from tests.colours import SIDE, colour_data, colour_net, same
+from edgeprune.train.finetune import chosen_epoch, finetune
+from tests.colours import SIDE, colour_data, colour_net, images, same
 
 RECIPE = Recipe(epochs=3, lr=0.05, batch_size=16, flip=True, crop_padding=1)
 
@@ -147,7 +149,7 @@ def test_the_rate_warms_up_and_falls_to_zero_as_a_cosine(monkeypatch: pytest.Mon
     train(colour_net(), colour_data(train=64).train, recipe)
     warm = [0.1, 0.2, 0.3, 0.4]
     cosine = [0.2 * (1 + math.cos(math.pi * k / 12)) for k in range(1, 13)]
-    assert rates == pytest.approx([*warm, *cosine], abs=1e-12)
+    assert rates == pytest.approx([*warm[:2], *warm, *cosine], abs=1e-12)  # the dry run, then the training
 
 
 @pytest.mark.parametrize("count", [2, 5, 17])
@@ -164,8 +166,8 @@ def test_the_loss_is_a_mean_over_the_images_trained_on() -> None:
     """The image left alone does not count as a loss of zero."""
     split, model = colour_data(train=30).train, nn.Sequential(nn.Flatten(), nn.Linear(3 * SIDE * SIDE, 3))
     recipe = Recipe(epochs=1, lr=1e-30, batch_size=16, flip=False, crop_padding=0)
-    _, (whole,) = train(model, split.subset([0] * 16), recipe)
-    _, (with_one_left,) = train(model, split.subset([0] * 17), recipe)
+    _, (whole,) = train(model, split.subset([0, 1] * 8), recipe)
+    _, (with_one_left,) = train(model, split.subset([0, 1] * 8 + [0]), recipe)
     assert with_one_left.train_loss == pytest.approx(whole.train_loss, rel=1e-5)
 
 
@@ -221,3 +223,116 @@ def test_a_network_that_views_its_maps_is_trained_and_teaches() -> None:
     assert len(curve) == 1
     assert all(p.is_contiguous() for p in trained.parameters())
     assert not torch.equal(next(trained.parameters()), next(model.parameters()))
+
+
+def test_the_global_generator_is_left_alone() -> None:
+    before = torch.get_rng_state()
+    train(colour_net(dropout=0.3), colour_data(train=32).train)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def judged(*values: tuple[float, float]) -> tuple[Epoch, ...]:
+    """Epochs of these validation accuracies and losses."""
+    return tuple(Epoch(epoch=n, train_loss=1, val_loss=b, val_accuracy=a, lr=0.1, seconds=1) for n, (a, b) in enumerate(values, 1))
+
+
+def test_the_best_epoch_by_held_out_images() -> None:
+    curve = judged((0.5, 1.0), (0.9, 0.6), (0.9, 0.5), (0.9, 0.7))
+    assert chosen_epoch(curve, RECIPE) == 3
+    assert chosen_epoch(judged((0.9, 0.5), (0.9, 0.5)), RECIPE) == 2
+    assert chosen_epoch(curve, replace(RECIPE, choose="last")) == 4
+    blind = tuple(replace(e, val_accuracy=None, val_loss=None) for e in curve)
+    assert chosen_epoch(blind, RECIPE) == 4
+
+
+@pytest.mark.parametrize("choose", ["best", "last"])
+def test_the_result_is_the_chosen_epoch(choose: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A rate that wrecks the network from the second epoch on: the best one is the first."""
+    monkeypatch.setattr("edgeprune.train.finetune._rate", lambda recipe, step, total: 0.02 if step < 6 else 30.0)
+    data = colour_data()
+    trained, curve = finetune(colour_net(), None, data.train, data.val, replace(RECIPE, choose=choose))
+    chosen = {"best": 1, "last": 3}[choose]
+    assert [e.epoch for e in curve if e.chosen] == [chosen]
+    assert evaluate(trained, data.val).accuracy == curve[chosen - 1].val_accuracy
+    assert curve[0].val_accuracy != curve[2].val_accuracy
+
+
+@pytest.mark.parametrize("changes", [{"ema_decay": 0.9}, {"optimizer": "adamw", "lr": 0.003}, {"norms": "frozen", "clip_norm": 0.5}])
+def test_every_kind_of_training_resumes_exactly(changes: dict[str, Any], tmp_path: Path) -> None:
+    data, model, dense, recipe = colour_data(), colour_net(dropout=0.3), colour_net(), replace(RECIPE, **changes)
+    whole, _ = finetune(model, dense, data.train, data.val, recipe, seed=2)
+    with pytest.raises(Killed):
+        finetune(model, dense, data.train, data.val, recipe, seed=2, checkpoints=tmp_path, key="k", progress=killed_after(8))
+    resumed, _ = finetune(model, dense, data.train, data.val, recipe, seed=2, checkpoints=tmp_path, key="k")
+    assert same(resumed.state_dict(), whole.state_dict())
+    assert not same(whole.state_dict(), model.state_dict())
+
+
+def test_the_moving_average_is_the_result() -> None:
+    """Against the average of the weights after every step, by hand."""
+    data, recipe, decay = colour_data(train=48).train, replace(RECIPE, epochs=1, momentum=0.0, choose="last"), 0.5
+    steps = [finetune(colour_net(), None, data, None, recipe)[0]]
+    averaged, _ = finetune(colour_net(), None, data, None, replace(recipe, ema_decay=decay))
+    seen: list[dict[str, Tensor]] = []
+    plain = torch.optim.SGD.step
+
+    def step(self: torch.optim.SGD) -> None:
+        plain(self)
+        seen.append({"head.bias": self.param_groups[0]["params"][-1].detach().clone()})
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.optim.SGD, "step", step)
+        finetune(colour_net(), None, data, None, recipe)
+    expected = colour_net().head.bias.detach().clone()
+    for number, weights in enumerate(seen[2:]):  # after the dry run
+        d = min(decay, (1 + number) / (10 + number))
+        expected = d * expected + (1 - d) * weights["head.bias"]
+    assert torch.allclose(averaged.state_dict()["head.bias"], expected, atol=1e-6)
+    assert not torch.allclose(steps[0].state_dict()["head.bias"], expected, atol=1e-6)
+
+
+def test_frozen_norms_keep_their_statistics() -> None:
+    model = colour_net()
+    weights, _ = train(model, colour_data().train, replace(RECIPE, norms="frozen"))
+    assert torch.equal(weights["a_norm.running_mean"], model.state_dict()["a_norm.running_mean"])
+    assert not torch.equal(weights["a_norm.weight"], model.state_dict()["a_norm.weight"])
+
+
+def test_gradients_are_no_longer_than_asked() -> None:
+    """Without momentum a step moves the weights by the rate times the length at most."""
+    data, model = colour_data(train=16).train, colour_net()
+    recipe = Recipe(epochs=1, lr=0.1, batch_size=16, momentum=0.0, weight_decay=0.0, clip_norm=1e-3, warmup_share=0.9, choose="last")
+    weights, _ = train(model, data, recipe)
+    before = dict(model.named_parameters())
+    moved = math.sqrt(sum(float((weights[n] - p.detach()).square().sum()) for n, p in before.items()))
+    assert moved == pytest.approx(1e-4, rel=1e-2)
+
+
+def test_one_class_and_foreign_labels_are_errors() -> None:
+    x, y = images(12)
+    one = load_data(((x, y * 0), (x, y))).train
+    with pytest.raises(DataError, match=r"all 12 training images .* have the label 0"):
+        train(colour_net(), one)
+    foreign = load_data(((x, y + 4), (x, y + 4))).train
+    with pytest.raises(DataError, match=r"labels from 4 to 6 but the network has 3 outputs \(labels 0 to 2\)"):
+        train(colour_net(), foreign)
+
+
+def test_what_is_broken_from_the_start_is_known_at_once(tmp_path: Path) -> None:
+    model = colour_net()
+    with torch.no_grad():
+        model.head.weight[0, 0] = math.nan
+    steps: list[int] = []
+    with pytest.raises(GateError, match="very first batch is nan, before any weight was changed"):
+        finetune(model, None, colour_data().train, None, RECIPE, checkpoints=tmp_path, progress=lambda w, d, t: steps.append(d))
+    assert steps == []
+    assert not list(tmp_path.iterdir())
+
+
+def test_bf16_trains_and_leaves_float32() -> None:
+    data = colour_data()
+    trained, _ = finetune(colour_net(), None, data.train, None, replace(RECIPE, precision="bf16"))
+    plain, _ = finetune(colour_net(), None, data.train, None, RECIPE)
+    assert {p.dtype for p in trained.parameters()} == {torch.float32}
+    assert not same(trained.state_dict(), plain.state_dict())
+    assert evaluate(trained, data.val).accuracy == 1

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from edgeprune.errors import UsageError
-from edgeprune.train import Recipe
+from edgeprune.train import PRESETS, Recipe
 
 BAD: list[tuple[str, Any]] = [
     ("epochs", -1),
@@ -22,6 +22,15 @@ BAD: list[tuple[str, Any]] = [
     ("distill_weight", 1.1),
     ("label_smoothing", 1.0),
     ("crop_padding", -1),
+    ("optimizer", "adam"),
+    ("feature_weight", -1.0),
+    ("mixup", -0.1),
+    ("cutmix", math.inf),
+    ("ema_decay", 1.0),
+    ("norms", "layer"),
+    ("clip_norm", -1.0),
+    ("precision", "fp16"),
+    ("choose", "first"),
 ]
 
 
@@ -41,3 +50,10 @@ def test_a_recipe_is_a_value() -> None:
     assert Recipe(**json.loads(json.dumps(recipe.to_json()))) == recipe
     with pytest.raises(FrozenInstanceError):
         recipe.epochs = 3  # type: ignore[misc]
+
+
+def test_presets_are_recipes_that_can_be_changed() -> None:
+    assert {name: Recipe.preset(name).epochs for name in PRESETS} == {"quick": 3, "standard": 40, "long": 150}
+    assert Recipe.preset("long", lr=0.3, epochs=2) == Recipe(lr=0.3, epochs=2, ema_decay=0.999)
+    with pytest.raises(UsageError, match="unknown preset 'slow'"):
+        Recipe.preset("slow")
