@@ -4,16 +4,18 @@
     python -m benchmarks.allocation --network resnet20 --budgets macs-50 --evaluations 100 --limit-minutes 20
 
 Scores: the criterion reconstruction. Budgets: half and 36% of the MACs, and a latency on this machine as its cost model predicts it
-(halfway between the dense network and all layers at their narrowest). Channels in any number. Every figure is on 2,000 training images that neither
-scores nor searches see; searches judge on others. The networks saw them all in their own training, so the figures compare allocators and do
-not predict test accuracy; the loss is the divergence (KL, nats) from the dense network's answers beside the cross-entropy. Random searches
-run with three seeds (ResNet-56: one). One epoch of fine-tuning, short, for ResNet-20 at -50%. Seconds are CPU-seconds of one process.
+(halfway between the dense network and all layers at their narrowest). Channels in any number. Every figure is on 2,000 training images
+that neither scores nor searches see; searches judge on others. The networks saw them all in their own training, so the figures compare
+allocators and do not predict test accuracy; the loss is the divergence (KL, nats) from the dense network's answers beside the
+cross-entropy. Random searches run with three seeds (ResNet-56: one). One epoch of fine-tuning, short, for ResNet-20 at -50%. Seconds are
+CPU-seconds of one process.
 One row per combination in benchmarks/results/allocation.json, written as it is measured. Needs EDGEPRUNE_DATA with cifar10/ and weights/.
 """
 
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 import math
 import platform
@@ -97,9 +99,7 @@ def budget_of(bench: Bench, name: str, cost: CostModel) -> Budget:
 
 def figures(bench: Bench, model: nn.Module) -> dict[str, float]:
     """Accuracy in percent, cross-entropy and divergence from the dense network in nats, on the validation images."""
-    fast: Any = model
-    fast = fast.eval().to(memory_format=torch.channels_last)
-    dense = bench.dense.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    fast, dense = (_fast(copy.deepcopy(network)) for network in (model, bench.dense))
     with torch.inference_mode():
         logits = torch.cat([fast(x) for x, _ in bench.validation]).double()
         answers = torch.cat([dense(x) for x, _ in bench.validation]).double()
@@ -109,6 +109,12 @@ def figures(bench: Bench, model: nn.Module) -> dict[str, float]:
         "cross_entropy": round(float(nn.functional.cross_entropy(logits, labels)), 5),
         "divergence": round(divergence([answers], [logits]), 5),
     }
+
+
+def _fast(network: nn.Module) -> nn.Module:
+    convert: Any = network.eval().to  # torch's stubs lack this overload
+    convert(memory_format=torch.channels_last)
+    return network
 
 
 def measure(bench: Bench, cell: Cell, evaluations: int) -> dict[str, Any]:
@@ -207,7 +213,8 @@ def table(rows: list[dict[str, Any]], dense: dict[str, dict[str, float]]) -> str
         means = {name: _mean([r for r in mine if r["allocator"] == name]) for name in dict.fromkeys(r["allocator"] for r in mine)}
         lines = [
             f"### {network}, {budget} (dense: {dense[network]['accuracy']:.2f}%)\n",
-            "| allocator | seeds | KL, recalibrated | accuracy | KL, reconstructed | accuracy | after 1 epoch | MACs | CPU-s | runs/CPU-s |",
+            "| allocator | seeds | KL, recalibrated | accuracy | KL, reconstructed | accuracy | after 1 epoch | MACs | CPU-s "
+            "| runs/CPU-s |",
             "|---|---|---|---|---|---|---|---|---|---|",
         ]
         for name, m in sorted(means.items(), key=lambda item: item[1]["recalibrated divergence"]):

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import shlex
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ from edgeprune.load import user_code
 from edgeprune.pipeline import Job, Pipeline, fingerprint
 from edgeprune.plan import Budget
 from edgeprune.registry import find
-from edgeprune.result import Findings, Result, facts
+from edgeprune.result import Findings, Result, comparison, facts
 from edgeprune.run import Run, default_folder, write_json
 from edgeprune.train import Progress, Recipe, silent
 from edgeprune.train.evaluate import Accuracy, accuracy_of, logits_of, settled
@@ -40,7 +41,7 @@ def compress(
     model: nn.Module,
     example_inputs: Tensor | Sequence[Any],
     *,
-    budget: Budget,
+    budget: Budget | Sequence[Budget],
     device: str | Device = "host",
     data: Any = None,
     criterion: str | None = None,
@@ -51,6 +52,7 @@ def compress(
     min_channels: int = DEFAULT_RULES.min_channels,
     max_remove: float = DEFAULT_RULES.max_remove,
     keep_dense: Sequence[str] = DEFAULT_RULES.keep_dense,
+    search: Mapping[str, Any] | None = None,
     formats: Sequence[str] = ("onnx",),
     out: str | Path | None = None,
     resume: bool = False,
@@ -63,16 +65,22 @@ def compress(
 ) -> Result:
     """A smaller network that meets the budget on the device, with artifact, evidence and report in a run folder.
 
+    Several budgets: one search, and a run folder inside `out` for each (`parts` of the result, in their order; the result itself is
+    that of the first, its report compares all).
     `model` is left as it was; `example_inputs` is a tensor or the forward's positional arguments. `data`: whatever `load_data` takes,
     or Data; None: no accuracy, no recalibration, no training, and only criteria that read weights. `criterion` None: reconstruction
     where there are training images, l1 otherwise. `recipe` None: three epochs where these have labels, none otherwise. `recover` None:
     before training batch norms are recalibrated, without training every layer is refitted. `round_to`, `min_channels`, `max_remove`,
-    `keep_dense`: which widths a plan may choose, see WidthRules. `out`: the run folder (default runs/<name>-<device>); `resume` goes on
+    `keep_dense`: which widths a plan may choose, see WidthRules. `search`: options of the allocator, such as search_minutes, jobs and
+    cluster. `out`: the run folder (default runs/<name>-<device>); `resume` goes on
     with the run in it, and stages whose inputs are unchanged are read back.
     Raises BudgetError when no plan meets the budget, and the other errors of errors.py.
     """
     if seed < 0:
         raise UsageError(f"the seed must be 0 or more, got {seed}.")
+    budgets = (budget,) if isinstance(budget, Budget) else tuple(budget)
+    if len(set(budgets)) < max(1, len(budgets)):
+        raise UsageError(f"budgets must be different and at least one, got {len(budgets)} of which {len(set(budgets))} differ.")
     target = device if isinstance(device, Device) else find_device(device)
     source = data if isinstance(data, Data) or data is None else load_data(data, seed=seed)
     recipe = recipe or Recipe(epochs=default_epochs(source))
@@ -80,7 +88,7 @@ def compress(
         name=name or type(model).__name__.lower(),
         model=model,
         example_inputs=single_sample(example_inputs),
-        budget=budget,
+        budget=budgets[0],
         device=target,
         data=source,
         criterion=criterion or default_criterion(source),
@@ -92,20 +100,44 @@ def compress(
         seed=seed,
         calibration_images=calibration_images,
         notes=tuple(notes),
+        search=dict(search or {}),
     )
     _check(job)
     folder = Path(out) if out else default_folder(job.name, target.name)
     words = list(command) or ["edgeprune.compress", job.name]
     new, ours = not folder.exists(), False
     try:
-        with Run.open(folder, asked=_asked(job), command=words, resume=resume) as run:
+        with _opened(job, folder, words, resume=resume, asked=[b.limits() for b in budgets]) as run:
             ours = new
-            run.record("inputs", {"model": fingerprint(job.model), "data": source.fingerprint if source else None})
-            return _stages(job, run, shlex.join(words), progress)
+            if len(budgets) > 1:
+                return _several(job, budgets, run, words, progress)
+            return _stages(Pipeline(job, run, progress), shlex.join(words))
     except EdgepruneError:
-        if ours and not (folder / "plan.json").exists():  # nothing worth going on from
+        if ours and not any(folder.rglob("plan*.json")):  # nothing worth going on from
             shutil.rmtree(folder, ignore_errors=True)
         raise
+
+
+def _opened(job: Job, folder: Path, words: list[str], *, resume: bool, asked: Sequence[Mapping[str, float]]) -> Run:
+    run = Run.open(folder, asked=_asked(job) | {"budget": asked[0] if len(asked) == 1 else list(asked)}, command=words, resume=resume)
+    run.record("inputs", {"model": fingerprint(job.model), "data": job.data.fingerprint if job.data else None})
+    return run
+
+
+def _several(job: Job, budgets: Sequence[Budget], run: Run, words: list[str], progress: Progress) -> Result:
+    """What the budgets share in the folder of `run`, then a run of its own for each in a folder inside, named by the budget."""
+    shared = Pipeline(job, run, progress)
+    job.rules.allowed(shared.graph)
+    given = {"trace": shared.graph, "accuracy dense": shared.accuracy("dense", job.model), "score": shared.scores()}
+    parts = []
+    for budget, choice in zip(budgets, shared.choose_all(given["score"], budgets), strict=True):
+        part, folder = replace(job, budget=budget), run.path(budget.label)
+        with _opened(part, folder, words, resume=(folder / "run.json").exists(), asked=[budget.limits()]) as inner:
+            parts.append(_stages(Pipeline(part, inner, progress, given | {"allocate": choice}), shlex.join(words)))
+    compared = comparison(parts, run.manifest, shlex.join(words))
+    write_json(run.path("result.json"), compared)
+    report.write(compared, run.folder)
+    return Result(run.folder, parts[0].model, parts[0].plan, compared, tuple(parts))
 
 
 def default_epochs(data: Data | None) -> int:
@@ -118,9 +150,8 @@ def default_criterion(data: Data | None) -> str:
     return "reconstruction" if data and len(data.train) else "l1"
 
 
-def _stages(job: Job, run: Run, command: str, progress: Progress) -> Result:
-    stages = Pipeline(job, run, progress)
-    graph = stages.graph
+def _stages(stages: Pipeline, command: str) -> Result:
+    job, run, graph = stages.job, stages.run, stages.graph
     job.rules.allowed(graph)  # a pattern that matches nothing is known before hours are spent
     accuracies = {"dense": stages.accuracy("dense", job.model)}
     scores = stages.scores()
@@ -178,12 +209,12 @@ def _check(job: Job) -> None:
 
 def _asked(job: Job) -> dict[str, Any]:
     return {
-        "budget": job.budget.limits(),
         "device": job.device.profile,
         "criterion": job.criterion,
         "allocate": job.allocator,
         "recover": job.recover,
         **job.rules.to_json(),
+        "search": dict(job.search),
         "recipe": job.recipe.to_json(),
         "formats": list(job.formats),
         "seed": job.seed,

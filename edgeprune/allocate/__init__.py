@@ -13,6 +13,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import fields
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from edgeprune.errors import UsageError
@@ -55,6 +56,17 @@ def allocate(
     return Planner(graph, scores, method=method, model=model, data=data, rules=rules, **options).plan(budget, cost)
 
 
+def options_of(method: str) -> frozenset[str]:
+    """The names of the options that a method has. Raises UsageError for unknown methods."""
+    return _options(find("allocate", method, "allocator"))[0]
+
+
+def _options(module: ModuleType) -> tuple[frozenset[str], bool]:
+    """The options' names, and whether any other is taken too."""
+    parameters = inspect.signature(getattr(module, "learn", module.allocate)).parameters.values()
+    return frozenset(p.name for p in parameters if p.kind is p.KEYWORD_ONLY), any(p.kind is p.VAR_KEYWORD for p in parameters)
+
+
 class Planner:
     """Plans of one method for one network and its scores; what the method learns, it learns once, at the first budget.
 
@@ -74,10 +86,7 @@ class Planner:
     ) -> None:
         self._module = find("allocate", method, "allocator")
         self._learns = hasattr(self._module, "learn")
-        function = self._module.learn if self._learns else self._module.allocate
-        parameters = inspect.signature(function).parameters.values()
-        known = {p.name for p in parameters if p.kind is p.KEYWORD_ONLY}
-        anything = any(p.kind is p.VAR_KEYWORD for p in parameters)
+        known, anything = _options(self._module)
         takes = known - {"rules"} | (RULES.keys() if "rules" in known else set())
         asked = {name for name, value in RULES.items() if getattr(rules, name) != value} | options.keys()
         if not anything and (unknown := sorted(asked - takes)):
@@ -103,11 +112,9 @@ class Planner:
         plan = self._learned.plan(budget, cost)
         return plan
 
-    def plans(self, budgets: Sequence[Budget], cost: CostModel | None = None) -> tuple[Plan, ...]:
-        """One plan per budget; learned at the one that leaves the fewest MACs to plain global ranking. BudgetError names the budget."""
-        by_hardness = sorted(range(len(budgets)), key=lambda i: self._macs(budgets[i], cost))
-        found = {i: self.plan(budgets[i], cost) for i in by_hardness}
-        return tuple(found[i] for i in range(len(budgets)))
+    def hardest_first(self, budgets: Sequence[Budget], cost: CostModel | None = None) -> tuple[int, ...]:
+        """The numbers of the budgets, the one that leaves plain global ranking the fewest MACs first: the one to learn at."""
+        return tuple(sorted(range(len(budgets)), key=lambda number: self._macs(budgets[number], cost)) if len(budgets) > 1 else [0])
 
     def _probe(self) -> Any:
         if self._model is None:

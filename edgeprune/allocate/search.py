@@ -24,6 +24,7 @@ from edgeprune.widths import DEFAULT_RULES, WidthRules
 Widths = NDArray[np.int64]
 Floats = NDArray[np.float64]
 SLACK = 0.02  # of the budget, that a plan leaves unused only where whole steps of channels leave no choice
+HOLDERS = 3  # layers that an error about a budget names
 UNITS = {"latency_ms": ("ms", 1.0), "energy_mj": ("mJ", 1.0), "macs": ("M MACs", 1e-6), "params": ("M parameters", 1e-6)}
 
 
@@ -150,18 +151,30 @@ class Search:
         missed = [name for name, limit in self.limits.items() if figures[name][0] > limit]
         if not missed:
             return
+        help_text = f"Ask for at least {' and '.join(self._worded(name, 1.02 * float(figures[name][0])) for name in missed)}"
         name = missed[0]
-        floor, asked = float(figures[name][0]), self.limits[name]
-        where = f" on {self.cost.device.profile}" if self.cost and name in ("latency_ms", "energy_mj") else ""
-        help_text = f"Ask for at least {self._worded(name, 1.02 * floor)}"
         if self.rules.round_to > 1:
             help_text += f", or allow widths of any number (--round-to 1 goes down to {self._floor(name, replace(self.rules, round_to=1))})"
         if self.rules != (usual := WidthRules(round_to=self.rules.round_to)):
             help_text += f", or loosen --keep-dense, --min-channels or --max-remove (without them {self._floor(name, usual)})"
-        raise BudgetError(
-            f"no plan reaches {self._worded(name, asked)}{where}: the floor is {self._worded(name, floor)}, with every layer at its "
-            f"narrowest. {help_text}, or use a smaller input.",
-            self.plan(smallest),
+        found = "; and no plan reaches ".join(self._missed(name, float(figures[name][0]), smallest) for name in missed)
+        raise BudgetError(f"no plan reaches {found}. {help_text}, or use a smaller input.", self.plan(smallest))
+
+    def _missed(self, name: str, floor: float, smallest: Widths) -> str:
+        """A limit that cannot be met, its floor, and what holds it up: the layers with the largest part of it at the least widths."""
+        where = f" on {self.cost.device.profile}" if self.cost and name in ("latency_ms", "energy_mj") else ""
+        at = self._kernels.at(smallest[None])
+        if name in ("latency_ms", "energy_mj") and self.cost is not None:
+            parts = self.cost.latency_ms(at)[0]
+        elif name == "peak_memory_bytes":
+            parts = at.input_elements[0] + at.output_elements[0]
+        else:
+            parts = (at.macs if name == "macs" else at.weight_elements)[0]
+        largest = np.argsort(-parts, kind="stable")[:HOLDERS]
+        layers = ", ".join(f"{at.names[k]} {parts[k] / max(parts.sum(), 1e-300):.0%}" for k in largest if parts[k] > 0)
+        return (
+            f"{self._worded(name, self.limits[name])}{where}: the floor is {self._worded(name, floor)}, with every layer at its narrowest, "
+            f"and it is held up by {layers}"
         )
 
     def _floor(self, name: str, rules: WidthRules) -> str:
