@@ -31,6 +31,7 @@ from edgeprune.errors import EdgepruneError, UsageError
 from edgeprune.plan import Plan
 
 RETRIES = 3
+RAY_CLIENT_PORT = 10001  # Ray's own default; its client needs grpc
 Parcel = NDArray[np.uint8]
 
 
@@ -38,8 +39,8 @@ class Workers:
     """A context manager: `verdicts(plans)` inside it. One job without a cluster: no process is started.
 
     jobs: processes, -1 for one per core; on a cluster, shares that are handed out at a time, -1 for as many as it has. cluster:
-    "dask://host:port" of a scheduler; "ray://host:port" of a Ray client server, or, without grpc, of the head node that this machine
-    belongs to; "ray://auto" for the running cluster of this machine. Raises UsageError for what cannot be reached or sent.
+    "dask://host:port" of a scheduler; "ray://host:port" of the head node of a Ray cluster that this machine belongs to, "ray://auto" to
+    find it, "ray://host:10001" of a Ray client server elsewhere. Raises UsageError for what cannot be reached or sent.
     """
 
     def __init__(self, judge: Judge, *, jobs: int = 1, cluster: str = "") -> None:
@@ -160,14 +161,14 @@ def _ray(address: str) -> Iterator[tuple[type[BaseException], ...]]:
     except ImportError as error:
         raise _missing("ray") from error
     bare = address.removeprefix("ray://")
+    client = bare.endswith(f":{RAY_CLIENT_PORT}")
     try:
-        import grpc  # noqa: F401  Ray's client needs it
-    except ImportError:
-        address = bare
-    try:
-        ray.init(address=bare if bare == "auto" else address, log_to_driver=False, logging_level="ERROR")
-    except (ConnectionError, RuntimeError, ValueError) as error:
-        raise UsageError(f"no Ray cluster answers at {bare} ({error}): start one (ray start --head), or correct --cluster.") from error
+        ray.init(address=address if client else bare, log_to_driver=False, logging_level="ERROR")
+    except (ConnectionError, RuntimeError, ValueError, ImportError) as error:
+        hint = ", with pip install 'ray[client]' where Ray asks for grpc" if client else ""
+        raise UsageError(
+            f"no Ray cluster answers at {bare} ({error}): start one (ray start --head), or correct --cluster{hint}."
+        ) from error
     try:
         register_ray()
         with parallel_config(backend="ray"):
