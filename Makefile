@@ -29,6 +29,7 @@ bench-accuracy: .venv/.dev  ## ResNet-56 on CIFAR-10 to half the MACs (EDGEPRUNE
 	$(BIN)/python -m benchmarks.accuracy --criteria l1 --recover reconstruct
 
 bench-allocation: .venv/.dev  ## every allocator on CIFAR-10 ResNets (EDGEPRUNE_DATA; goes on where it was; some hours on one core)
+	$(BIN)/python -m benchmarks.allocation_speed
 	$(BIN)/python -m benchmarks.allocation
 
 bench-cost: .venv/.dev  ## refit every shipped latency constant from the public tables and print the errors

@@ -78,9 +78,7 @@ def compress(
     """
     if seed < 0:
         raise UsageError(f"the seed must be 0 or more, got {seed}.")
-    budgets = (budget,) if isinstance(budget, Budget) else tuple(budget)
-    if len(set(budgets)) < max(1, len(budgets)):
-        raise UsageError(f"budgets must be different and at least one, got {len(budgets)} of which {len(set(budgets))} differ.")
+    budgets = _budgets(budget)
     target = device if isinstance(device, Device) else find_device(device)
     source = data if isinstance(data, Data) or data is None else load_data(data, seed=seed)
     recipe = recipe or Recipe(epochs=default_epochs(source))
@@ -104,7 +102,17 @@ def compress(
     )
     _check(job)
     folder = Path(out) if out else default_folder(job.name, target.name)
-    words = list(command) or ["edgeprune.compress", job.name]
+    return _run(job, budgets, folder, list(command) or ["edgeprune.compress", job.name], resume=resume, progress=progress)
+
+
+def _budgets(budget: Budget | Sequence[Budget]) -> tuple[Budget, ...]:
+    budgets = (budget,) if isinstance(budget, Budget) else tuple(budget)
+    if len(set(budgets)) < max(1, len(budgets)):
+        raise UsageError(f"budgets must be different and at least one, got {len(budgets)} of which {len(set(budgets))} differ.")
+    return budgets
+
+
+def _run(job: Job, budgets: Sequence[Budget], folder: Path, words: list[str], *, resume: bool, progress: Progress) -> Result:
     new, ours = not folder.exists(), False
     try:
         with _opened(job, folder, words, resume=resume, asked=[b.limits() for b in budgets]) as run:

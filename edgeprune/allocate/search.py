@@ -24,6 +24,7 @@ from edgeprune.widths import DEFAULT_RULES, WidthRules
 Widths = NDArray[np.int64]
 Floats = NDArray[np.float64]
 SLACK = 0.02  # of the budget, that a plan leaves unused only where whole steps of channels leave no choice
+EXCHANGED = 32  # groups at most that are tried for giving up a step: pairs of groups grow with the square
 HOLDERS = 3  # layers that an error about a budget names
 UNITS = {"latency_ms": ("ms", 1.0), "energy_mj": ("mJ", 1.0), "macs": ("M MACs", 1e-6), "params": ("M parameters", 1e-6)}
 
@@ -216,6 +217,8 @@ class Search:
             levels = self.fill(levels)
             used = float(self.use(self.from_levels(levels[None])).max())
             down, up = np.flatnonzero(levels > 0), np.flatnonzero(levels < self.top)
+            lost = [self.values[g][levels[g]] - self.values[g][levels[g] - 1] for g in down]
+            down = down[np.argsort(lost, kind="stable")[:EXCHANGED]]
             pairs = np.array([(a, b) for a in down for b in up if a != b], dtype=np.int64).reshape(-1, 2)
             if used >= 1 - SLACK or not len(pairs):
                 return levels
