@@ -89,7 +89,7 @@ def main() -> None:
     """Measure all and write the table."""
     rows = [row for name, (model, x) in networks().items() for round_to in (8, 1) for row in measure(name, model, x, round_to)]
     write_json(RESULTS / "allocation_speed.json", {"torch": torch.__version__, "rows": rows})
-    head = "| network | groups | widths | budget | allocator | CPU-s | log importance kept | budget used |\n|---|---|---|---|---|---|---|---|\n"
+    head = "| network | groups | widths | budget | allocator | CPU-s | log importance kept | budget used |\n" + "|---" * 8 + "|\n"
     lines = [
         f"| {r['network']} | {r['groups']} | multiples of {r['round_to']} | {r['budget']} | {r['allocator']} | {r['cpu_seconds']} | "
         f"{r['log_importance']:.2f} | {r['budget_used']:.1%} |"

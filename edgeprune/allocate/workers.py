@@ -38,7 +38,7 @@ Parcel = NDArray[np.uint8]
 class Workers:
     """A context manager: `verdicts(plans)` inside it. One job without a cluster: no process is started.
 
-    jobs: processes, -1 for one per core; on a cluster, shares that are handed out at a time, -1 for as many as it has. cluster:
+    jobs: processes, -1 for one per core; on a cluster, candidates judged at a time, 1 and -1 for as many as it has cores. cluster:
     "dask://host:port" of a scheduler; "ray://host:port" of the head node of a Ray cluster that this machine belongs to, "ray://auto" to
     find it, "ray://host:10001" of a Ray client server elsewhere. Raises UsageError for what cannot be reached or sent.
     """
@@ -49,21 +49,21 @@ class Workers:
         if cluster and not cluster.startswith(("ray://", "dask://")):
             raise UsageError(f"a cluster is ray://host:port or dask://host:port, got {cluster!r}.")
         self._judge = judge
-        self._jobs = jobs
+        self._jobs = -1 if cluster and jobs == 1 else jobs
         self._cluster = cluster
         self._parcel: Parcel | None = None
         self._open = contextlib.ExitStack()
         self._lost: tuple[type[BaseException], ...] = (BrokenProcessPool,)
 
     def __enter__(self) -> Self:
+        if self._cluster or self._jobs != 1:
+            self._parcel = _packed(self._judge)
         if self._cluster.startswith("dask://"):
             self._lost = self._open.enter_context(_dask(self._cluster.removeprefix("dask://")))
         elif self._cluster:
             self._lost = self._open.enter_context(_ray(self._cluster))
         elif self._jobs != 1:
             self._open.callback(_end_processes)
-        if self._cluster or self._jobs != 1:
-            self._parcel = _packed(self._judge)
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:

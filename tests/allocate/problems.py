@@ -50,6 +50,17 @@ def plan_of(graph: ChannelGraph, scores: Scores, budget: Budget, *, method: str,
     return allocate(graph, scores, budget, method=method, model=model, data=data, **{**FEW[method], **options})
 
 
+def stack() -> nn.Module:
+    """Nine convs each of 16, 32 and 64 channels: as wide as ResNet-56, and nothing tied."""
+    layers: list[nn.Module] = []
+    before = 3
+    for width in (16, 32, 64):
+        for block in range(9):
+            layers += [nn.Conv2d(before, width, 3, 2 if block == 0 and width > 16 else 1, 1), nn.ReLU()]
+            before = width
+    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(64, 10))
+
+
 def between(graph: ChannelGraph, scores: Scores, share: float, *figures: str, round_to: int = 1) -> Budget:
     """A budget that lies `share` of the way from the smallest allowed network to the dense one, in each figure."""
     any_budget = Budget(**dict.fromkeys(figures, 1e9))

@@ -18,7 +18,7 @@ from edgeprune.errors import BudgetError, UsageError
 from edgeprune.graph.trace import trace
 from edgeprune.plan import Budget, Plan, Scores
 from edgeprune.widths import WidthRules
-from tests.allocate.problems import ALLOCATORS, COST, between, is_full, known, plan_of, problem, real_figures, widths
+from tests.allocate.problems import ALLOCATORS, COST, between, is_full, known, plan_of, problem, real_figures, stack, widths
 from tests.networks import NETWORKS, traced
 
 FIGURES = [("macs",), ("params",), ("latency_ms",), ("size_bytes",), ("peak_memory_bytes",), ("macs", "params", "latency_ms")]
@@ -70,17 +70,6 @@ def test_widths_are_allowed_and_the_best_scored_channels_stay(name: str, method:
         assert not len(gone) or values[list(kept)].min() >= values[gone].max()
 
 
-def stack() -> nn.Module:
-    """Nine convs each of 16, 32 and 64 channels: as wide as ResNet-56, and nothing tied."""
-    layers: list[nn.Module] = []
-    before = 3
-    for width in (16, 32, 64):
-        for block in range(9):
-            layers += [nn.Conv2d(before, width, 3, 2 if block == 0 and width > 16 else 1, 1), nn.ReLU()]
-            before = width
-    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(64, 10))
-
-
 @pytest.fixture(scope="module")
 def deep() -> tuple[Any, Scores]:
     model = stack()
@@ -120,6 +109,8 @@ def test_what_cannot_be_reached_is_a_budget_error_with_the_floor(method: str) ->
         plan_of(graph, scores, Budget(latency_ms=1e-6), method=method, cost=COST)
     model = nn.Linear(3, 2)
     frozen = trace(model, torch.zeros(1, 3))
+    with pytest.raises(BudgetError, match=r"M parameters .*held up by .* \d+%; and no plan reaches .* the floor is"):
+        plan_of(graph, scores, Budget(params=0.001, peak_memory_bytes=10), method=method)
     with pytest.raises(BudgetError, match="everything in it is frozen"):
         known(frozen, model, [(torch.zeros(12, 3), torch.arange(12) % 2)])
         plan_of(frozen, Scores("l1", {}), Budget(macs=0.5), method=method)
