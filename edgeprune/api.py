@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import shlex
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -26,9 +27,9 @@ from edgeprune.load import user_code
 from edgeprune.pipeline import Job, Pipeline, fingerprint
 from edgeprune.plan import Budget
 from edgeprune.registry import find
-from edgeprune.result import Findings, Result, facts
+from edgeprune.result import Findings, Result, comparison, facts
 from edgeprune.rounds import after, last_round, overall
-from edgeprune.run import Run, default_folder, write_json
+from edgeprune.run import Run, Team, default_folder, write_json
 from edgeprune.train import Progress, Recipe, silent
 from edgeprune.train.evaluate import Accuracy, accuracy_of, logits_of, settled
 from edgeprune.train.evaluate import evaluate as evaluate_module
@@ -42,7 +43,7 @@ def compress(
     model: nn.Module,
     example_inputs: Tensor | Sequence[Any],
     *,
-    budget: Budget,
+    budget: Budget | Sequence[Budget],
     device: str | Device = "host",
     data: Any = None,
     criterion: str | None = None,
@@ -53,6 +54,7 @@ def compress(
     min_channels: int = DEFAULT_RULES.min_channels,
     max_remove: float = DEFAULT_RULES.max_remove,
     keep_dense: Sequence[str] = DEFAULT_RULES.keep_dense,
+    search: Mapping[str, Any] | None = None,
     formats: Sequence[str] = ("onnx",),
     out: str | Path | None = None,
     resume: bool = False,
@@ -66,16 +68,18 @@ def compress(
 ) -> Result:
     """A smaller network that meets the budget on the device, with artifact, evidence and report in a run folder.
 
-    `model` is left as it was; `example_inputs` is a tensor or the forward's positional arguments. `data`: whatever `load_data` takes,
-    or Data; None: no accuracy, no recalibration, no training, and only criteria that read weights. `criterion` None: reconstruction
-    where there are training images, l1 otherwise. `recipe` None: the preset quick where these have labels, no training otherwise.
-    `recover` None: see default_recover. `round_to`, `min_channels`,
-    `max_remove`, `keep_dense`: which widths a plan may choose, see WidthRules. `out`: the run folder (default runs/<name>-<device>);
-    `resume` goes on with the run in it, and stages whose inputs are unchanged are read back. `rounds`: how often to prune and recover,
-    see rounds.py.
+    `model` is left as it was; `example_inputs` is a tensor or the forward's positional arguments. Several budgets: one search, and a run
+    folder inside `out` for each (`parts` of the result, in their order; the result itself is that of the first, its report compares all).
+    `data`: whatever `load_data` takes, or Data; None: no accuracy, no recalibration, no training, and only criteria that read weights.
+    `criterion` None: reconstruction where there are training images, l1 otherwise. `recipe` None: the preset quick where these have
+    labels, no training otherwise. `recover` None: see default_recover. `round_to`, `min_channels`, `max_remove`, `keep_dense`: which
+    widths a plan may choose, see WidthRules. `search`: options of the allocator, such as search_minutes, jobs and cluster. `rounds`: how
+    often to prune and recover, see rounds.py. `out`: the run folder (default runs/<name>-<device>); `resume` goes on with the run in it,
+    and stages whose inputs are unchanged are read back.
     Raises BudgetError when no plan meets the budget, and the other errors of errors.py.
     """
-    _check_numbers(seed, rounds)
+    budgets = _budgets(budget)
+    _check_numbers(seed, rounds, len(budgets))
     target = device if isinstance(device, Device) else find_device(device)
     source = data if isinstance(data, Data) or data is None else load_data(data, seed=seed)
     recipe = recipe or Recipe.preset("quick", **({} if trainable(source) else {"epochs": 0}))
@@ -83,7 +87,7 @@ def compress(
         name=name or type(model).__name__.lower(),
         model=model,
         example_inputs=single_sample(example_inputs),
-        budget=budget,
+        budget=budgets[0],
         device=target,
         data=source,
         criterion=criterion or default_criterion(source),
@@ -96,19 +100,58 @@ def compress(
         calibration_images=calibration_images,
         notes=tuple(notes),
         rounds=rounds,
+        search=dict(search or {}),
     )
     _check(job)
     team = processes()
     folder = team.told(Path(out) if out else default_folder(job.name, target.name))
+    return _run(job, budgets, folder, list(command), resume=resume, team=team, progress=progress)
+
+
+def _budgets(budget: Budget | Sequence[Budget]) -> tuple[Budget, ...]:
+    budgets = (budget,) if isinstance(budget, Budget) else tuple(budget)
+    if len(set(budgets)) < max(1, len(budgets)):
+        raise UsageError(f"budgets must be different and at least one, got {len(budgets)} of which {len(set(budgets))} differ.")
+    return budgets
+
+
+def _run(job: Job, budgets: Sequence[Budget], folder: Path, command: list[str], *, resume: bool, team: Team, progress: Progress) -> Result:
     new, ours = not folder.exists(), False
     try:
-        with Run.open(folder, asked=_asked(job), command=list(command), resume=resume, team=team) as run:
+        with _opened(job, folder, command, resume=resume, team=team, asked=[b.limits() for b in budgets]) as run:
             ours = new and run.leads
-            return _stages(job, run, shlex.join(command), progress)
+            if len(budgets) > 1:
+                return _several(job, budgets, run, command, progress)
+            return _stages(Pipeline(job, run, progress), shlex.join(command))
     except EdgepruneError:
-        if ours and not any(folder.rglob("plan.json")):  # nothing worth going on from
+        if ours and not any(folder.rglob("plan*.json")):  # nothing worth going on from
             shutil.rmtree(folder, ignore_errors=True)
         raise
+
+
+def _opened(job: Job, folder: Path, command: list[str], *, resume: bool, team: Team, asked: Sequence[Mapping[str, float]]) -> Run:
+    words = _asked(job) | {"budget": asked[0] if len(asked) == 1 else list(asked)}
+    run = Run.open(folder, asked=words, command=command, resume=resume, team=team)
+    run.record("inputs", {"model": fingerprint(job.model), "data": job.data.fingerprint if job.data else None})
+    return run
+
+
+def _several(job: Job, budgets: Sequence[Budget], run: Run, command: list[str], progress: Progress) -> Result:
+    """What the budgets share in the folder of `run`, then a run of its own for each in a folder inside, named by the budget."""
+    shared = Pipeline(job, run, progress)
+    job.rules.allowed(shared.graph)
+    given = {"trace": shared.graph, "accuracy dense": shared.accuracy("dense", job.model), "score": shared.scores()}
+    parts = []
+    for budget, choice in zip(budgets, shared.choose_all(given["score"], budgets), strict=True):
+        part, folder = replace(job, budget=budget), run.path(budget.label)
+        resume = run.team.told((folder / "run.json").exists())
+        with _opened(part, folder, command, resume=resume, team=run.team, asked=[budget.limits()]) as inner:
+            parts.append(_stages(Pipeline(part, inner, progress, given=given | {"allocate": choice}), shlex.join(command)))
+    compared = comparison(parts, run.manifest, shlex.join(command))
+    if run.leads:
+        write_json(run.path("result.json"), compared)
+        report.write(compared, run.folder)
+    return Result(run.folder, parts[0].model, parts[0].plan, compared, tuple(parts))
 
 
 def trainable(data: Data | None) -> bool:
@@ -126,10 +169,8 @@ def default_criterion(data: Data | None) -> str:
     return "reconstruction" if data and len(data.train) else "l1"
 
 
-def _stages(job: Job, run: Run, command: str, progress: Progress) -> Result:
-    run.record("inputs", {"model": fingerprint(job.model), "data": job.data.fingerprint if job.data else None})
-    first = Pipeline(job, run, progress)
-    graph = first.graph
+def _stages(first: Pipeline, command: str) -> Result:
+    job, run, graph = first.job, first.run, first.graph
     job.rules.allowed(graph)  # a pattern that matches nothing is known before hours are spent
     accuracies = {"dense": first.accuracy("dense", job.model)}
     stages, curve = last_round(first)
@@ -169,9 +210,11 @@ def _stages(job: Job, run: Run, command: str, progress: Progress) -> Result:
     return Result(run.folder, final, choice.plan, words)
 
 
-def _check_numbers(seed: int, rounds: int) -> None:
+def _check_numbers(seed: int, rounds: int, budgets: int) -> None:
     if seed < 0 or rounds < 1:
         raise UsageError(f"the seed must be 0 or more and rounds 1 or more, got {seed} and {rounds}.")
+    if rounds > 1 and budgets > 1:
+        raise UsageError("several budgets share one scoring, rounds score the network of each again: give one budget, or --rounds 1.")
 
 
 def _check(job: Job) -> None:
@@ -197,12 +240,12 @@ def _check(job: Job) -> None:
 
 def _asked(job: Job) -> dict[str, Any]:
     return {
-        "budget": job.budget.limits(),
         "device": job.device.profile,
         "criterion": job.criterion,
         "allocate": job.allocator,
         "recover": job.recover,
         **job.rules.to_json(),
+        "search": dict(job.search),
         "recipe": job.recipe.to_json(),
         "formats": list(job.formats),
         "seed": job.seed,

@@ -9,27 +9,25 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from functools import cached_property
-from typing import Any
+from typing import Any, TypeVar
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from safetensors.numpy import load_file, save
 from torch import Tensor, nn
 
-from edgeprune.allocate import allocate
+from edgeprune.choice import Choice, Chooser, widths
 from edgeprune.criteria import score
 from edgeprune.data import Augment, Data, Split
 from edgeprune.device.card import Device
-from edgeprune.device.cost import Cost, CostModel, predict_graph
+from edgeprune.device.cost import Cost, predict_graph
 from edgeprune.device.measure import FULL, QUICK, Measurement, measure
-from edgeprune.errors import BudgetError, DataError
+from edgeprune.errors import DataError
 from edgeprune.export import Artifact, export
 from edgeprune.graph import ChannelGraph, portable
-from edgeprune.graph.slim import Proof, named_tensors, prove, slim
+from edgeprune.graph.slim import Proof, named_tensors, prove
 from edgeprune.graph.trace import trace
 from edgeprune.origin import Origin
 from edgeprune.plan import Budget, Plan, Scores
@@ -41,10 +39,10 @@ from edgeprune.train.finetune import finetune
 from edgeprune.train.reconstruct import reconstruct
 from edgeprune.widths import WidthRules
 
-ROUNDS = 5
-HEADROOM = 0.97  # of the asked latency: what a measurement a few minutes later must still meet
-CLOSE_ENOUGH = 0.93  # of the asked latency: a plan that uses this much of it is not worth another round
 PARITY_SAMPLES = 32
+
+T = TypeVar("T")
+Write = Callable[[T], Mapping[str, Any]]
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -68,37 +66,23 @@ class Job:
     notes: tuple[str, ...] = ()
     rounds: int = 1
     origin: Origin | None = None
-
-
-@dataclass(frozen=True)
-class Round:
-    """One turn of the closed loop: what was predicted, what the board said, and the factor for the next prediction."""
-
-    round: int
-    predicted_ms: float
-    measured_ms: float
-    low_ms: float
-    high_ms: float
-    correction: float
-
-
-@dataclass(frozen=True, eq=False)
-class Choice:
-    """The plan, the correction it was predicted with, and how the loop came to it (empty without a board)."""
-
-    plan: Plan
-    correction: float
-    rounds: tuple[Round, ...]
+    search: Mapping[str, Any] = field(default_factory=dict)  # options of the allocator
 
 
 class Pipeline:
     """One run of one job in one folder, or in a `part` of it (a round); every method is a stage."""
 
-    def __init__(self, job: Job, run: Run, progress: Progress, *, part: str = "") -> None:
+    def __init__(self, job: Job, run: Run, progress: Progress, *, part: str = "", given: Mapping[str, Any] | None = None) -> None:
+        """`given`: values of stages that another run has, by the stage's name; they are recorded here without being computed again."""
         self.part = part
         self.job = job
         self.run = run
         self.progress = progress
+        self._given = given or {}
+
+    def _cached(self, name: str, inputs: Mapping[str, Any], compute: Callable[[], T], write: Write[T], read: Callable[[Any], T]) -> T:
+        given: Callable[[], T] = lambda: self._given[name]  # noqa: E731
+        return self.run.cached(name, inputs, given if name in self._given else compute, write=write, read=read)
 
     @cached_property
     def graph(self) -> ChannelGraph:
@@ -112,7 +96,7 @@ class Pipeline:
         def facts(graph: ChannelGraph) -> dict[str, Any]:
             return {"groups": len(graph.groups), "macs": graph.macs, "params": graph.params, "frozen": len(graph.frozen)}
 
-        return self.run.cached("trace", inputs, compute, write=facts, read=lambda _: compute())
+        return self._cached("trace", inputs, compute, facts, lambda _: self._given.get("trace") or compute())
 
     @cached_property
     def train_split(self) -> Split | None:
@@ -152,7 +136,7 @@ class Pipeline:
             return evaluate(model, data.val, progress=lambda _, done, total: self.progress(f"accuracy, {stage}", done, total))
 
         inputs = {"data": data.fingerprint}
-        return self.run.cached(f"accuracy {stage}", inputs, compute, write=asdict, read=lambda facts: Accuracy(**facts))
+        return self._cached(f"accuracy {stage}", inputs, compute, asdict, lambda facts: Accuracy(**facts))
 
     def scores(self) -> Scores:
         """Importance of every channel."""
@@ -182,74 +166,46 @@ class Pipeline:
 
         seen = {"images": job.calibration_images, "augment": asdict(self.augment), "data": job.data and job.data.fingerprint}
         inputs = {"criterion": job.criterion, "seed": job.seed, **seen}
-        return self.run.cached("score", inputs, compute, write=write, read=read)
+        return self._cached("score", inputs, compute, write, read)
 
     def choose(self, scores: Scores) -> Choice:
         """The plan that meets the budget; with a board attached, by its measurements."""
-        job = self.job
-
-        def compute() -> Choice:
-            if job.device.attached and job.budget.latency_ms is not None:
-                return self._closed_loop(scores, job.budget.latency_ms)
-            return Choice(self._allocate(scores, 1.0), 1.0, ())
 
         def write(choice: Choice) -> dict[str, Any]:
             write_json(self.run.path("plan.json"), choice.plan.to_json() | {"sha256": choice.plan.sha256})
-            return {"correction": choice.correction, "rounds": [asdict(r) for r in choice.rounds], "files": ["plan.json"]}
+            return choice.facts() | {"files": ["plan.json"]}
 
         def read(facts: Mapping[str, Any]) -> Choice:
-            plan = Plan.from_json(json.loads(self.run.path("plan.json").read_text()))
-            return Choice(plan, facts["correction"], tuple(Round(**r) for r in facts["rounds"]))
+            return Choice.of(facts, json.loads(self.run.path("plan.json").read_text()))
 
-        inputs = {
-            "budget": job.budget.limits(),
+        return self._cached(
+            "allocate", self._limits((self.job.budget,)), lambda: Chooser(self, scores).choose(self.job.budget), write, read
+        )
+
+    def choose_all(self, scores: Scores, budgets: Sequence[Budget]) -> tuple[Choice, ...]:
+        """One plan per budget, from one search."""
+        file = "checkpoints/plans.json"
+
+        def write(choices: tuple[Choice, ...]) -> dict[str, Any]:
+            write_json(self.run.path(file), [choice.plan.to_json() for choice in choices])
+            return {"choices": [choice.facts() for choice in choices], "files": [file]}
+
+        def read(facts: Mapping[str, Any]) -> tuple[Choice, ...]:
+            plans = json.loads(self.run.path(file).read_text())
+            return tuple(Choice.of(f, plan) for f, plan in zip(facts["choices"], plans, strict=True))
+
+        return self._cached("allocate", self._limits(budgets), lambda: Chooser(self, scores).choose_all(budgets), write, read)
+
+    def _limits(self, budgets: Sequence[Budget]) -> dict[str, Any]:
+        """What a choice depends on; how many processes share the work makes no difference."""
+        job = self.job
+        return {
+            "budget": [budget.limits() for budget in budgets],
             "allocator": job.allocator,
+            "search": {name: value for name, value in job.search.items() if name not in ("jobs", "cluster")},
             "rules": job.rules.to_json(),
             "device": [job.device.profile, job.device.card.model_dump(mode="json")],
         }
-        return self.run.cached("allocate", inputs, compute, write=write, read=read)
-
-    def _allocate(self, scores: Scores, correction: float) -> Plan:
-        job = self.job
-        cost = CostModel(job.device, correction)
-        return allocate(self.graph, scores, job.budget, method=job.allocator, cost=cost, **job.rules.to_json())
-
-    def _closed_loop(self, scores: Scores, asked_ms: float) -> Choice:
-        """Export, measure, correct the prediction, allocate again, until the measured latency fits and the budget is used."""
-        graph, device = self.graph, self.job.device
-        dense = self.measured("dense", self.job.model, quick=True)
-        correction = dense.latency_ms / predict_graph(graph, None, device).latency_ms.value / HEADROOM
-        rounds: list[Round] = []
-        best: tuple[float, Plan, float] | None = None
-        floor: Plan | None = None
-        for number in range(1, ROUNDS + 1):
-            try:
-                plan = self._allocate(scores, correction)
-            except BudgetError as error:  # so says the prediction, perhaps corrected by one slow measurement
-                if best is not None:
-                    break
-                if error.plan is None or error.plan == floor:
-                    raise
-                plan = floor = error.plan  # the board has the last word
-            raw = predict_graph(graph, widths(graph, plan), device).latency_ms.value
-            got = self.measured("candidate", slim(self.job.model, graph, plan), quick=True)
-            rounds.append(Round(number, raw * correction * HEADROOM, got.latency_ms, got.low_ms, got.high_ms, correction * HEADROOM))
-            self.progress("measuring candidates", number, ROUNDS)
-            self.run.log(f"round {number}: predicted {raw * correction * HEADROOM:.3f} ms, measured {got.latency_ms:.3f} ms")
-            if got.high_ms <= asked_ms and (best is None or got.high_ms > best[0]):
-                best = (got.high_ms, plan, got.latency_ms / raw)
-            whole = all(len(keep) == g.channels for g, keep in zip(graph.groups, plan.keep.values(), strict=True))
-            if best and (best[0] >= CLOSE_ENOUGH * asked_ms or whole):
-                break
-            correction = got.high_ms / raw / HEADROOM
-        if best is None:
-            fastest = min(rounds, key=lambda r: r.high_ms)
-            raise BudgetError(
-                f"no plan was measured at {asked_ms:g} ms or less on {device.profile} in {ROUNDS} rounds: the fastest took "
-                f"{fastest.measured_ms:.3f} ms (up to {fastest.high_ms:.3f} ms). The machine may be busy; try again, or ask for "
-                f"--latency-ms {fastest.high_ms * 1.05:.3g}."
-            )
-        return Choice(best[1], best[2], tuple(rounds))
 
     def measured(self, name: str, model: nn.Module, *, quick: bool) -> Measurement:
         """Latency of a network's ONNX artifact on the attached device (a throw-away file)."""
@@ -383,11 +339,6 @@ class Pipeline:
         device = self.job.device
         dense = predict_graph(self.graph, None, device, correction=choice.correction)
         return dense, predict_graph(self.graph, widths(self.graph, choice.plan), device, correction=choice.correction)
-
-
-def widths(graph: ChannelGraph, plan: Plan) -> NDArray[np.int64]:
-    """The widths of a plan in the order of graph.groups, (groups,)."""
-    return np.array([len(plan.keep.get(g.name, range(g.channels))) for g in graph.groups])
 
 
 def fingerprint(model: nn.Module) -> str:

@@ -50,6 +50,11 @@ class Budget:
         """The limits that are set, by name."""
         return {f.name: float(value) for f in fields(self) if (value := getattr(self, f.name)) is not None}
 
+    @property
+    def label(self) -> str:
+        """The limits in a form that names a folder: macs-0.5, latency_ms-30+params-0.4."""
+        return "+".join(f"{name}-{value:g}" for name, value in self.limits().items())
+
     def absolute(self, dense: Mapping[str, float]) -> dict[str, float]:
         """The limits as absolute figures: fractions of MACs and params become counts of the dense network's."""
         relative = ("macs", "params")

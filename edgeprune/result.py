@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,12 +12,13 @@ from edgeprune.widths import DEFAULT_RULES
 if TYPE_CHECKING:
     from torch import nn
 
+    from edgeprune.choice import Choice
     from edgeprune.device.cost import Cost
     from edgeprune.device.measure import Measurement
     from edgeprune.export import Artifact
     from edgeprune.graph import ChannelGraph
     from edgeprune.graph.slim import Proof
-    from edgeprune.pipeline import Choice, Job
+    from edgeprune.pipeline import Job
     from edgeprune.plan import Plan
     from edgeprune.train import Epoch
     from edgeprune.train.evaluate import Accuracy
@@ -27,16 +28,20 @@ UNITS = {"latency_ms": "ms", "energy_mj": "mJ", "size_bytes": "bytes", "peak_mem
 
 @dataclass(frozen=True, eq=False)
 class Result:
-    """A finished run. `facts` is the JSON object of the report; `met` says whether every limit of the budget holds."""
+    """A finished run. `facts` is the JSON object of the report; `met` says whether every limit of the budget holds.
+
+    With several budgets: the model and plan of the first, and `parts`, the run of each, in the order asked.
+    """
 
     folder: Path
     model: nn.Module
     plan: Plan
     facts: Mapping[str, Any]
+    parts: tuple[Result, ...] = ()
 
     @property
     def met(self) -> bool:
-        """Whether every limit of the budget holds, by measurement where the device is attached."""
+        """Whether every limit of every budget holds, by measurement where the device is attached."""
         return all(b["met"] for b in self.facts["budgets"])
 
     def to_json(self) -> dict[str, Any]:
@@ -85,6 +90,7 @@ def facts(found: Findings, manifest: Mapping[str, Any], used: Mapping[str, bool]
         ],
         "curve": [asdict(e) for e in found.curve],
         "rounds": [asdict(r) for r in found.choice.rounds],
+        "search": dict(found.choice.search),
         "frozen": [{"parameter": name, "reason": reason} for name, reason in found.graph.frozen.items()],
         "artifacts": [
             {
@@ -109,6 +115,33 @@ def facts(found: Findings, manifest: Mapping[str, Any], used: Mapping[str, bool]
             *found.cost.notes,
             *(f"measuring the {name} network: {problem}" for name, m in found.measurements.items() for problem in m.problems),
         ],
+    }
+
+
+def comparison(parts: Sequence[Result], manifest: Mapping[str, Any], command: str) -> dict[str, Any]:
+    """The JSON object of several runs that share a search: what they have in common, all budgets, and one point per run."""
+    first = parts[0].facts
+    common = ("edgeprune", "device", "criterion", "allocator", *DEFAULT_RULES.to_json(), "seed", "environment", "preprocessing", "search")
+    return {
+        **{name: first[name] for name in common},
+        "title": f"{first['title']}: {len(parts)} budgets",
+        "created": manifest["created"],
+        "command": command,
+        "budgets": [budget for part in parts for budget in part.facts["budgets"]],
+        "points": [_point(part) for part in parts],
+    }
+
+
+def _point(part: Result) -> dict[str, Any]:
+    """What a run reached; accuracy in percent, None without labelled data."""
+    after = {f["name"]: f["after"]["value"] for f in part.facts["figures"]}
+    return {
+        "name": part.folder.name,
+        "accuracy": after.get("accuracy"),
+        **{name: after[name] for name in ("latency", "macs", "params", "size")},
+        "latency_basis": next(f["basis"] for f in part.facts["figures"] if f["name"] == "latency"),
+        "met": part.met,
+        "artifacts": [f"{part.folder.name}/{a['path']}" for a in part.facts["artifacts"]],
     }
 
 

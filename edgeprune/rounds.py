@@ -12,11 +12,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
+from edgeprune.choice import Choice
 from edgeprune.device.cost import predict_graph
 from edgeprune.errors import SlimError
 from edgeprune.graph.slim import named_tensors, slim
 from edgeprune.origin import Origin
-from edgeprune.pipeline import Choice, Pipeline
+from edgeprune.pipeline import Pipeline
 from edgeprune.plan import Budget, Plan
 from edgeprune.run import write_json
 from edgeprune.train import Epoch

@@ -72,7 +72,7 @@ class Run:
         self.root = self.folder = folder
         self.manifest = manifest
         self._lock = lock
-        self._team = team
+        self.team = team
         self._part = ""
         self._upstream = ""
         self.used: dict[str, bool] = {}  # the stages of this process in order, and whether each was read back
@@ -108,7 +108,7 @@ class Run:
     @property
     def leads(self) -> bool:
         """Whether this process writes the files."""
-        return self._team.leads
+        return self.team.leads
 
     def __enter__(self) -> Self:
         return self
@@ -148,7 +148,7 @@ class Run:
 
     def log(self, text: str) -> None:
         """Appends one line with a UTC time stamp to log.txt."""
-        if not self._team.leads:
+        if not self.team.leads:
             return
         try:
             with (self.root / "log.txt").open("a", encoding="utf-8") as file:
@@ -178,13 +178,13 @@ class Run:
         text = json.dumps([name, inputs, self._upstream, _version("edgeprune")], sort_keys=True)
         self._upstream = key = hashlib.sha256(text.encode()).hexdigest()
         entry = self.manifest["stages"].get(name)
-        self.used[name] = self._team.told(entry is not None and entry["key"] == key and self._team.leads and self._intact(entry))
+        self.used[name] = self.team.told(entry is not None and entry["key"] == key and self.team.leads and self._intact(entry))
         if self.used[name]:
             self.log(f"{name}: read back")
             return read(entry["facts"])
         start = time.monotonic()
-        value = [compute()] if together or self._team.leads else []
-        entry = self._team.told(self._entry(key, start, write(value[0])) if self._team.leads else {})
+        value = [compute()] if together or self.team.leads else []
+        entry = self.team.told(self._entry(key, start, write(value[0])) if self.team.leads else {})
         self.manifest["stages"][name] = entry
         self._save()
         self.log(f"{name}: {entry['seconds']} s")
@@ -208,7 +208,7 @@ class Run:
         return all((self.root / file).is_file() and hash_file(self.root / file) == sha for file, sha in entry["sha256"].items())
 
     def _save(self) -> None:
-        if self._team.leads:
+        if self.team.leads:
             write_json(self.root / "run.json", self.manifest)
 
     def _release(self) -> None:

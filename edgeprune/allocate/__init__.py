@@ -2,15 +2,18 @@
 
 An allocator file has `NEEDS` (a tuple: what beyond scores and a budget), `PAPER` (one line) and
 `allocate(graph, scores, budget, cost, probe, **options) -> Plan`. All of them keep the best-scored channels of a group and choose
-widths that the option `rules` (WidthRules) allows; all end within the budget and fill what is left of it. Outsiders add some through
-`edgeprune.allocators`; theirs may name single rules instead, such as round_to.
+widths that the option `rules` (WidthRules) allows; all end within the budget and fill what is left of it. One that learns something
+that serves several budgets also has `learn`, which takes the same and returns an object with `plan(budget, cost) -> Plan` and `facts`
+(plain values about the search). Outsiders add some through `edgeprune.allocators`; theirs may name single rules instead, such as
+round_to.
 """
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import fields
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from edgeprune.errors import UsageError
@@ -19,7 +22,8 @@ from edgeprune.registry import find
 from edgeprune.widths import DEFAULT_RULES, WidthRules
 
 if TYPE_CHECKING:
-    from edgeprune.criteria.probe import Probe
+    from torch import nn
+
     from edgeprune.device.cost import CostModel
     from edgeprune.graph import ChannelGraph
 
@@ -33,7 +37,8 @@ def allocate(
     *,
     method: str = "knapsack",
     cost: CostModel | None = None,
-    probe: Probe | None = None,
+    model: nn.Module | None = None,
+    data: Iterable[Any] | None = None,
     round_to: int = DEFAULT_RULES.round_to,
     min_channels: int = DEFAULT_RULES.min_channels,
     max_remove: float = DEFAULT_RULES.max_remove,
@@ -43,18 +48,84 @@ def allocate(
     """A plan that meets every limit of the budget; never above it, and as close below as whole steps of channels allow.
 
     `cost` predicts latency and energy on a device; without it only macs, params, size_bytes and peak_memory_bytes can be asked.
+    `model` and `data`, an iterable of (inputs, labels) batches, are for methods that look at the network (see `edgeprune allocators`).
     round_to, min_channels, max_remove, keep_dense: which widths any method may choose, see WidthRules. Raises BudgetError with the
     floor when no plan meets the budget, UsageError for unknown methods and options and for patterns that match nothing.
     """
-    module = find("allocate", method, "allocator")
     rules = WidthRules(round_to=round_to, min_channels=min_channels, max_remove=max_remove, keep_dense=keep_dense)
-    parameters = inspect.signature(module.allocate).parameters.values()
-    known = {p.name for p in parameters if p.kind is p.KEYWORD_ONLY}
-    anything = any(p.kind is p.VAR_KEYWORD for p in parameters)
-    takes = known - {"rules"} | (RULES.keys() if "rules" in known else set())
-    asked = {name for name, value in RULES.items() if getattr(rules, name) != value} | options.keys()
-    if not anything and (unknown := sorted(asked - takes)):
-        raise UsageError(f"the allocator {method} has no option {', '.join(unknown)}; it has: {', '.join(sorted(takes))}.")
-    single = {name: getattr(rules, name) for name in RULES if anything or name in known}
-    plan: Plan = module.allocate(graph, scores, budget, cost, probe, **({"rules": rules} if "rules" in known else single), **options)
-    return plan
+    return Planner(graph, scores, method=method, model=model, data=data, rules=rules, **options).plan(budget, cost)
+
+
+def options_of(method: str) -> frozenset[str]:
+    """The names of the options that a method has. Raises UsageError for unknown methods."""
+    return _options(find("allocate", method, "allocator"))[0]
+
+
+def _options(module: ModuleType) -> tuple[frozenset[str], bool]:
+    """The options' names, and whether any other is taken too."""
+    parameters = inspect.signature(getattr(module, "learn", module.allocate)).parameters.values()
+    return frozenset(p.name for p in parameters if p.kind is p.KEYWORD_ONLY), any(p.kind is p.VAR_KEYWORD for p in parameters)
+
+
+class Planner:
+    """Plans of one method for one network and its scores; what the method learns, it learns once, at the first budget.
+
+    Raises UsageError for unknown methods and options.
+    """
+
+    def __init__(
+        self,
+        graph: ChannelGraph,
+        scores: Scores,
+        *,
+        method: str,
+        model: nn.Module | None = None,
+        data: Iterable[Any] | None = None,
+        rules: WidthRules = DEFAULT_RULES,
+        **options: Any,
+    ) -> None:
+        self._module = find("allocate", method, "allocator")
+        self._learns = hasattr(self._module, "learn")
+        known, anything = _options(self._module)
+        takes = known - {"rules"} | (RULES.keys() if "rules" in known else set())
+        asked = {name for name, value in RULES.items() if getattr(rules, name) != value} | options.keys()
+        if not anything and (unknown := sorted(asked - takes)):
+            raise UsageError(f"the allocator {method} has no option {', '.join(unknown)}; it has: {', '.join(sorted(takes))}.")
+        single = {name: getattr(rules, name) for name in RULES if anything or name in known}
+        self._options = ({"rules": rules} if "rules" in known else single) | options
+        self._graph, self._scores, self._model, self._data = graph, scores, model, data
+        self._learned: Any = None
+
+    @property
+    def facts(self) -> Mapping[str, Any]:
+        """What the method says about its search; empty for methods that do not learn, and before the first plan."""
+        return getattr(self._learned, "facts", {})
+
+    def plan(self, budget: Budget, cost: CostModel | None = None) -> Plan:
+        """The plan at one budget."""
+        given = self._graph, self._scores, budget, cost, self._probe()
+        if not self._learns:
+            plan: Plan = self._module.allocate(*given, **self._options)
+            return plan
+        if self._learned is None:
+            self._learned = self._module.learn(*given, **self._options)
+        plan = self._learned.plan(budget, cost)
+        return plan
+
+    def hardest_first(self, budgets: Sequence[Budget], cost: CostModel | None = None) -> tuple[int, ...]:
+        """The numbers of the budgets, the one that leaves plain global ranking the fewest MACs first: the one to learn at."""
+        return tuple(sorted(range(len(budgets)), key=lambda number: self._macs(budgets[number], cost)) if len(budgets) > 1 else [0])
+
+    def _probe(self) -> Any:
+        if self._model is None:
+            return None
+        from edgeprune.criteria.probe import Probe
+
+        return Probe(self._model, self._graph, self._data)
+
+    def _macs(self, budget: Budget, cost: CostModel | None) -> float:
+        from edgeprune.allocate.search import Search
+
+        search = Search(self._graph, self._scores, budget, cost, rules=self._options.get("rules", DEFAULT_RULES))
+        search.check()
+        return float(self._graph.macs_at(search.from_levels(search.shrink(search.top, lambda saved: saved)))[0])

@@ -34,4 +34,4 @@ def allocate(
     search = Search(graph, scores, budget, cost, rules=rules, normalise=normalise)
     search.check()
     levels = search.shrink(search.top, (lambda saved: saved) if per_cost else None)
-    return search.plan(search.from_levels(search.fill(levels)))
+    return search.plan(search.from_levels(search.use_up(levels)))

@@ -52,12 +52,15 @@ def allocate(
     concave = not scores.additive if concave is None else concave
     search = Search(graph, scores, budget, cost, rules=rules, normalise=normalise, concave=concave)
     search.check()
+    return search.plan(search.from_levels(best_levels(search)))
+
+
+def best_levels(search: Search) -> Widths:
+    """The most valuable levels found that fit, by `search.values`, whatever these stand for; some levels must fit."""
     values = search.values
     if math.prod(len(v) for v in values) <= EXHAUSTIVE:
-        best = _all_choices(search, values)
-    else:
-        best = _exchange(search, values, _rounds(search, values, search.fill(search.shrink(search.top, lambda saved: saved))))
-    return search.plan(search.from_levels(best))
+        return _all_choices(search, values)
+    return _exchange(search, values, _rounds(search, values, search.fill(search.shrink(search.top, lambda saved: saved))))
 
 
 def _all_choices(search: Search, values: tuple[Floats, ...]) -> Widths:

@@ -23,6 +23,9 @@ from edgeprune.widths import DEFAULT_RULES, WidthRules
 
 Widths = NDArray[np.int64]
 Floats = NDArray[np.float64]
+SLACK = 0.02  # of the budget, that a plan leaves unused only where whole steps of channels leave no choice
+EXCHANGED = 32  # groups at most that are tried for giving up a step: pairs of groups grow with the square
+HOLDERS = 3  # layers that an error about a budget names
 UNITS = {"latency_ms": ("ms", 1.0), "energy_mj": ("mJ", 1.0), "macs": ("M MACs", 1e-6), "params": ("M parameters", 1e-6)}
 
 
@@ -32,7 +35,8 @@ class Search:
 
     rules: the widths that groups may take. normalise: what makes the scores of groups comparable (see NORMALISERS of the criteria);
     auto leaves additive scores as they are and divides others by their sum. concave: the value of a group is log(share of its
-    importance kept), per layer that writes it, instead of the importance itself, so that no group is starved.
+    importance kept), per layer that writes it, instead of the importance itself, so that no group is starved. given: what each allowed
+    width of each group is worth, instead of what follows from the scores.
     """
 
     graph: ChannelGraph
@@ -42,6 +46,7 @@ class Search:
     rules: WidthRules = DEFAULT_RULES
     normalise: str = "auto"
     concave: bool = False
+    given: tuple[Floats, ...] | None = None
 
     def __post_init__(self) -> None:
         if self.normalise not in ("auto", *NORMALISERS):
@@ -73,6 +78,8 @@ class Search:
     @cached_property
     def values(self) -> tuple[Floats, ...]:
         """Per group, what each allowed width is worth."""
+        if self.given is not None:
+            return self.given
         kept = [np.cumsum(s)[a - 1] for s, a in zip(self.importance, self.allowed, strict=True)]
         if not self.concave:
             return tuple(kept)
@@ -112,6 +119,17 @@ class Search:
         return np.asarray((self.use(widths) <= 1).all(axis=1))
 
     @property
+    def prices(self) -> Floats:
+        """What one channel of each group saves of the exceeded limits, as shares of them, in the dense network, (groups,); above 0."""
+        dense = self.from_levels(self.top)
+        narrower = np.repeat(self.top[None], len(self.top), axis=0)
+        narrower[np.arange(len(self.top)), np.arange(len(self.top))] -= self.top > 0
+        widths = self.from_levels(narrower)
+        use = self.use(np.concatenate([dense[None], widths]))
+        saved = (use[0] - use[1:])[:, use[0] > 1 if (use[0] > 1).any() else use[0] > 0].sum(axis=1)
+        return np.asarray(np.maximum(saved / np.maximum((dense - widths).sum(axis=1), 1), 1e-12), dtype=np.float64)
+
+    @property
     def smallest(self) -> Widths:
         """The smallest allowed widths. Raises BudgetError when even they do not fit."""
         return self.from_levels(np.zeros(len(self.allowed), dtype=np.int64))
@@ -134,18 +152,30 @@ class Search:
         missed = [name for name, limit in self.limits.items() if figures[name][0] > limit]
         if not missed:
             return
+        help_text = f"Ask for at least {' and '.join(self._worded(name, 1.02 * float(figures[name][0])) for name in missed)}"
         name = missed[0]
-        floor, asked = float(figures[name][0]), self.limits[name]
-        where = f" on {self.cost.device.profile}" if self.cost and name in ("latency_ms", "energy_mj") else ""
-        help_text = f"Ask for at least {self._worded(name, 1.02 * floor)}"
         if self.rules.round_to > 1:
             help_text += f", or allow widths of any number (--round-to 1 goes down to {self._floor(name, replace(self.rules, round_to=1))})"
         if self.rules != (usual := WidthRules(round_to=self.rules.round_to)):
             help_text += f", or loosen --keep-dense, --min-channels or --max-remove (without them {self._floor(name, usual)})"
-        raise BudgetError(
-            f"no plan reaches {self._worded(name, asked)}{where}: the floor is {self._worded(name, floor)}, with every layer at its "
-            f"narrowest. {help_text}, or use a smaller input.",
-            self.plan(smallest),
+        found = "; and no plan reaches ".join(self._missed(name, float(figures[name][0]), smallest) for name in missed)
+        raise BudgetError(f"no plan reaches {found}. {help_text}, or use a smaller input.", self.plan(smallest))
+
+    def _missed(self, name: str, floor: float, smallest: Widths) -> str:
+        """A limit that cannot be met, its floor, and what holds it up: the layers with the largest part of it at the least widths."""
+        where = f" on {self.cost.device.profile}" if self.cost and name in ("latency_ms", "energy_mj") else ""
+        at = self._kernels.at(smallest[None])
+        if name in ("latency_ms", "energy_mj") and self.cost is not None:
+            parts = self.cost.latency_ms(at)[0]
+        elif name == "peak_memory_bytes":
+            parts = at.input_elements[0] + at.output_elements[0]
+        else:
+            parts = (at.macs if name == "macs" else at.weight_elements)[0]
+        largest = np.argsort(-parts, kind="stable")[:HOLDERS]
+        layers = ", ".join(f"{at.names[k]} {parts[k] / max(parts.sum(), 1e-300):.0%}" for k in largest if parts[k] > 0)
+        return (
+            f"{self._worded(name, self.limits[name])}{where}: the floor is {self._worded(name, floor)}, with every layer at its narrowest, "
+            f"and it is held up by {layers}"
         )
 
     def _floor(self, name: str, rules: WidthRules) -> str:
@@ -177,6 +207,30 @@ class Search:
             price = np.maximum((use[1:] - use[0]).max(axis=1), 1e-12)
             best = int(np.argmax(np.where(fits, gain / price, -1.0)))
             levels = wider[best]
+
+    def use_up(self, levels: Widths) -> Widths:
+        """`fill`; where that leaves more than `SLACK` of the budget, exchange a step of one group for one of another, and fill again.
+
+        Of the exchanges that use more of the budget and fit, the one that keeps the most importance.
+        """
+        while True:
+            levels = self.fill(levels)
+            used = float(self.use(self.from_levels(levels[None])).max())
+            down, up = np.flatnonzero(levels > 0), np.flatnonzero(levels < self.top)
+            lost = [self.values[g][levels[g]] - self.values[g][levels[g] - 1] for g in down]
+            down = down[np.argsort(lost, kind="stable")[:EXCHANGED]]
+            pairs = np.array([(a, b) for a in down for b in up if a != b], dtype=np.int64).reshape(-1, 2)
+            if used >= 1 - SLACK or not len(pairs):
+                return levels
+            moved = np.repeat(levels[None], len(pairs), axis=0)
+            moved[np.arange(len(pairs)), pairs[:, 0]] -= 1
+            moved[np.arange(len(pairs)), pairs[:, 1]] += 1
+            use = self.use(self.from_levels(moved)).max(axis=1)
+            better = np.flatnonzero((use <= 1) & (use > used + 1e-9))
+            if not len(better):
+                return levels
+            worth = sum((v[moved[better, g]] for g, v in enumerate(self.values)), np.zeros(len(better)))
+            levels = moved[better[int(np.argmax(worth))]]
 
     def shrink(self, levels: Widths, price_of: Callable[[Floats], Floats] | None = None) -> Widths:
         """Narrow step by step, least importance lost per price first, until the choice fits.

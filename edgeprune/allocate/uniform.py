@@ -37,4 +37,4 @@ def allocate(
     )
     levels = np.clip(levels, 0, None)
     fitting = np.flatnonzero(search.fits(search.from_levels(levels)))
-    return search.plan(search.from_levels(search.fill(levels[fitting[-1]])))
+    return search.plan(search.from_levels(search.use_up(levels[fitting[-1]])))

@@ -19,6 +19,7 @@ from edgeprune.cli.options import (
     Numbers,
     Shape,
     TrustPickle,
+    limits_of,
     load,
     must_be_writable,
     numbers_of,
@@ -36,12 +37,14 @@ if TYPE_CHECKING:
 def compress(
     path: Model,
     device: DeviceName = "host",
-    latency_ms: Annotated[float | None, typer.Option(help="largest latency of one inference")] = None,
-    energy_mj: Annotated[float | None, typer.Option(help="largest energy of one inference")] = None,
-    macs: Annotated[float | None, typer.Option(help="largest MACs: a count, or a share of the dense network's")] = None,
-    params: Annotated[float | None, typer.Option(help="largest number of parameters: a count, or a share")] = None,
-    size_mb: Annotated[float | None, typer.Option(help="largest artifact, in MB")] = None,
-    peak_memory_mb: Annotated[float | None, typer.Option(help="largest memory of one inference, in MB")] = None,
+    latency_ms: Annotated[
+        str | None, typer.Option(help="largest latency of one inference; several, with commas, give a network each")
+    ] = None,
+    energy_mj: Annotated[str | None, typer.Option(help="largest energy of one inference")] = None,
+    macs: Annotated[str | None, typer.Option(help="largest MACs: a count, or a share of the dense network's")] = None,
+    params: Annotated[str | None, typer.Option(help="largest number of parameters: a count, or a share")] = None,
+    size_mb: Annotated[str | None, typer.Option(help="largest artifact, in MB")] = None,
+    peak_memory_mb: Annotated[str | None, typer.Option(help="largest memory of one inference, in MB")] = None,
     data: DataOption = None,
     factory: Factory = None,
     input_shape: Shape = None,
@@ -77,6 +80,9 @@ def compress(
     keep_dense: Annotated[
         list[str] | None, typer.Option(help="groups, layers or parameters that stay as they are; * and ? match, may be repeated")
     ] = None,
+    search_minutes: Annotated[float | None, typer.Option(help="stop searching after so many minutes, for allocators that search")] = None,
+    jobs: Annotated[int | None, typer.Option(help="processes that judge candidates, -1: one per core (default: 1)")] = None,
+    cluster: Annotated[str | None, typer.Option(help="judge candidates on ray://host:port or dask://host:port")] = None,
     quantize: Annotated[str, typer.Option(help="none: weights and activations stay fp32")] = "none",
     formats: Annotated[str, typer.Option("--format", help="artifact formats, comma-separated: onnx")] = "onnx",
     out: Annotated[Path | None, typer.Option(help="run folder (default: runs/<model>-<device>)")] = None,
@@ -89,14 +95,9 @@ def compress(
     from edgeprune.device.card import device as find_device
     from edgeprune.plan import Budget
 
-    budget = Budget(
-        latency_ms=latency_ms,
-        energy_mj=energy_mj,
-        macs=macs,
-        params=params,
-        size_bytes=size_mb * 1e6 if size_mb is not None else None,
-        peak_memory_bytes=peak_memory_mb * 1e6 if peak_memory_mb is not None else None,
-    )
+    limits = {"latency_ms": latency_ms, "energy_mj": energy_mj, "macs": macs, "params": params}
+    limits |= {"size_bytes": size_mb, "peak_memory_bytes": peak_memory_mb}
+    budgets = [Budget(**found) for found in limits_of(limits)]
     if quantize != "none":
         raise UsageError(f"--quantize {quantize!r} is not there yet: this version writes fp32 artifacts (--quantize none).")
     if resume and out is None:
@@ -125,7 +126,7 @@ def compress(
         result = api.compress(
             loaded.model,
             loaded.example_inputs,
-            budget=budget,
+            budget=budgets,
             device=target,
             data=source,
             criterion=criterion,
@@ -136,6 +137,7 @@ def compress(
             min_channels=min_channels,
             max_remove=max_remove,
             keep_dense=keep_dense or (),
+            search={n: v for n, v in (("search_minutes", search_minutes), ("jobs", jobs), ("cluster", cluster)) if v is not None},
             formats=[f.strip() for f in formats.split(",")],
             out=folder,
             resume=resume,
@@ -195,8 +197,10 @@ def _tell(result: Result, as_json: bool) -> None:
     typer.echo(f"{result.facts['title']}: {headline(result.facts)}")
     for budget in result.facts["budgets"]:
         typer.echo(f"  {label(budget['name'])}, {budget['how']}")
-    names = ", ".join(a["path"] for a in result.facts["artifacts"])
-    typer.echo(f"  {names} and report.html are in {result.folder}")
+    for part in result.parts or (result,):
+        typer.echo(f"  {', '.join(a['path'] for a in part.facts['artifacts'])} and report.html are in {part.folder}")
+    if result.parts:
+        typer.echo(f"  report.html in {result.folder} compares them")
 
 
 def _gate(result: Result) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -58,6 +59,25 @@ def shape_of(text: str | None) -> tuple[int, ...] | None:
     if not shape or min(shape) < 1:
         raise UsageError(f"--input-shape must be positive whole numbers such as 1,3,224,224, got {text!r}.")
     return shape
+
+
+def limits_of(given: Mapping[str, str | None]) -> list[dict[str, float]]:
+    """The limits of every budget, by the name of the figure; the sizes come in MB. A single limit counts for all budgets."""
+    found: dict[str, list[float]] = {}
+    for name, text in given.items():
+        scale = 1e6 if name.endswith("_bytes") else 1.0
+        option = "--" + name.replace("_bytes", "_mb").replace("_", "-")
+        try:
+            values = [scale * float(part) for part in text.split(",")] if text is not None else []
+        except ValueError:
+            raise UsageError(f"{option} must be a number, or several with commas between them, got {text!r}.") from None
+        if values:
+            found[name] = values
+    counts = {len(values) for values in found.values()} - {1}
+    if len(counts) > 1:
+        raise UsageError(f"limits with several values must have equally many, got {' and '.join(map(str, sorted(counts)))}.")
+    several = counts.pop() if counts else 1
+    return [{name: values[n if len(values) > 1 else 0] for name, values in found.items()} for n in range(several)]
 
 
 def numbers_of(text: str | None) -> tuple[float, ...] | None:

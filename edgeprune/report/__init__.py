@@ -67,6 +67,12 @@ def write(result: dict[str, Any], folder: Path) -> tuple[Path, Path]:
 
 def headline(result: Mapping[str, Any]) -> str:
     """What was asked and what was reached, in one or two sentences; a predicted figure is called so."""
+    if points := result.get("points"):
+        words = (
+            f"{p['name']}: accuracy {quantity(p['accuracy'], '%')}, latency {quantity(p['latency'], 'ms')} {p['latency_basis']}"
+            for p in points
+        )
+        return f"{len(points)} budgets, a network for each. {'; '.join(words)}."
     budgets = result.get("budgets") or []
     asked = " and ".join(f"{label(b['name'])} of at most {quantity(b['asked'], b['unit'])}" for b in budgets)
     reached = " and ".join(_reached(b, result) for b in budgets)

@@ -136,12 +136,33 @@
     };
   };
 
+  const pareto = (color) => {
+    const shown = facts.points.filter((p) => known(p.latency)).sort((a, b) => a.latency - b.latency), judged = shown.some((p) => known(p.accuracy));
+    const y = shown.map((p) => (judged ? p.accuracy : p.macs));
+    return {
+      traces: [line(shown.map((p) => p.latency), y, color("accent"), "", {
+        mode: "lines+markers+text", cliponaxis: false, text: shown.map((p) => shorten(p.name, 24)), textposition: "top center",
+        textfont: { color: color("text") }, hovertext: shown.map((p) => `${wrap(p.name, 40)}<br>${p.latency.toPrecision(4)} ms`), hoverinfo: "text",
+      })],
+      layout: {
+        margin: { l: 8, r: 28, t: 24, b: 8 }, xaxis: { title: { text: "latency", standoff: 8 }, ticksuffix: " ms" },
+        yaxis: judged ? { ticksuffix: "%", title: { text: "accuracy" }, ...spread(y) } : { title: { text: "MACs" } },
+      },
+    };
+  };
+  const search = (color) => ({
+    traces: [line(facts.search.map((p) => p[0]), facts.search.map((p) => p[1]), color("accent"), "best loss", { line: { color: color("accent"), width: 2, shape: "hv" } })],
+    layout: { xaxis: { title: { text: "candidates judged", standoff: 8 } }, yaxis: { title: { text: "best loss so far" }, nticks: 6 } },
+  });
+
   const all = () => {
     draw("chart-steps", steps);
     draw("chart-groups", groups);
     draw("chart-loss", loss);
     draw("chart-val", val);
     draw("chart-rounds", rounds);
+    draw("chart-pareto", pareto);
+    draw("chart-search", search);
   };
   all();
   matchMedia("(prefers-color-scheme: dark)").addEventListener("change", all);

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -94,23 +94,31 @@ def recalibrate(model: nn.Module, split: Split, *, images: int = 1024, batch_siz
     seed; a last batch of one image is left out.
     """
     fresh = copy.deepcopy(model)
-    norms = batch_norms(fresh)
-    if not norms or min(images, len(split)) < 2:
-        return settled(fresh)
+    if min(images, len(split)) >= 2:
+        refit_norms(fresh, ((x,) for x, _ in split.batches(batch_size, shuffle_seed=0, limit=images)))
+    return settled(fresh)
+
+
+def refit_norms(model: nn.Module, batches: Iterable[tuple[Tensor, ...]]) -> None:
+    """Give the batch norms of `model`, in place, the statistics of these images (equal weight for every batch); eval mode afterwards.
+
+    Every batch holds the forward's arguments.
+    """
+    norms = batch_norms(model)
     momenta = [m.momentum for m in norms]
     for norm in norms:
         norm.reset_running_stats()
         norm.momentum = None
-    settled(fresh)
+    settled(model)
     for norm in norms:
         norm.train()
     with torch.no_grad():
-        for x, _ in split.batches(batch_size, shuffle_seed=0, limit=images):
-            if len(x) > 1:
-                fresh(x)
+        for inputs in batches if norms else ():
+            if len(inputs[0]) > 1:
+                model(*inputs)
     for norm, momentum in zip(norms, momenta, strict=True):
         norm.momentum = momentum
-    return settled(fresh)
+    settled(model)
 
 
 def batch_norms(model: nn.Module) -> list[nn.modules.batchnorm._BatchNorm]:

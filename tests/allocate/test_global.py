@@ -2,12 +2,14 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+import torch
 
 from edgeprune.allocate import allocate
 from edgeprune.allocate.search import Search
+from edgeprune.graph.trace import trace
 from edgeprune.plan import Budget, Scores
 from edgeprune.widths import WidthRules
-from tests.allocate.problems import between, problem, widths
+from tests.allocate.problems import COST, between, problem, stack, widths
 
 
 def test_without_prices_and_normalisation_it_is_one_ranking_of_all_channels() -> None:
@@ -54,3 +56,16 @@ def test_before_filling_harsher_budgets_keep_a_subset() -> None:
         search = Search(graph, scores, Budget(macs=fraction), None, rules=WidthRules(round_to=1))
         shrunk.append(search.from_levels(search.shrink(search.top, lambda saved: saved)))
     assert (shrunk[0] >= shrunk[1]).all() and (shrunk[1] >= shrunk[2]).all()
+
+
+@pytest.mark.parametrize("figure", ["macs", "params", "size_bytes", "latency_ms", "energy_mj", "peak_memory_bytes"])
+@pytest.mark.parametrize("round_to", [1, 8])
+@pytest.mark.parametrize("share", [0.3, 0.6])
+def test_every_figure_is_met_to_two_percent_and_never_exceeded(figure: str, round_to: int, share: float) -> None:
+    graph = trace(stack(), torch.zeros(1, 3, 32, 32))
+    rng = np.random.default_rng(0)
+    scores = Scores("random", {g.name: rng.lognormal(size=g.channels) for g in graph.groups})
+    budget = between(graph, scores, share, figure, round_to=round_to)
+    plan = allocate(graph, scores, budget, method="global", cost=COST, round_to=round_to)
+    use = float(Search(graph, scores, budget, COST).use(widths(graph, plan)[None])[0, 0])
+    assert 0.98 < use <= 1

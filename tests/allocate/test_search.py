@@ -18,7 +18,7 @@ from edgeprune.errors import BudgetError, UsageError
 from edgeprune.graph.trace import trace
 from edgeprune.plan import Budget, Plan, Scores
 from edgeprune.widths import WidthRules
-from tests.allocate.problems import ALLOCATORS, COST, between, is_full, problem, real_figures, widths
+from tests.allocate.problems import ALLOCATORS, COST, between, is_full, known, plan_of, problem, real_figures, stack, widths
 from tests.networks import NETWORKS, traced
 
 FIGURES = [("macs",), ("params",), ("latency_ms",), ("size_bytes",), ("peak_memory_bytes",), ("macs", "params", "latency_ms")]
@@ -30,7 +30,7 @@ FIGURES = [("macs",), ("params",), ("latency_ms",), ("size_bytes",), ("peak_memo
 def test_macs_of_the_slim_network_never_exceed_the_budget(method: str, name: str, fraction: float) -> None:
     _, graph, scores = problem(name)
     try:
-        plan = allocate(graph, scores, Budget(macs=fraction), method=method, round_to=1)
+        plan = plan_of(graph, scores, Budget(macs=fraction), method=method, round_to=1)
     except BudgetError as refused:
         assert refused.plan is not None
         assert real_figures(name, refused.plan)["macs"] > fraction * graph.macs
@@ -46,7 +46,7 @@ def test_macs_of_the_slim_network_never_exceed_the_budget(method: str, name: str
 def test_every_limit_holds_on_the_slim_network(method: str, name: str, figures: tuple[str, ...], share: float) -> None:
     _, graph, scores = problem(name)
     budget = between(graph, scores, share, *figures)
-    plan = allocate(graph, scores, budget, method=method, cost=COST, round_to=1)
+    plan = plan_of(graph, scores, budget, method=method, cost=COST, round_to=1)
     real = real_figures(name, plan)
     for figure, limit in budget.absolute({"macs": graph.macs, "params": graph.params}).items():
         assert real[figure] <= limit * (1 + 1e-9), figure
@@ -58,7 +58,7 @@ def test_every_limit_holds_on_the_slim_network(method: str, name: str, figures: 
 @pytest.mark.parametrize("name", ["mobile", "shuffle", "grouped", "dense"])
 def test_widths_are_allowed_and_the_best_scored_channels_stay(name: str, method: str, round_to: int) -> None:
     _, graph, scores = problem(name)
-    plan = allocate(graph, scores, between(graph, scores, 0.5, "macs", round_to=round_to), method=method, round_to=round_to)
+    plan = plan_of(graph, scores, between(graph, scores, 0.5, "macs", round_to=round_to), method=method, round_to=round_to)
     assert set(plan.keep) == {g.name for g in graph.groups}
     for group in graph.groups:
         kept = plan.keep[group.name]
@@ -70,20 +70,11 @@ def test_widths_are_allowed_and_the_best_scored_channels_stay(name: str, method:
         assert not len(gone) or values[list(kept)].min() >= values[gone].max()
 
 
-def stack() -> nn.Module:
-    """Nine convs each of 16, 32 and 64 channels: as wide as ResNet-56, and nothing tied."""
-    layers: list[nn.Module] = []
-    before = 3
-    for width in (16, 32, 64):
-        for block in range(9):
-            layers += [nn.Conv2d(before, width, 3, 2 if block == 0 and width > 16 else 1, 1), nn.ReLU()]
-            before = width
-    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(64, 10))
-
-
 @pytest.fixture(scope="module")
 def deep() -> tuple[Any, Scores]:
-    graph = trace(stack(), torch.zeros(1, 3, 16, 16))
+    model = stack()
+    graph = trace(model, torch.zeros(1, 3, 16, 16))
+    known(graph, model, [(torch.randn(12, 3, 16, 16, generator=torch.Generator().manual_seed(0)), torch.arange(12) % 10)])
     rng = np.random.default_rng(0)
     return graph, Scores("random", {g.name: rng.lognormal(size=g.channels) for g in graph.groups})
 
@@ -93,7 +84,7 @@ def deep() -> tuple[Any, Scores]:
 @pytest.mark.parametrize("round_to", [1, 8])
 def test_the_budget_is_used_to_two_percent(deep: tuple[Any, Scores], method: str, budget: Budget, round_to: int) -> None:
     graph, scores = deep
-    plan = allocate(graph, scores, budget, method=method, round_to=round_to)
+    plan = plan_of(graph, scores, budget, method=method, round_to=round_to)
     use = Search(graph, scores, budget, None).use(widths(graph, plan)[None])[0].max()
     assert 0.98 < use <= 1
 
@@ -103,29 +94,32 @@ def test_a_budget_of_everything_removes_nothing(method: str) -> None:
     for name in ("residual", "shuffle"):
         _, graph, scores = problem(name)
         for budget in (Budget(macs=1.0), Budget(params=1.0), Budget(macs=10 * graph.macs)):
-            assert allocate(graph, scores, budget, method=method, round_to=1) == Plan.uniform(graph, 1.0)
+            assert plan_of(graph, scores, budget, method=method, round_to=1) == Plan.uniform(graph, 1.0)
 
 
 @pytest.mark.parametrize("method", ALLOCATORS)
 def test_what_cannot_be_reached_is_a_budget_error_with_the_floor(method: str) -> None:
     _, graph, scores = problem("residual")
     with pytest.raises(BudgetError, match=r"the floor is .* M MACs \(.* of the dense network's\).*--round-to 1 goes down to") as refused:
-        allocate(graph, scores, Budget(macs=0.001), method=method, round_to=4, max_remove=0.5)
+        plan_of(graph, scores, Budget(macs=0.001), method=method, round_to=4, max_remove=0.5)
     assert refused.value.exit_code == 3
     assert refused.value.plan is not None
     assert widths(graph, refused.value.plan).tolist() == [4, 4, 4]
     with pytest.raises(BudgetError, match=f"ms on {COST.device.profile}: the floor is"):
-        allocate(graph, scores, Budget(latency_ms=1e-6), method=method, cost=COST)
+        plan_of(graph, scores, Budget(latency_ms=1e-6), method=method, cost=COST)
     model = nn.Linear(3, 2)
     frozen = trace(model, torch.zeros(1, 3))
+    with pytest.raises(BudgetError, match=r"M parameters .*held up by .* \d+%; and no plan reaches .* the floor is"):
+        plan_of(graph, scores, Budget(params=0.001, peak_memory_bytes=10), method=method)
     with pytest.raises(BudgetError, match="everything in it is frozen"):
-        allocate(frozen, Scores("l1", {}), Budget(macs=0.5), method=method)
+        known(frozen, model, [(torch.zeros(12, 3), torch.arange(12) % 2)])
+        plan_of(frozen, Scores("l1", {}), Budget(macs=0.5), method=method)
 
 
 @pytest.mark.parametrize("method", ALLOCATORS)
 def test_no_group_loses_more_than_max_remove(method: str) -> None:
     _, graph, scores = problem("inception")
-    plan = allocate(graph, scores, Budget(macs=0.5), method=method, round_to=1, max_remove=0.5)
+    plan = plan_of(graph, scores, Budget(macs=0.5), method=method, round_to=1, max_remove=0.5)
     assert all(2 * len(plan.keep[g.name]) >= g.channels for g in graph.groups)
 
 
@@ -135,7 +129,7 @@ def test_every_normaliser_works_and_dead_groups_do_not_break_it(method: str, nor
     _, graph, scores = problem("residual")
     dead = Scores("dead", {n: np.zeros_like(v) if i else v for i, (n, v) in enumerate(scores.values.items())})
     for given in (scores, dead):
-        plan = allocate(graph, given, Budget(macs=0.5), method=method, round_to=1, normalise=normalise)
+        plan = plan_of(graph, given, Budget(macs=0.5), method=method, round_to=1, normalise=normalise)
         assert real_figures("residual", plan)["macs"] <= 0.5 * graph.macs
 
 
@@ -143,7 +137,7 @@ def test_every_normaliser_works_and_dead_groups_do_not_break_it(method: str, nor
 def test_allocation_is_deterministic_and_ignores_the_scale_of_scores(method: str) -> None:
     _, graph, scores = problem("inception")
     scaled = Scores("l1", {n: 1e6 * v for n, v in scores.values.items()})
-    plans = [allocate(graph, s, Budget(macs=0.5), method=method, round_to=1) for s in (scores, scores, scaled)]
+    plans = [plan_of(graph, s, Budget(macs=0.5), method=method, round_to=1) for s in (scores, scores, scaled)]
     assert plans[0] == plans[1] == plans[2]
 
 
@@ -206,16 +200,16 @@ def test_every_allocator_honours_the_rules(method: str) -> None:
     _, graph, scores = problem("inception")
     dense = graph.groups[0].name
     rules: dict[str, Any] = {"round_to": 1, "min_channels": 3, "max_remove": 0.4, "keep_dense": [dense]}
-    plan = allocate(graph, scores, Budget(macs=0.7), method=method, **rules)
+    plan = plan_of(graph, scores, Budget(macs=0.7), method=method, **rules)
     for group, allowed in zip(graph.groups, WidthRules(**rules).allowed(graph), strict=True):
         assert len(plan.keep[group.name]) in allowed
     assert len(plan.keep[dense]) == graph.groups[0].channels
-    free = allocate(graph, scores, Budget(macs=0.7), method=method, round_to=1)
+    free = plan_of(graph, scores, Budget(macs=0.7), method=method, round_to=1)
     assert free != plan
     with pytest.raises(BudgetError, match="loosen --keep-dense, --min-channels or --max-remove"):
-        allocate(graph, scores, Budget(macs=0.1), method=method, **rules)
+        plan_of(graph, scores, Budget(macs=0.1), method=method, **rules)
     with pytest.raises(UsageError, match="'nowhere' matches no group"):
-        allocate(graph, scores, Budget(macs=0.7), method=method, keep_dense=["nowhere"])
+        plan_of(graph, scores, Budget(macs=0.7), method=method, keep_dense=["nowhere"])
 
 
 def test_allocators_of_others_take_the_rules_they_name(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,211 @@
+"""How good a network is with channels removed, before any training: what searches judge their candidates by.
+
+A candidate's batch norms are recalibrated on some images, it may train a few steps on them, and its loss is taken on others, which it
+never sees otherwise. The loss is the cross-entropy with the labels, or the divergence from the dense network's answers (outputs that are no
+logits: the squared error, as a share of their variance): where the dense network was trained on all images at hand, cross-entropy hardly
+tells good candidates apart, and the divergence does.
+Candidates are slimmed, because small networks are fast; `masked` judges them by the masked dense network instead, whose loss is the
+same, and which is all there is for exported networks, whose batch norms are fixed operations once slimmed.
+Recalibration before judging: Li et al., "EagleEye: Fast Sub-net Evaluation for Efficient Neural Network Pruning", ECCV 2020.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from edgeprune.criteria.probe import Probe
+from edgeprune.errors import DataError, UsageError
+from edgeprune.graph import ChannelGraph
+from edgeprune.graph.masked import Masked
+from edgeprune.graph.running import evaluating, tensors_in
+from edgeprune.graph.slim import slim
+from edgeprune.plan import Plan
+from edgeprune.train.evaluate import logits_of, refit_norms, settled
+
+LOSSES = ("divergence", "cross_entropy")
+BATCH = 64  # the fastest for small networks on one thread
+TRAINING_BATCH = 128
+TRAINING = {"lr": 0.01, "momentum": 0.9, "weight_decay": 5e-4}  # the settings of LeGR's search
+
+Images = tuple[Tensor, ...]  # the forward's arguments, (n, …) each
+Pairs = tuple[Images, Tensor]  # with labels (n,), -1 for none
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """Mean loss over the images, nats, and the share of them classified right (NaN without labels)."""
+
+    loss: float
+    accuracy: float
+
+
+@dataclass(frozen=True, eq=False)
+class Judge:
+    """The dense network, the images, and what is done with them; callable: a plan in, its Verdict out. Runs on one thread.
+
+    `held` judge, `spare` recalibrate and train. A verdict depends on the plan alone.
+    """
+
+    model: nn.Module
+    graph: ChannelGraph
+    held: Pairs
+    spare: Pairs
+    loss: str = "divergence"
+    steps: int = 0
+    masked: bool = False
+
+    def __call__(self, plan: Plan) -> Verdict:
+        """How good the network is under the plan; an infinite loss where its outputs are not finite."""
+        with _one_thread():
+            network = self._network(plan)
+            if self.steps:
+                self._train(network)
+            refit_norms(network, self._batches(self.spare[0], 2 * BATCH))
+            return self._verdict(network)
+
+    @cached_property
+    def dense(self) -> Verdict:
+        """How good the dense network is as it stands; its divergence is 0."""
+        with _one_thread(), evaluating(self.model):
+            return self._verdict(self.model)
+
+    def _network(self, plan: Plan) -> nn.Module:
+        if self.masked or self.graph.exported is not None:
+            self._masked.reset()
+            return self._masked.set(self._masked.keep_of(plan))
+        network: Any = settled(slim(self.model, self.graph, plan))
+        return network.to(memory_format=self._format)  # type: ignore[no-any-return]
+
+    @cached_property
+    def _masked(self) -> Masked:
+        return Masked(self.model, self.graph, memory_format=self._format)
+
+    @cached_property
+    def _format(self) -> torch.memory_format:
+        """channels_last, the faster one, unless the network views its feature maps as only contiguous memory allows."""
+        first = tuple(x[:2] for x in self.held[0])
+        if all(x.ndim != 4 for x in first):
+            return torch.contiguous_format
+        try:
+            with torch.no_grad():
+                Masked(self.model, self.graph, memory_format=torch.channels_last).model(*_as(first, torch.channels_last))
+        except RuntimeError:
+            return torch.contiguous_format
+        return torch.channels_last
+
+    def _batches(self, images: Images, size: int) -> Iterator[Images]:
+        """The images in the format that is fastest here, `size` at a time."""
+        return (_as(part, self._format) for part in zip(*(x.split(size) for x in images), strict=True))
+
+    def _outputs(self, network: nn.Module) -> tuple[Tensor, ...]:
+        """What the network returns for all held images, float64."""
+        with torch.no_grad():
+            found = [tuple(tensors_in(network(*part))) for part in self._batches(self.held[0], BATCH)]
+        return tuple(torch.cat([t.double() for t in parts]) for parts in zip(*found, strict=True))
+
+    @cached_property
+    def _answers(self) -> tuple[Tensor, ...]:
+        """What the dense network returns for the held images."""
+        with evaluating(self.model):
+            return self._outputs(self.model)
+
+    def _verdict(self, network: nn.Module) -> Verdict:
+        outputs, labels = self._outputs(network), self.held[1]
+        classifies = outputs[0].ndim == 2 and int(labels.min()) >= 0
+        right = float((outputs[0].argmax(dim=1) == labels).double().mean()) if classifies else math.nan
+        loss = float(F.cross_entropy(logits_of(outputs), labels)) if self.loss == "cross_entropy" else divergence(self._answers, outputs)
+        return Verdict(loss if math.isfinite(loss) else math.inf, right)
+
+    def _train(self, network: nn.Module) -> None:
+        """`steps` updates on the spare images, in an order that is the same for all candidates."""
+        images, labels = self.spare
+        size = min(TRAINING_BATCH, len(labels))
+        generator = torch.Generator().manual_seed(0)
+        order = torch.cat([torch.randperm(len(labels), generator=generator) for _ in range(-(-self.steps * size // len(labels)))])
+        optimizer = torch.optim.SGD(network.parameters(), **TRAINING)
+        for part in order[: self.steps * size].split(size):
+            with suppress(NotImplementedError):  # an exported program: its mode was fixed at export
+                network.train()
+            loss = F.cross_entropy(logits_of(network(*_as(tuple(x[part] for x in images), self._format))), labels[part])
+            optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            optimizer.step()
+        settled(network)
+
+
+def divergence(answers: Sequence[Tensor], outputs: Sequence[Tensor]) -> float:
+    """KL(answers || outputs) of logits, nats, mean over the images; of other outputs the squared error over the answers' variance."""
+    first, other = answers[0], outputs[0]
+    if first.ndim == 2:
+        return float(F.kl_div(F.log_softmax(other, dim=1), F.log_softmax(first, dim=1), log_target=True, reduction="batchmean"))
+    error = sum(float((a - b).square().sum()) for a, b in zip(answers, outputs, strict=True))
+    return error / max(sum(float((a - a.mean(dim=0)).square().sum()) for a in answers), 1e-300)
+
+
+def judge_of(probe: Probe | None, *, images: int, recalibration_images: int, loss: str, steps: int, masked: bool = False) -> Judge:
+    """A judge with the first `images` images of the probe's data, and the next ones to recalibrate and train on.
+
+    Where the data hold fewer, a third of them recalibrates. Raises UsageError without a network and data or for options out of range,
+    DataError for too few images, or where labels are needed and missing.
+    """
+    if probe is None or probe.data is None:
+        raise UsageError("this allocator runs candidates on images: give model and data to allocate, or --data.")
+    if loss not in LOSSES:
+        raise UsageError(f"the loss that judges candidates must be one of {', '.join(LOSSES)}, got {loss!r}.")
+    if images < 1 or recalibration_images < 2 or steps < 0:
+        raise UsageError(f"at least one image must judge and two recalibrate, got {images} and {recalibration_images}; steps {steps}.")
+    x, y = _gathered(probe.data, images + recalibration_images)
+    if len(y) < 4:
+        raise DataError(f"{len(y)} images are too few to judge candidates by: give at least 4.")
+    held = min(images, len(y) - min(recalibration_images, max(2, len(y) // 3)))
+    if int(y.min()) < 0 and (loss == "cross_entropy" or steps):
+        raise DataError("judging by cross-entropy and training need labels: give labelled images, or judge by divergence with 0 steps.")
+    judging, spare = (tuple(t[part] for t in x) for part in (slice(0, held), slice(held, None)))
+    judge = Judge(probe.model, probe.graph, (judging, y[:held]), (spare, y[held:]), loss, steps, masked)
+    if not math.isfinite(judge.dense.loss):
+        raise DataError(f"the loss of the dense network is {judge.dense.loss}: check the preprocessing (mean, std) and the weights.")
+    return judge
+
+
+def _gathered(data: Iterable[Any], images: int) -> Pairs:
+    """The first `images` images of batches (inputs, labels) or inputs."""
+    found: list[Pairs] = []
+    missing = images
+    for batch in data:
+        x, y = (batch[0], batch[1] if len(batch) > 1 else None) if isinstance(batch, (tuple, list)) else (batch, None)
+        inputs = tuple(x) if isinstance(x, (tuple, list)) else (x,)
+        if not all(isinstance(t, Tensor) and t.ndim for t in inputs):
+            raise DataError("candidates are judged on batches of images: every input must be a tensor with a batch axis.")
+        labels = y.long() if isinstance(y, Tensor) else torch.full((len(inputs[0]),), -1)
+        found.append((tuple(t[:missing] for t in inputs), labels[:missing]))
+        missing -= len(found[-1][1])
+        if missing <= 0:
+            break
+    if not found:
+        raise DataError("the data are empty: give at least one batch of images.")
+    return tuple(torch.cat(parts) for parts in zip(*(x for x, _ in found), strict=True)), torch.cat([y for _, y in found])
+
+
+def _as(inputs: Images, memory_format: torch.memory_format) -> Images:
+    """Copies: a forward may write into what it is given."""
+    return tuple(x.clone(memory_format=memory_format) if x.ndim == 4 else x.clone() for x in inputs)
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """The same rounding whatever else the machine does: sums depend on how many threads share them."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
