@@ -88,7 +88,7 @@ def test_a_profile_knows_its_error_on_networks_it_has_not_seen() -> None:
     assert made.profile.kernels["depthwise"].seen_share == 0
     fresh = samples(120)[0].at
     low, high = interval_factors(made.profile, fresh)
-    assert (low[0], high[0]) == pytest.approx((made.profile.fit.low_factor, made.profile.fit.high_factor))
+    assert (low[0], high[0]) == pytest.approx((made.profile.fit.low_factor, made.profile.fit.high_factor), rel=0.01)
 
 
 def test_the_interval_holds_nine_of_ten_whatever_family_they_come_from() -> None:
