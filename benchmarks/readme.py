@@ -14,6 +14,10 @@ TABLES = {
         "depth": ("graph_depth.md", ""),
         "cost": ("cost_models.md", ""),
     },
+    "docs/cost-models.md": {
+        "profiles": ("cost_models.md", ""),
+        "others": ("cost_models.md", "Other boards and other networks"),
+    },
     "docs/criteria.md": {
         "resnet56": ("criteria.md", "### resnet56, 50%"),
         "resnet20": ("criteria.md", "### resnet20, 50%"),

@@ -195,7 +195,7 @@ def _build(path: Path, content: Any, factory: str | None, notes: list[str]) -> n
             f"{path} holds weights but no network ({len(state)} tensors, {next(iter(state))!r} first): say what builds it with "
             "--model pkg.mod:factory, path/to/file.py:factory, timm:NAME or torchvision:NAME."
         )
-    model = _call_factory(factory)
+    model = build_network(factory)
     _load_weights(model, state, f"{path} and the factory {factory}", notes)
     return model
 
@@ -225,7 +225,7 @@ def _strip_prefixes(state: State, notes: list[str]) -> State:
     return state
 
 
-def _call_factory(factory: str) -> nn.Module:
+def build_network(factory: str) -> nn.Module:
     source, _, name = factory.partition(":")
     if source in ("timm", "torchvision"):
         model = _library_model(source, name)

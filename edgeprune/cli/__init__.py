@@ -37,6 +37,7 @@ for command in (
     app.command()(command)
 devices_app.command("list")(board.list_)
 devices_app.command("show")(board.show)
+devices_app.command("calibrate")(board.calibrate)
 
 
 def main() -> None:

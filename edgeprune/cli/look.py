@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from edgeprune.cli.costs import print_cost
 from edgeprune.cli.options import AsJson, DeviceName, Factory, Model, Numbers, Shape, TrustPickle, load, numbers_of, shape_of
 from edgeprune.terminal import print_json, print_table, progress_bars
 
@@ -88,14 +89,7 @@ def profile(
     if as_json:
         print_json(asdict(cost))
         return
-    rows = [[c.name, c.kind, f"{c.latency_ms:.3f}", f"{c.macs / 1e6:.2f}", f"{c.share:.1%}"] for c in cost.per_layer]
-    latency = cost.latency_ms
-    if (fixed := latency.value - sum(c.latency_ms for c in cost.per_layer)) > 0:
-        rows.append(["(once per inference)", "", f"{fixed:.3f}", "", f"{fixed / latency.value:.1%}"])
-    print_table(["layer", "kind", "ms", "M MACs", "share"], rows)
-    typer.echo(f"\n{latency.value:.2f} ms ({latency.low:.2f} to {latency.high:.2f}, 90% interval); {cost.basis}")
-    for note in cost.notes:
-        typer.echo(f"- {note}")
+    print_cost(cost, target)
 
 
 def evaluate(

@@ -24,9 +24,9 @@ from edgeprune.errors import DeviceError, UnknownDevice
 Nonnegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Count = Annotated[int, Field(ge=1)]
-KernelKind = Literal[
-    "conv1x1", "conv3x3", "conv_other", "depthwise", "grouped", "linear", "elementwise", "pool", "cat", "resize", "norm", "other"
-]
+MacKind = Literal["conv1x1", "conv3x3", "conv_other", "depthwise", "depthwise_large", "grouped", "linear"]
+MemoryKind = Literal["activation", "elementwise", "scale", "pool", "global_pool", "cat", "resize", "pad", "norm", "other"]
+KernelKind = MacKind | MemoryKind
 
 
 class _Table(BaseModel):
@@ -34,18 +34,25 @@ class _Table(BaseModel):
 
 
 class Rate(_Table):
-    """What one kernel costs: mac_ns * MACs + byte_ns * activation bytes read and written + weight_byte_ns * weight bytes + call_us.
+    """What one kernel costs, as nonnegative constants: the sum of each times what its name counts (see cost.terms).
+
+    mac_ns: multiply-accumulates; byte_ns: activation bytes read and written; weight_byte_ns: weight bytes; patch_byte_ns: bytes of the
+    input patches that a convolution gathers; far_byte_ns and far_weight_byte_ns: those activation and weight bytes that exceed the
+    profile's cache_bytes; group_us: groups of a grouped convolution; call_us: once per kernel.
 
     `seen_share` (0..1): the largest part of a fitted network's time that kernels of this kind took; 0 means that the constants are
-    borrowed from another board. Networks that spend more of their time here than that get a wider interval. Kinds that do no
-    MACs share their constants and their share.
+    borrowed from another board. Networks that spend more of their time here than that get a wider interval.
     """
 
     mac_ns: Nonnegative = 0.0
     byte_ns: Nonnegative = 0.0
     weight_byte_ns: Nonnegative = 0.0
+    patch_byte_ns: Nonnegative = 0.0
+    far_byte_ns: Nonnegative = 0.0
+    far_weight_byte_ns: Nonnegative = 0.0
+    group_us: Nonnegative = 0.0
     call_us: Nonnegative = 0.0
-    seen_share: Annotated[float, Field(ge=0, le=1)]
+    seen_share: Annotated[float, Field(ge=0, le=1)] = 0.0
 
 
 class Fit(_Table):
@@ -53,7 +60,8 @@ class Fit(_Table):
 
     mape and within_10 are percentages; `low_factor` and `high_factor` bound the measured latency at 90 % (conformal, held-out
     residuals: measured = predicted * factor); `coverage` is the share of held-out rows inside that interval, in percent.
-    `macs` and `latency_ms` are the ranges the fit has seen.
+    `macs` and `latency_ms` of networks, `channels` and `activation_bytes` of single kernels are the ranges the fit has seen.
+    `noise`: how far measurements of the same kernels in other networks lie apart, in words.
     """
 
     source: str
@@ -69,10 +77,13 @@ class Fit(_Table):
     high_factor: Positive
     macs: tuple[Positive, Positive]
     latency_ms: tuple[Positive, Positive]
+    channels: tuple[Positive, Positive]
+    activation_bytes: tuple[Positive, Positive]
+    noise: str = ""
 
     @model_validator(mode="after")
     def _ordered(self) -> Fit:
-        for name in ("macs", "latency_ms"):
+        for name in ("macs", "latency_ms", "channels", "activation_bytes"):
             low, high = getattr(self, name)
             if low > high:
                 raise ValueError(f"{name} is a range [lowest, highest], got [{low}, {high}]")
@@ -82,16 +93,28 @@ class Fit(_Table):
 
 
 class Power(_Table):
-    """Active power above idle and idle power of the whole board, in mW, and the relative uncertainty of an energy made from them."""
+    """Active power above idle and idle power in mW, and the relative uncertainty of an energy made from them.
+
+    Of the whole board and not validated, unless `validated` says against which measurements the energies were held.
+    """
 
     active_mw: Positive
     idle_mw: Positive
     uncertainty: Annotated[float, Field(gt=0, lt=1)]
     source: str
+    validated: str = ""
+
+
+class Staircase(_Table):
+    """Milliseconds measured against width, by kind of convolution and side of the image, and the multiple of channels they favour."""
+
+    widths: tuple[Count, ...]
+    latency_ms: Mapping[str, tuple[Positive, ...]]
+    channel_multiple: Count
 
 
 class Profile(_Table):
-    """One way of running networks on the board, with its fitted constants."""
+    """One way of running networks on the board, with its fitted constants. `power` is that of this way; default: the card's."""
 
     runtime: str
     threads: Count
@@ -99,8 +122,11 @@ class Profile(_Table):
     clock_mhz: Positive
     description: str
     network_us: Nonnegative
+    cache_bytes: Positive = 1e18
     kernels: Mapping[KernelKind, Rate]
     fit: Fit
+    power: Power | None = None
+    staircase: Staircase | None = None
 
 
 class Board(_Table):
@@ -159,8 +185,9 @@ class Device:
 
     @property
     def channel_multiple(self) -> int:
-        """Widths are rounded to multiples of this."""
-        return self.card.board.channel_multiple
+        """Widths are rounded to multiples of this: what the profile's staircase favours, the card's nominal one without."""
+        steps = self.card.profiles[self.profile].staircase if self.profile in self.card.profiles else None
+        return steps.channel_multiple if steps else self.card.board.channel_multiple
 
     @property
     def threads(self) -> int:
@@ -267,8 +294,10 @@ def _allowed(where: tuple[int | str, ...]) -> list[str]:
         ("power",): Power,
         ("profiles",): Profile,
         ("profiles", "fit"): Fit,
+        ("profiles", "power"): Power,
+        ("profiles", "staircase"): Staircase,
         ("profiles", "kernels"): Rate,
     }
     # Names of profiles and kernel kinds are free keys inside these paths; what is left names the table.
-    fixed = tuple(str(part) for position, part in enumerate(where) if position not in (1, 3) or part == "fit")
+    fixed = tuple(str(part) for position, part in enumerate(where) if position not in (1, 3) or part in ("fit", "power", "staircase"))
     return list(tables[tuple(part for part in fixed if part)].model_fields)

@@ -1,8 +1,8 @@
 """What a network costs on a device it was never run on: latency with an interval, energy, memory, size. No torch here.
 
-The model is additive with nonnegative constants per kernel kind (device cards hold them): one kernel takes
-mac_ns * MACs + byte_ns * activation bytes + weight_byte_ns * weight bytes + call_us, a network the sum of its kernels and a
-constant. Nonnegative means that removing channels never raises a prediction. nn-Meter (Zhang et al., MobiSys 2021) taught us to
+The model is additive with nonnegative constants per kernel kind (device cards hold them): one kernel takes the sum of its constants
+times what they count (MACs, bytes, bytes beyond the cache, gathered patches, groups, calls: `terms`), a network the sum of its kernels
+and a constant. Nonnegative means that removing channels never raises a prediction. nn-Meter (Zhang et al., MobiSys 2021) taught us to
 count fused kernels, one regressor per kind; plain sums replace its forests because public tables are too small to feed those.
 The interval is split conformal: quantiles of measured / predicted on held-out networks, wider where the network leaves what the
 fit has seen, and the notes say so.
@@ -10,27 +10,31 @@ fit has seen, and the notes say so.
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import cached_property
-from typing import Any
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from edgeprune.device.card import Device, KernelKind
-from edgeprune.device.kernels import FLOAT_BYTES, KernelsAt, kernels
+from edgeprune.device.card import Device, Power, Profile
+from edgeprune.device.kernels import FLOAT_BYTES, Kernels, KernelsAt, kernels
 from edgeprune.errors import UsageError
 from edgeprune.graph.channels import ChannelGraph
 from edgeprune.graph.lengths import Floats
 
+# The constants of a Rate, in the order of `terms`.
+RATES = ("mac_ns", "byte_ns", "weight_byte_ns", "patch_byte_ns", "far_byte_ns", "far_weight_byte_ns", "group_us", "call_us")
+Bound = Literal["compute", "memory", "call overhead"]
+_BOUNDS: dict[Bound, tuple[int, ...]] = {"compute": (0,), "memory": (1, 2, 3, 4, 5), "call overhead": (6, 7)}
 # Widening of the interval, as a share of the prediction: per share of the time in kernels that the fitted networks spent less time
-# in (all of it for kinds they had none of), and per doubling of the distance from the latencies they had. The evidence is in
-# benchmarks/results/cost_models.md (transfer).
+# in (all of it for kinds they had none of), and per doubling of the distance from the latencies, channels and sizes they had. The
+# evidence is in benchmarks/results/cost_models.md (transfer).
 UNSEEN_WIDENING = 0.5
 RANGE_WIDENING = 0.15
-# Kernels that only move memory have one set of constants, so they count as one kind.
-MEMORY_KINDS = frozenset({"elementwise", "pool", "cat", "resize", "norm", "other"})
 _NOTABLE_SHARE = 0.02
+_LARGEST = (("channels", "layers wider than the {:.0f} channels"), ("activation_bytes", "feature maps larger than the {:.3g} bytes"))
+_PLANS_AT_ONCE = 1024
 
 
 @dataclass(frozen=True)
@@ -44,24 +48,31 @@ class Estimate:
 
 @dataclass(frozen=True)
 class LayerCost:
-    """One kernel of the network: its part of the latency in ms, and as a share (0..1) of the whole."""
+    """One kernel of the network: its part of the latency in ms, and as a share (0..1) of the whole.
+
+    `bytes_moved`: activations and weights, each once; `bound`: what takes most of its time.
+    """
 
     name: str
     kind: str
     latency_ms: float
     macs: int
+    bytes_moved: int
     share: float
+    bound: Bound
 
 
 @dataclass(frozen=True)
 class Cost:
-    """What one inference (batch 1) costs. `energy_mj` is None where the board's power is not known.
+    """What one inference (batch 1) costs. The energies are None where the board's power is not known.
 
-    `basis` says how the figures were obtained, `notes` what makes them less certain.
+    `energy_mj` is above idle, `total_energy_mj` includes what the board draws anyway. `basis` says how the figures were obtained,
+    `notes` what makes them less certain.
     """
 
     latency_ms: Estimate
     energy_mj: Estimate | None
+    total_energy_mj: Estimate | None
     peak_memory_bytes: int
     size_bytes: int
     macs: int
@@ -89,81 +100,117 @@ class CostModel:
 
     def latency_ms(self, at: KernelsAt) -> Floats:
         """Predicted milliseconds of every kernel, (plans, kernels); `network_ms` comes on top of their sum."""
-        mac_ns, byte_ns, weight_byte_ns, call_us = self._rates(at.kinds)
-        activation_bytes = FLOAT_BYTES * (at.input_elements + at.output_elements)
-        nanoseconds = at.macs * mac_ns + activation_bytes * byte_ns + FLOAT_BYTES * at.weight_elements * weight_byte_ns + 1e3 * call_us
-        return np.asarray(self.correction * nanoseconds / 1e6, dtype=np.float64)
+        return self.correction * kernel_ms(self.device.constants, at)
 
     def total_ms(self, at: KernelsAt) -> Floats:
         """Predicted milliseconds of the whole network, (plans,)."""
         return np.asarray(self.latency_ms(at).sum(axis=1) + self.network_ms, dtype=np.float64)
+
+    def of_widths_ms(self, made: Kernels, widths: NDArray[Any]) -> Floats:
+        """Predicted milliseconds of the network under many plans: widths (plans, groups) -> (plans,), tens of thousands a second."""
+        parts = np.array_split(np.atleast_2d(widths), -(-len(np.atleast_2d(widths)) // _PLANS_AT_ONCE))
+        return np.concatenate([self.total_ms(made.at(part)) for part in parts])
 
     def interval_ms(self, at: KernelsAt) -> tuple[Floats, Floats]:
         """The 90 % interval around `total_ms`: (low, high), each (plans,). A latency budget must hold for `high`.
 
         `high` rises with every width, as `total_ms` does: the widening is a small part of a sum of kernel times.
         """
-        per_kernel, fit = self.latency_ms(at), self.device.constants.fit
-        total = per_kernel.sum(axis=1) + self.network_ms
-        unseen = sum(self._unseen(at.kinds, per_kernel, total).values(), np.zeros(len(total)))
-        extra = UNSEEN_WIDENING * unseen + RANGE_WIDENING * self._doublings(total)
-        return total * fit.low_factor / (1 + extra), total * fit.high_factor * (1 + extra)
+        total, (low, high) = self.total_ms(at), interval_factors(self.device.constants, at)
+        return total * low, total * high
 
     def energy_mj(self, at: KernelsAt) -> Floats:
         """Upper end of the energy of one inference above idle, (plans,). Raises UsageError for a board whose power is not known."""
-        power = self.device.card.power
+        power = _power(self.device)
         if power is None:
             raise UsageError(f"an energy budget cannot be predicted for {self.device.profile}: its card has no power figures.")
         return self.interval_ms(at)[1] * power.active_mw / 1e3 * (1 + power.uncertainty)
 
     def notes(self, at: KernelsAt) -> tuple[str, ...]:
         """Why the interval of the first plan is wider than the fit's own, in words."""
-        constants, per_kernel = self.device.constants, self.latency_ms(at)[:1]
-        totals = per_kernel.sum(axis=1) + self.network_ms
-        total, found = float(totals[0]), []
-        unseen = {kind: float(share[0]) for kind, share in self._unseen(at.kinds, per_kernel, totals).items()}
-        if (share := sum(unseen.values())) > _NOTABLE_SHARE:
-            kinds = ", ".join(
-                f"{kind} {100 * part:.0f} %{'' if constants.kernels[kind].seen_share else ', constants from another board'}"
-                for kind, part in unseen.items()
-                if part > _NOTABLE_SHARE / 2
-            )
-            found.append(
-                f"{share:.0%} of the predicted time is more than any network in the fit of {self.device.profile} spent in such kernels "
-                f"({kinds}): interval widened by {UNSEEN_WIDENING * share:.0%}."
-            )
-        doublings = float(self._doublings(totals)[0])
-        if doublings > 0:
-            low, high = constants.fit.latency_ms
-            found.append(
-                f"{total:.2f} ms is outside the {low:.3g} to {high:.4g} ms that the fit has seen: "
-                f"interval widened by {RANGE_WIDENING * doublings:.0%}."
-            )
+        profile, found = self.device.constants, []
+        widened = [(cause.words, float(cause.extra[0])) for cause in _widenings(profile, at)]
+        unseen = sum(extra for words, extra in widened if words.startswith("kernels"))
+        for words, extra in widened:
+            about_kernels = words.startswith("kernels")
+            if (unseen if about_kernels else extra) > _NOTABLE_SHARE * UNSEEN_WIDENING and extra > 0.2 * _NOTABLE_SHARE:
+                found.append(f"{words} (profile {self.device.profile}): interval widened by {extra:.0%}.")
         return tuple(found)
 
-    def _rates(self, kinds: tuple[str, ...]) -> Floats:
-        table = self._table
-        return np.stack([table[kind] for kind in kinds], axis=1) if kinds else np.zeros((4, 0))
 
-    @cached_property
-    def _table(self) -> dict[str, Floats]:
-        rates = self.device.constants.kernels
-        return {kind: np.array([r.mac_ns, r.byte_ns, r.weight_byte_ns, r.call_us]) for kind, r in rates.items()}
+class _Widening(NamedTuple):
+    words: str
+    extra: Floats  # (plans,)
 
-    def _unseen(self, kinds: tuple[str, ...], per_kernel: Floats, total: Floats) -> dict[KernelKind, Floats]:
-        """Share of the time that each kind takes beyond what it took in any fitted network, (plans,) each."""
-        shares: dict[KernelKind, Floats] = {}
-        lumped = np.array(["elementwise" if kind in MEMORY_KINDS else kind for kind in kinds])
-        for kind, rate in self.device.constants.kernels.items():
-            if (mine := lumped == kind).any():
-                shares[kind] = np.maximum(per_kernel[:, mine].sum(axis=1) / total - rate.seen_share, 0.0)
-        return shares
 
-    def _doublings(self, total_ms: Floats) -> Floats:
-        low, high = self.device.constants.fit.latency_ms
-        # The range is about the board as fitted: a correction moves predictions, not what the fit has seen.
-        raw = total_ms / self.correction
-        return np.asarray(np.log2(np.maximum(np.maximum(low / raw, raw / high), 1.0)), dtype=np.float64)
+def terms(at: KernelsAt, cache_bytes: float) -> Floats:
+    """What each constant of RATES multiplies, so that the products are nanoseconds: (rates, plans, kernels)."""
+    activation = FLOAT_BYTES * (at.input_elements + at.output_elements)
+    weight = FLOAT_BYTES * at.weight_elements
+    counted = (
+        at.macs,
+        activation,
+        weight,
+        FLOAT_BYTES * at.patch_elements,
+        np.maximum(activation - cache_bytes, 0.0),
+        np.maximum(weight - cache_bytes, 0.0),
+        1e3 * at.groups,
+        np.full_like(at.macs, 1e3),
+    )
+    return np.stack(counted)
+
+
+def kernel_ms(profile: Profile, at: KernelsAt) -> Floats:
+    """Milliseconds of every kernel by a profile's constants, (plans, kernels)."""
+    return np.asarray(_parts_ns(profile, at).sum(axis=0) / 1e6, dtype=np.float64)
+
+
+def share_of_kinds(profile: Profile, at: KernelsAt) -> dict[str, Floats]:
+    """Share of a network's time that its kernels of each kind take, (plans,) each."""
+    per_kernel = kernel_ms(profile, at)
+    total = per_kernel.sum(axis=1) + profile.network_us / 1e3
+    kinds = np.array(at.kinds)
+    return {kind: per_kernel[:, kinds == kind].sum(axis=1) / total for kind in dict.fromkeys(at.kinds)}
+
+
+def range_of(several: Sequence[KernelsAt], name: str) -> tuple[float, float]:
+    """(least, most) `channels` or `activation_bytes` of any kernel in the first plans of `several`."""
+    values = np.concatenate([_measures(at)[name][0] for at in several])
+    return float(values.min()), float(values.max())
+
+
+def interval_factors(profile: Profile, at: KernelsAt) -> tuple[Floats, Floats]:
+    """Factors (low, high), (plans,) each, that times the prediction give the 90 % interval."""
+    extra = sum((cause.extra for cause in _widenings(profile, at)), np.zeros(len(at.macs)))
+    return profile.fit.low_factor / (1 + extra), profile.fit.high_factor * (1 + extra)
+
+
+def _parts_ns(profile: Profile, at: KernelsAt) -> Floats:
+    """(rates, plans, kernels)."""
+    constants = np.array([[getattr(profile.kernels[kind], rate) for kind in at.kinds] for rate in RATES])
+    return np.asarray(terms(at, profile.cache_bytes) * constants.reshape(len(RATES), 1, -1))
+
+
+def _measures(at: KernelsAt) -> dict[str, Floats]:
+    return {"channels": at.channels, "activation_bytes": FLOAT_BYTES * (at.input_elements + at.output_elements)}
+
+
+def _widenings(profile: Profile, at: KernelsAt) -> Iterator[_Widening]:
+    """Each way in which the network leaves what the fit has seen, and by how much that widens the interval."""
+    per_kernel, fit = kernel_ms(profile, at), profile.fit
+    total = per_kernel.sum(axis=1) + profile.network_us / 1e3
+    for kind, share in share_of_kinds(profile, at).items():
+        seen = profile.kernels[kind].seen_share
+        words = f"kernels of kind {kind} take {share[0]:.0%} of the time, more than the {seen:.0%} in any network of the fit"
+        borrowed = f"kernels of kind {kind} take {share[0]:.0%} of the time and no network of the fit had any: constants from another board"
+        yield _Widening(words if seen else borrowed, UNSEEN_WIDENING * np.maximum(share - seen, 0.0))
+    low, high = fit.latency_ms
+    beyond = np.log2(np.maximum(np.maximum(low / total, total / high), 1.0))
+    yield _Widening(f"{total[0]:.2f} ms is outside the {low:.3g} to {high:.4g} ms that the fit has seen", RANGE_WIDENING * beyond)
+    for name, words in _LARGEST:
+        most = getattr(fit, name)[1]
+        beyond = np.log2(np.maximum(_measures(at)[name] / most, 1.0))
+        yield _Widening(f"{words.format(most)} that the fit has seen", RANGE_WIDENING * (per_kernel * beyond).sum(axis=1) / total)
 
 
 def predict_graph(graph: ChannelGraph, widths: NDArray[Any] | None, device: Device, *, correction: float = 1.0) -> Cost:
@@ -176,19 +223,16 @@ def predict_graph(graph: ChannelGraph, widths: NDArray[Any] | None, device: Devi
     per_kernel, total = model.latency_ms(at)[0], float(model.total_ms(at)[0])
     low, high = (float(bound[0]) for bound in model.interval_ms(at))
     latency = Estimate(total, low, high)
-    layers = tuple(
-        LayerCost(name, kind, float(ms), int(macs), float(ms / total))
-        for name, kind, ms, macs in zip(at.names, at.kinds, per_kernel, at.macs[0], strict=True)
-    )
-    energy, energy_notes = _energy(device, latency)
+    energy, total_energy, energy_notes = _energy(device, latency)
     return Cost(
         latency_ms=latency,
         energy_mj=energy,
+        total_energy_mj=total_energy,
         peak_memory_bytes=int(made.peak_memory_bytes(chosen)[0]),
         size_bytes=int(made.size_bytes(chosen)[0]),
         macs=int(made.macs(chosen)[0]),
         params=int(made.params(chosen)[0]),
-        per_layer=layers,
+        per_layer=tuple(_layers(device.constants, at, per_kernel, total)),
         basis=_basis(device, correction),
         notes=(*model.notes(at), *energy_notes),
     )
@@ -203,11 +247,31 @@ def _basis(device: Device, correction: float) -> str:
     return text if correction == 1 else f"{text}; multiplied by {correction:.3f}, the ratio of measured to predicted on this device"
 
 
-def _energy(device: Device, latency: Estimate) -> tuple[Estimate | None, tuple[str, ...]]:
-    power = device.card.power
+def _layers(profile: Profile, at: KernelsAt, per_kernel: Floats, total: float) -> Iterator[LayerCost]:
+    parts = _parts_ns(profile, at)[:, 0, :]
+    moved = FLOAT_BYTES * (at.input_elements + at.output_elements + at.weight_elements)[0]
+    bounds = tuple(_BOUNDS)
+    most = np.argmax([parts[list(rows)].sum(axis=0) for rows in _BOUNDS.values()], axis=0)
+    for number, (name, kind) in enumerate(zip(at.names, at.kinds, strict=True)):
+        ms = float(per_kernel[number])
+        yield LayerCost(name, kind, ms, int(at.macs[0, number]), int(moved[number]), ms / total, bounds[most[number]])
+
+
+def _power(device: Device) -> Power | None:
+    return device.constants.power or device.card.power
+
+
+def _energy(device: Device, latency: Estimate) -> tuple[Estimate | None, Estimate | None, tuple[str, ...]]:
+    """(above idle, with idle, what to know about them)."""
+    power = _power(device)
     if power is None:
-        return None, ()
-    # mW * ms is µJ.
-    active, spread = power.active_mw / 1e3, power.uncertainty
-    energy = Estimate(latency.value * active, latency.low * active * (1 - spread), latency.high * active * (1 + spread))
-    return energy, (f"energy is an estimate, not validated: {active:.2f} W above idle times the latency ({power.source}).",)
+        return None, None, ()
+
+    def times(milliwatts: float) -> Estimate:
+        # mW * ms is µJ.
+        watts, spread = milliwatts / 1e3, power.uncertainty
+        return Estimate(latency.value * watts, latency.low * watts * (1 - spread), latency.high * watts * (1 + spread))
+
+    how = f"{power.active_mw / 1e3:.2f} W above idle, {power.idle_mw / 1e3:.2f} W idle, times the latency ({power.source})."
+    kind = f"energy is predicted and was validated against {power.validated}" if power.validated else "energy is an estimate, not validated"
+    return times(power.active_mw), times(power.active_mw + power.idle_mw), (f"{kind}: {how}",)

@@ -8,6 +8,7 @@ and weights are products of such sizes) and allocators ask in loops.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -23,7 +24,10 @@ FLOAT_BYTES = 4
 # An ONNX file beyond its weights: header, opset and graph tables, and the node, names and attributes of each kernel.
 FILE_BYTES, KERNEL_FILE_BYTES = 512, 256
 
-_ELEMENTWISE = frozenset({"activation", "add", "mul"})
+# Activations that cost an exponential; the others are as cheap as an addition.
+_EXPONENTIAL = frozenset({"silu", "sigmoid", "hardswish", "hardsigmoid", "gelu", "elu", "celu", "selu", "mish", "softplus", "tanh"})
+# Operations without options or weights: two with the same inputs are the same, and runtimes compute them once.
+_PLAIN = frozenset({"relu", "sigmoid", "silu", "hardswish", "hardsigmoid", "tanh", "add", "mul", "sub"})
 # Activations that ONNX Runtime and LiteRT run as kernels of their own, even right after a convolution.
 _UNFUSED = frozenset({"silu", "hardswish", "gelu", "elu", "celu", "selu", "mish", "softplus"})
 _NORM_TENSORS = ("weight", "bias", "running_mean", "running_var")
@@ -39,13 +43,17 @@ class KernelsAt:
     input_elements: Floats
     output_elements: Floats
     weight_elements: Floats
+    patch_elements: Floats  # inputs times the taps that read each: what a convolution larger than 1x1 gathers
+    channels: Floats  # of the output
+    groups: Floats  # of a grouped convolution
 
 
 @dataclass(frozen=True, eq=False)
 class Kernels:
     """The kernels a runtime executes for `graph`, in order.
 
-    kinds: conv1x1, conv3x3 (stride 1), conv_other, depthwise, grouped, linear, elementwise, pool, cat, resize, norm or other.
+    kinds: conv1x1, conv3x3 (stride 1), conv_other, depthwise, depthwise_large (more than 3x3), grouped, linear; activation (those that
+    take an exponential), elementwise, scale (with an operand that is broadcast), pool, global_pool, cat, resize, pad, norm, other.
     `widths` in every method is (plans, groups) or (groups,): the channels each group keeps, in the order of graph.groups; results
     have one entry per plan.
     """
@@ -62,14 +70,17 @@ class Kernels:
         w = checked(widths, len(self.graph.groups))
         held = self._activations.at(w)
         sizes = elements(self._weights, w)
-        bias = self._biases.at(w)
+        read, written = held @ self._reading, held[:, list(self.writes)]
         return KernelsAt(
             names=self.names,
             kinds=self.kinds,
             macs=sizes * self._positions,
-            input_elements=held @ self._reading,
-            output_elements=held[:, list(self.writes)],
-            weight_elements=sizes * self._has_weight + bias,
+            input_elements=read,
+            output_elements=written,
+            weight_elements=sizes * self._has_weight + self._biases.at(w),
+            patch_elements=read * self._taps,
+            channels=written / self._output_area,
+            groups=self._groups_at(w, read),
         )
 
     def macs(self, widths: NDArray[Any]) -> Floats:
@@ -96,6 +107,14 @@ class Kernels:
         peak: Floats = self._weight_bytes(w) + FLOAT_BYTES * arena
         return peak
 
+    def _groups_at(self, w: Floats, read: Floats) -> Floats:
+        """Groups that stay: input channels over those that each filter reads, 0 for what is no grouped conv."""
+        grouped = np.array([kind == "grouped" for kind in self.kinds])
+        if not grouped.any():
+            return np.zeros_like(read)
+        filters = np.where(grouped, self._weights[1].at(w), 1.0)
+        return np.asarray(grouped * read / self._input_area / np.maximum(filters, 1.0), dtype=np.float64)
+
     def _weight_bytes(self, w: Floats) -> Floats:
         sizes = elements(self._weights, w) * self._has_weight + self._biases.at(w)
         total: Floats = FLOAT_BYTES * (sizes @ self._first_use)
@@ -108,6 +127,22 @@ class Kernels:
     @cached_property
     def _positions(self) -> Floats:
         return np.array([op.positions if op.kind in ("conv", "linear") else 0.0 for op in self._main], dtype=np.float64)
+
+    @cached_property
+    def _input_area(self) -> Floats:
+        """Positions per channel of the first input."""
+        return np.array([_area(self.graph, reads[0]) if reads else 1 for reads in self.reads], dtype=np.float64)
+
+    @cached_property
+    def _output_area(self) -> Floats:
+        return np.array([_area(self.graph, write) for write in self.writes], dtype=np.float64)
+
+    @cached_property
+    def _taps(self) -> Floats:
+        """How often a convolution's patches hold each input element; 0 for 1x1 (no patches) and depthwise (its MACs count them)."""
+        gathers = [kind in ("conv3x3", "conv_other", "grouped") for kind in self.kinds]
+        sizes = [math.prod(op.kernel) * op.positions for op in self._main]
+        return np.array([g * s for g, s in zip(gathers, sizes, strict=True)], dtype=np.float64) / self._input_area
 
     @cached_property
     def _has_weight(self) -> Floats:
@@ -177,7 +212,7 @@ class Kernels:
 
 def kernels(graph: ChannelGraph) -> Kernels:
     """The kernels a runtime executes for the graph: norms folded, activations fused, views and unused results gone."""
-    source = _view_sources(graph)
+    source = _sources(graph)
     members: dict[int, list[int]] = {}
     for number, op in enumerate(graph.ops):
         if op.output not in source:
@@ -210,22 +245,44 @@ def _name(op: Op) -> str:
 def _kind(graph: ChannelGraph, op: Op) -> str:
     if op.kind == "conv" and op.weight is not None:
         if op.groups > 1:
-            return "depthwise" if graph.shapes[op.weight][1] == 1 else "grouped"
+            depthwise = "depthwise_large" if math.prod(op.kernel) > 9 else "depthwise"
+            return depthwise if graph.shapes[op.weight][1] == 1 else "grouped"
         if all(k == 1 for k in op.kernel):
             return "conv1x1"
         return "conv3x3" if op.kernel == (3, 3) and all(s == 1 for s in op.stride) else "conv_other"
-    if op.kind in _ELEMENTWISE:
-        return "elementwise"
-    return op.kind if op.kind in ("linear", "pool", "cat", "resize", "norm") else "other"
+    if op.name in _EXPONENTIAL:
+        return "activation"
+    if op.kind in ("activation", "add", "mul"):
+        broadcast = op.kind != "activation" and any(_dense(graph, a) < _dense(graph, op.output) for a in op.inputs)
+        return "scale" if broadcast else "elementwise"
+    if op.kind == "pool":
+        return "global_pool" if _area(graph, op.output) == 1 else "pool"
+    if op.name == "constant_pad_nd":
+        return "pad"
+    return op.kind if op.kind in ("linear", "cat", "resize", "norm") else "other"
 
 
-def _view_sources(graph: ChannelGraph) -> dict[int, int]:
-    """Activation -> the activation whose memory it shows. A move that keeps every element is a view; slices and pads copy."""
+def _sources(graph: ChannelGraph) -> dict[int, int]:
+    """Activation -> the one whose memory holds it: what a view shows (a move that keeps every element; slices and pads copy), and
+    what an operation already gave that is computed a second time.
+    """
     source: dict[int, int] = {}
+    known: dict[tuple[str, tuple[int, ...]], int] = {}
     for op in graph.ops:
-        if op.kind == "move" and len(op.inputs) == 1 and op.fused < 0 and _dense(graph, op.inputs[0]) == _dense(graph, op.output):
-            source[op.output] = source.get(op.inputs[0], op.inputs[0])
+        inputs = tuple(source.get(a, a) for a in op.inputs)
+        if op.kind == "move" and len(inputs) == 1 and op.fused < 0 and _dense(graph, op.inputs[0]) == _dense(graph, op.output):
+            source[op.output] = inputs[0]
+        elif op.name in _PLAIN and len(inputs) == (1 if op.kind == "activation" else 2):
+            first = known.setdefault((op.name, inputs), op.output)
+            if first != op.output:
+                source[op.output] = first
     return source
+
+
+def _area(graph: ChannelGraph, number: int) -> int:
+    """Positions per channel, where the channel is axis 1 of images and the last axis of the rest."""
+    shape = graph.activations[number].shape
+    return max(math.prod(shape[2:]) if len(shape) == 4 else math.prod(shape[:-1]), 1)
 
 
 def _dense(graph: ChannelGraph, number: int) -> int:
@@ -245,7 +302,7 @@ def _buffers(made: Kernels) -> dict[int, int]:
     pinned = {*made.graph.output_activations, *made.graph.input_activations}
     owner: dict[int, int] = {}
     for kernel, (kind, reads, write) in enumerate(zip(made.kinds, made.reads, made.writes, strict=True)):
-        if kind in ("elementwise", "norm"):
+        if kind in ("activation", "elementwise", "scale", "norm"):
             free = (a for a in reads if a not in pinned and last_read[a] == kernel and _same_size(made.graph, a, write))
             if (reused := next(free, None)) is not None:
                 owner[write] = owner.get(reused, reused)

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -16,14 +18,16 @@ GRAPH, MADE = tiny(), kernels(tiny())
 
 
 def one_kernel(kind: str, macs: float, elements: float = 0.0) -> KernelsAt:
-    return KernelsAt(("k",), (kind,), *(np.array([[v]]) for v in (macs, elements, 0.0, 0.0)))
+    return KernelsAt(("k",), (kind,), *(np.array([[v]]) for v in (macs, elements, 0.0, 0.0, 0.0, 64.0, 0.0)))
 
 
 def test_a_kernel_by_hand() -> None:
     pi = device("rpi4")
     rate = pi.constants.kernels["conv3x3"]
     got = CostModel(pi).latency_ms(one_kernel("conv3x3", 1e9, 1e6))
-    expected = (1e9 * rate.mac_ns + FLOAT_BYTES * 1e6 * rate.byte_ns + 1e3 * rate.call_us) / 1e6
+    moved = FLOAT_BYTES * 1e6
+    far = (moved - pi.constants.cache_bytes) * rate.far_byte_ns
+    expected = (1e9 * rate.mac_ns + moved * rate.byte_ns + far + 1e3 * rate.call_us) / 1e6
     assert got.shape == (1, 1)
     assert got[0, 0] == pytest.approx(expected)
 
@@ -51,7 +55,8 @@ def test_a_batch_gives_what_single_plans_give() -> None:
 
 def test_like_the_fitted_networks_the_interval_is_the_fit_s_own() -> None:
     model, fit = CostModel(device("rpi4")), device("rpi4").constants.fit
-    mix = KernelsAt(("a", "b", "c"), ("conv1x1", "conv3x3", "conv_other"), *np.array([[[1.2e9, 2.9e9, 9.5e8]], *np.zeros((3, 1, 3))]))
+    columns = [[[1.2e9, 2.9e9, 9.5e8]], *np.zeros((4, 1, 3)), np.full((1, 3), 64.0), np.zeros((1, 3))]
+    mix = KernelsAt(("a", "b", "c"), ("conv1x1", "conv3x3", "conv_other"), *map(np.array, columns))
     low, high = model.interval_ms(mix)
     assert high[0] / model.total_ms(mix)[0] == pytest.approx(fit.high_factor)
     assert low[0] / model.total_ms(mix)[0] == pytest.approx(fit.low_factor)
@@ -63,7 +68,7 @@ def test_unlike_them_it_is_wider_and_says_why() -> None:
     depthwise = one_kernel("depthwise", 1e8)
     ratio = model.interval_ms(depthwise)[1][0] / model.total_ms(depthwise)[0]
     assert ratio == pytest.approx(fit.high_factor * (1 + UNSEEN_WIDENING), rel=0.01)
-    assert "depthwise 100 %, constants from another board" in model.notes(depthwise)[0]
+    assert "depthwise take 99% of the time and no network of the fit had any: constants from another board" in model.notes(depthwise)[0]
     pointwise = one_kernel("conv1x1", 3e9)
     seen = device("rpi4").constants.kernels["conv1x1"].seen_share
     ratio = model.interval_ms(pointwise)[1][0] / model.total_ms(pointwise)[0]
@@ -71,7 +76,33 @@ def test_unlike_them_it_is_wider_and_says_why() -> None:
     assert "another board" not in model.notes(pointwise)[0]
     small = one_kernel("conv3x3", 1e6)
     assert model.interval_ms(small)[1][0] > model.total_ms(small)[0] * fit.high_factor * 1.5
-    assert "outside" in model.notes(small)[-1]
+    assert any("outside" in note for note in model.notes(small))
+
+
+def test_layers_wider_and_maps_larger_than_any_in_the_fit_widen_it() -> None:
+    model, fit = CostModel(device("rpi4")), device("rpi4").constants.fit
+    usual = one_kernel("conv3x3", 3e9)
+    wide = replace(usual, channels=np.array([[4 * fit.channels[1]]]))
+    assert model.interval_ms(wide)[1][0] == pytest.approx(model.interval_ms(usual)[1][0] * _ratio(model, wide, usual), rel=1e-9)
+    assert _ratio(model, wide, usual) > 1.15
+    assert any("layers wider than" in note for note in model.notes(wide))
+    large = replace(usual, output_elements=np.array([[fit.activation_bytes[1]]]))
+    assert any("feature maps larger than" in note for note in model.notes(large))
+
+
+def _ratio(model: CostModel, one: KernelsAt, other: KernelsAt) -> float:
+    """How much wider the interval of `one` is, as a share of its prediction."""
+    widths = [float(model.interval_ms(at)[1][0] / model.total_ms(at)[0]) for at in (one, other)]
+    return widths[0] / widths[1]
+
+
+def test_many_plans_at_once_are_as_each_alone() -> None:
+    plans = np.random.default_rng(0).integers(1, 5, size=(3000, 2))
+    model = CostModel(device("rpi4"))
+    together = model.of_widths_ms(MADE, plans)
+    assert together.shape == (3000,)
+    np.testing.assert_allclose(together[[0, 1500, 2999]], [model.total_ms(MADE.at(plans[i]))[0] for i in (0, 1500, 2999)])
+    assert model.of_widths_ms(MADE, plans[0]).shape == (1,)
 
 
 def test_a_correction_scales_everything_but_not_the_range() -> None:
@@ -92,6 +123,13 @@ def test_predict_graph_tells_everything() -> None:
     assert cost.basis.startswith("predicted, not measured: profile rpi4-ort")
     assert cost.energy_mj is not None and cost.energy_mj.low < cost.energy_mj.value < cost.energy_mj.high
     assert any("not validated" in note for note in cost.notes)
+    assert cost.total_energy_mj is not None and cost.total_energy_mj.value > cost.energy_mj.value
+    validated = predict_graph(GRAPH, None, device("rpi5-litert"))
+    assert any("was validated against" in note for note in validated.notes)
+    first = cost.per_layer[0]
+    assert first.bytes_moved == 4 * (300 + 800 + 224)
+    assert {layer.bound for layer in cost.per_layer} <= {"compute", "memory", "call overhead"}
+    assert cost.per_layer[-1].bound != "compute"
     assert predict_graph(GRAPH, None, device("host")).energy_mj is None
     assert predict_graph(GRAPH, np.array([4, 2]), device("rpi4")).latency_ms.value < cost.latency_ms.value
     with pytest.raises(UsageError, match="one plan"):

@@ -62,7 +62,7 @@ def tiny() -> ChannelGraph:
 def test_fusion_views_and_dead_code() -> None:
     made = kernels(tiny())
     assert made.names == ("a", "b", "silu", "fc")
-    assert made.kinds == ("conv3x3", "conv1x1", "elementwise", "linear")
+    assert made.kinds == ("conv3x3", "conv1x1", "activation", "linear")
 
 
 def test_sizes_by_hand() -> None:
@@ -71,6 +71,9 @@ def test_sizes_by_hand() -> None:
     assert at.macs.tolist() == [[21600, 3200, 0, 2000], [16200, 1800, 0, 1500]]
     assert at.input_elements.tolist() == [[300, 800, 400, 400], [300, 600, 300, 300]]
     assert at.output_elements.tolist() == [[800, 400, 400, 5], [600, 300, 300, 5]]
+    # Nine taps of three channels at each of 100 positions; a 1x1 conv gathers nothing.
+    assert at.patch_elements.tolist() == [[2700, 0, 0, 0], [2700, 0, 0, 0]]
+    assert at.channels.tolist() == [[8, 4, 4, 5], [6, 3, 3, 5]]
     # conv a carries the folded norm's bias.
     assert at.weight_elements.tolist() == [[216 + 8, 32 + 4, 0, 2005], [162 + 6, 18 + 3, 0, 1505]]
     assert made.macs(np.array([6, 3])).tolist() == [19500]
@@ -128,8 +131,35 @@ def test_real_networks_agree_with_their_slim_selves() -> None:
     dense = np.array(small.graph.dense_widths)
     one, other = made.at(widths), small.at(dense)
     assert one.kinds == other.kinds
-    for name in ("macs", "input_elements", "output_elements", "weight_elements"):
+    for name in ("macs", "input_elements", "output_elements", "weight_elements", "patch_elements", "channels", "groups"):
         np.testing.assert_array_equal(getattr(one, name), getattr(other, name), err_msg=name)
     assert made.params(widths) == small.params(dense)
     assert made.size_bytes(widths) == small.size_bytes(dense)
     assert made.peak_memory_bytes(widths) == small.peak_memory_bytes(dense)
+
+
+def test_kinds_that_cost_differently_are_told_apart() -> None:
+    import torch
+
+    from edgeprune.graph.trace import trace
+
+    class Many(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.large = torch.nn.Conv2d(8, 8, 5, padding=2, groups=8)
+            self.grouped = torch.nn.Conv2d(8, 16, 3, padding=1, groups=4)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            x = self.large(torch.nn.functional.pad(x, (1, 1, 1, 1)))
+            gate = torch.sigmoid(x.mean((2, 3), keepdim=True))
+            y: torch.Tensor = self.grouped(torch.relu(x) * gate + torch.relu(x))
+            return y
+
+    graph = trace(Many(), torch.zeros(1, 8, 10, 10))
+    made = kernels(graph)
+    # The first relu runs inside the convolution, and the second one's result is already there.
+    assert sorted(made.kinds) == sorted(("pad", "depthwise_large", "global_pool", "activation", "scale", "elementwise", "grouped"))
+    grouped = made.kinds.index("grouped")
+    at = made.at(np.array(graph.dense_widths))
+    assert at.groups[0].tolist() == [4.0 if n == grouped else 0.0 for n in range(len(made.kinds))]
+    assert at.patch_elements[0, grouped] == 8 * 12 * 12 * 9

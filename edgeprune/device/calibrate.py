@@ -1,0 +1,229 @@
+"""Fits a profile to a board that can be measured: small networks that tell kernel kinds apart, run there by the measuring protocol.
+
+Each probe is a chain of one kernel kind at one size, or a block as real networks have it; families are (kind, channels), so the error
+that is reported is that of sizes the fit has not seen. What was measured is kept after every probe: a calibration that is
+interrupted goes on where it was. Widths are measured apart, one by one, for the staircase: how fast a channel is at which width.
+"""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from edgeprune.device.card import Device, Profile, Staircase
+from edgeprune.device.fit import COLUMNS, Fitted, Prior, Sample, constants_of, fit_profile, refine
+from edgeprune.device.kernels import KernelsAt, kernels
+from edgeprune.device.measure import QUICK, Measurement, Schedule, measure
+from edgeprune.errors import DeviceError
+from edgeprune.graph.trace import trace
+
+Progress = Callable[[str, int, int], None]
+FORMATS = {"onnxruntime": "onnx", "litert": "tflite"}
+# (kernel side, groups); 0 groups: one per channel
+_CONVS = {"conv1x1": (1, 1), "conv3x3": (3, 1), "conv_other": (5, 1), "depthwise": (3, 0), "depthwise_large": (5, 0), "grouped": (3, 8)}
+_SIZES = ((32, 32), (64, 14), (128, 28), (256, 14))
+_MEMORY = ("activation", "elementwise", "scale", "pool", "cat", "resize")
+# As for the compress loop, with as few processes as give an interval: many networks matter more than the interval of each.
+_SCHEDULE: Schedule = {**QUICK, "processes": 3}
+# A width is as good as another when its time per channel is within this share of it.
+_SAME_SPEED = 0.02
+STAIRCASE_WIDTHS, STAIRCASE_SIDES, STAIRCASE_KINDS = tuple(range(40, 73, 4)), (14, 28), ("conv1x1", "conv3x3", "depthwise")
+
+
+@dataclass(frozen=True)
+class Probe:
+    """One network to measure: `depth` links of a kernel kind with `channels` at `side` x `side`, or a "block" or "linear"."""
+
+    kind: str
+    channels: int
+    side: int
+    depth: int = 4
+
+    @property
+    def name(self) -> str:
+        """conv3x3-64x14x4."""
+        return f"{self.kind}-{self.channels}x{self.side}x{self.depth}"
+
+    def build(self) -> tuple[nn.Module, Tensor]:
+        """(the network, an example input); its weights are the same every time."""
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            shape = (1, self.channels) if self.kind == "linear" else (1, self.channels, self.side, self.side)
+            return nn.Sequential(*(_link(self.kind, self.channels) for _ in range(self.depth))).eval(), torch.rand(shape)
+
+
+def probes(quick: bool) -> tuple[Probe, ...]:
+    """The networks of a calibration: about 50, or 12 for a quick one."""
+    if quick:
+        convs = [Probe(kind, 64, 14) for kind in ("conv1x1", "conv3x3", "depthwise")]
+        convs += [Probe(kind, 128, 28) for kind in ("conv1x1", "conv3x3")]
+        rest = [Probe("elementwise", 64, 28, 6), Probe("activation", 64, 28, 6), Probe("pool", 64, 28), Probe("linear", 512, 1, 3)]
+        return (*convs, *rest, Probe("block", 32, 28), Probe("block", 96, 14), Probe("conv3x3", 16, 8, 2))
+    convs = [Probe(kind, c, s) for kind in _CONVS for c, s in _SIZES]
+    memory = [Probe(kind, c, s, 6) for kind in _MEMORY for c, s in ((16, 32), (64, 28), (128, 28))]
+    linear = [Probe("linear", c, 1, 3) for c in (128, 512, 1024)]
+    blocks = [Probe("block", c, s) for c, s in ((16, 56), (32, 28), (96, 14), (192, 7))]
+    return (*convs, *memory, *linear, *blocks)
+
+
+def calibrate(device: Device, *, quick: bool = False, store: Path, progress: Progress = lambda *_: None) -> Fitted:
+    """A profile for `device`, which must be attached, fitted to networks measured there; the present profile is the prior.
+
+    Measurements are kept in `store` (JSON), and what is there is not measured again. A full calibration also measures the staircase.
+    Takes about 5 s a network, 50 of them and 54 widths, or 12 networks with `quick`. Raises DeviceError for a device that is not attached.
+    """
+    present, chosen = device.constants, probes(quick)
+    samples = [_sample(probe, ms) for probe, ms in _measured(device, chosen, store, "networks", progress)]
+    shape = dict(zip(COLUMNS, constants_of(present).tolist(), strict=True))
+    prior = Prior(shape, 0.1 if quick else 0.01, present.cache_bytes)
+    facts = {key: getattr(present, key) for key in ("runtime", "threads", "precision", "clock_mhz", "description", "power")}
+    where = f"{device.name} at {host}" if (host := getattr(device, "host", "")) else device.name
+    prior_words = f"constants drawn to those of {device.profile} before; interval: split conformal"
+    words = {
+        "source": f"{len(samples)} small networks measured on {where}",
+        "method": f"nonnegative least squares on relative errors, {prior_words}",
+        "held_out": "networks of unseen kinds and widths, five folds",
+    }
+    made = fit_profile(samples, prior, facts, words)
+    if quick:
+        return made
+    steps = staircase(device, store=store, progress=progress)
+    return Fitted(made.profile.model_copy(update={"staircase": steps}), made.held_out_ms, made.covered)
+
+
+def staircase(device: Device, *, store: Path, progress: Progress = lambda *_: None) -> Staircase:
+    """Milliseconds against width for kinds of convolution and sizes, and the multiple of channels that is fastest per channel."""
+    chosen = [Probe(kind, width, side, 3) for kind in STAIRCASE_KINDS for side in STAIRCASE_SIDES for width in STAIRCASE_WIDTHS]
+    ms = dict(_measured(device, chosen, store, "widths", progress))
+    rows = {f"{k} {s}": tuple(ms[Probe(k, w, s, 3)] for w in STAIRCASE_WIDTHS) for k in STAIRCASE_KINDS for s in STAIRCASE_SIDES}
+    return Staircase(widths=STAIRCASE_WIDTHS, latency_ms=rows, channel_multiple=best_multiple(STAIRCASE_WIDTHS, list(rows.values())))
+
+
+def best_multiple(widths: Sequence[int], rows: Sequence[Sequence[float]]) -> int:
+    """The smallest multiple of channels whose widths are as fast per channel as those of any larger one, 4 to 16.
+
+    A convolution is compared with the straight line through its own times, so that fixed costs do not favour wide layers.
+    """
+    w = np.array(widths, dtype=np.float64)
+    above = []
+    for row in rows:
+        t = np.array(row)
+        above.append(t / np.polyval(np.polyfit(w, t, 2), w))
+    slow = np.mean(above, axis=0)
+    means = {m: float(slow[w % m == 0].mean()) for m in (4, 8, 16) if (w % m == 0).sum() >= 2}
+    best = min(means.values())
+    return min(m for m, value in means.items() if value <= best + _SAME_SPEED)
+
+
+def anchored(profile: Profile, path: Path) -> tuple[Profile, Any, Any, list[str]]:
+    """(profile adapted to the measurements in a file, errors before, errors after, names); see `fit.refine`.
+
+    The file is a JSON list of {"model": "timm:NAME", "torchvision:NAME", "pkg.mod:function" or "file.py:function", "input_shape":
+    [1, 3, 224, 224], "latency_ms": 41.5}. Raises DeviceError for another content, and what loading a model raises.
+    """
+    from edgeprune.load import build_network
+
+    try:
+        entries = [(str(e["model"]), tuple(map(int, e["input_shape"])), float(e["latency_ms"])) for e in json.loads(path.read_text())]
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise DeviceError(
+            f"the anchors in {path} cannot be used ({type(error).__name__}: {error}): it must be a JSON list of "
+            '{"model": "timm:resnet18", "input_shape": [1, 3, 224, 224], "latency_ms": 41.5}.'
+        ) from error
+    samples = [Sample(name, name, ms, _kernels(build_network(name), torch.zeros(shape))) for name, shape, ms in entries]
+    made, before, after = refine(profile, samples)
+    return made, before, after, [name for name, _, _ in entries]
+
+
+def _measured(device: Device, chosen: Sequence[Probe], store: Path, what: str, progress: Progress) -> list[tuple[Probe, float]]:
+    """The milliseconds of every probe: from the store, or measured now and put there."""
+    known: dict[str, float] = json.loads(store.read_text()) if store.exists() else {}
+    found = []
+    for number, probe in enumerate(chosen):
+        progress(what, number, len(chosen))
+        if probe.name not in known:
+            known[probe.name] = _latency_ms(device, probe)
+            store.parent.mkdir(parents=True, exist_ok=True)
+            partial = store.with_suffix(".tmp")
+            partial.write_text(json.dumps(known, indent=0))
+            partial.replace(store)
+        found.append((probe, known[probe.name]))
+    progress(what, len(chosen), len(chosen))
+    return found
+
+
+def _latency_ms(device: Device, probe: Probe) -> float:
+    """The median; the fastest run where other programs had the CPU, because theirs is not the network's time."""
+    from edgeprune.export import export
+
+    network, example = probe.build()
+    form = FORMATS.get(device.constants.runtime)
+    if form is None:
+        raise DeviceError(
+            f"{device.profile} runs {device.constants.runtime}, for which nothing is exported: {' and '.join(FORMATS)} can be calibrated."
+        )
+    with tempfile.TemporaryDirectory() as folder:
+        artifact = export(network, example, Path(folder) / "probe", format=form)
+        found: Measurement = measure(artifact.path, device, **_SCHEDULE)
+    return found.min_ms if found.problems else found.latency_ms
+
+
+def _sample(probe: Probe, latency_ms: float) -> Sample:
+    return Sample(probe.name, f"{probe.kind}-{probe.channels}", latency_ms, _kernels(*probe.build()))
+
+
+def _kernels(network: nn.Module, example: Tensor) -> KernelsAt:
+    graph = trace(network.eval(), example)
+    return kernels(graph).at(graph.dense_widths)
+
+
+def _link(kind: str, channels: int) -> nn.Module:
+    if kind in _CONVS:
+        side, groups = _CONVS[kind]
+        return nn.Sequential(nn.Conv2d(channels, channels, side, 1, side // 2, groups=groups or channels), nn.ReLU())
+    if kind == "linear":
+        return nn.Sequential(nn.Linear(channels, channels), nn.ReLU())
+    if kind == "block":
+        return _Block(channels)
+    return {"activation": nn.SiLU(), "pool": nn.AvgPool2d(3, 1, 1)}.get(kind, _Memory(kind))
+
+
+class _Block(nn.Module):
+    """An inverted residual, as mobile networks have them: kinds in the mix in which they meet."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        wide = 4 * channels
+        self.body = nn.Sequential(
+            nn.Conv2d(channels, wide, 1), nn.ReLU(), nn.Conv2d(wide, wide, 3, 1, 1, groups=wide), nn.ReLU(), nn.Conv2d(wide, channels, 1)
+        )  # fmt: skip
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = x + self.body(x)
+        return out
+
+
+class _Memory(nn.Module):
+    """Kernels that only move memory."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.kind = kind
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = torch.relu(x)
+        if self.kind == "elementwise":
+            return x + y
+        if self.kind == "scale":
+            return x * y.mean((2, 3), keepdim=True)
+        if self.kind == "cat":
+            return torch.cat([x, y], 1)[:, : x.shape[1]]
+        return nn.functional.avg_pool2d(nn.functional.interpolate(y, scale_factor=2.0), 2)
