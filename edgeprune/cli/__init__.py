@@ -28,7 +28,7 @@ for command in (
     compress.compress,
     compress.demo,
     look.inspect,
-    look.profile,
+    board.profile,
     look.evaluate,
     runs.report,
     look.criteria,
@@ -37,6 +37,7 @@ for command in (
     app.command()(command)
 devices_app.command("list")(board.list_)
 devices_app.command("show")(board.show)
+devices_app.command("check")(board.check)
 
 
 def main() -> None:

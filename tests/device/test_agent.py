@@ -158,5 +158,7 @@ def test_reads_the_state_of_a_board(tmp_path: Path) -> None:
 
 def test_names_an_arm_cpu_by_its_part(tmp_path: Path) -> None:
     text = "processor\t: 0\nCPU implementer\t: 0x41\nCPU part\t: 0xd08\n\nprocessor\t: 1\nCPU part\t: 0xd08\n"
-    assert agent.cpu_model(board(tmp_path, {"proc/cpuinfo": text})) == "0xd08"
-    assert agent.cpu_model(board(tmp_path, {"proc/cpuinfo": "model name\t: Fast CPU @ 3 GHz\n" * 2})) == "Fast CPU @ 3 GHz"
+    keys = ("model name", "CPU part")
+    assert agent.cpu_field(*keys, root=board(tmp_path, {"proc/cpuinfo": text})) == "0xd08"
+    assert agent.cpu_field(*keys, root=board(tmp_path, {"proc/cpuinfo": "model name\t: Fast CPU @ 3 GHz\n" * 2})) == "Fast CPU @ 3 GHz"
+    assert agent.cpu_field(*keys, root=str(tmp_path / "empty")) == ""
