@@ -180,6 +180,7 @@ def _asked(job: Job) -> dict[str, Any]:
     return {
         "budget": job.budget.limits(),
         "device": job.device.profile,
+        "host": job.device.host,
         "criterion": job.criterion,
         "allocate": job.allocator,
         "recover": job.recover,

@@ -10,7 +10,7 @@ import hashlib
 import json
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -26,6 +26,7 @@ from edgeprune.data import Data, Split
 from edgeprune.device.card import Device
 from edgeprune.device.cost import Cost, CostModel, predict_graph
 from edgeprune.device.measure import FULL, QUICK, Measurement, measure
+from edgeprune.device.session import energy_of, need_sensor
 from edgeprune.errors import BudgetError, DataError
 from edgeprune.export import Artifact, export
 from edgeprune.graph import ChannelGraph, portable
@@ -175,6 +176,8 @@ class Pipeline:
     def choose(self, scores: Scores) -> Choice:
         """The plan that meets the budget; with a board attached, by its measurements."""
         job = self.job
+        if job.device.attached and job.budget.energy_mj is not None:
+            need_sensor(job.device)
 
         def compute() -> Choice:
             if job.device.attached and job.budget.latency_ms is not None:
@@ -193,7 +196,7 @@ class Pipeline:
             "budget": job.budget.limits(),
             "allocator": job.allocator,
             "rules": job.rules.to_json(),
-            "device": [job.device.profile, job.device.card.model_dump(mode="json")],
+            "device": [job.device.profile, job.device.host, job.device.card.model_dump(mode="json")],
         }
         return self.run.cached("allocate", inputs, compute, write=write, read=read)
 
@@ -358,6 +361,8 @@ class Pipeline:
             if asked is not None and small.high_ms > asked:
                 # A neighbour on the machine may have disturbed the minute: one more look, the calmer one counts.
                 small = min(small, measure(artifact.path, self.job.device, **FULL), key=lambda m: m.high_ms)
+            if self.job.budget.energy_mj is not None:
+                small = replace(small, energy=energy_of(artifact.path, self.job.device))
             self.progress("measuring", 2, 2)
             return {"dense": dense, "compressed": small}
 

@@ -134,8 +134,7 @@ class Session:
             listener.start()
             timer.start()
             try:
-                child.stdin.write(json.dumps(request) + "\n")
-                child.stdin.flush()
+                os.write(child.stdin.fileno(), (json.dumps(request) + "\n").encode())
                 line = child.stdout.readline()
             except BrokenPipeError:
                 line = ""
@@ -272,24 +271,25 @@ class Loaded:
     """An artifact in its runtime. `set` takes inputs by name, `run` is one inference, `outputs` what it gave."""
 
     def __init__(self, artifact: str, threads: int, profile: str = "") -> None:
+        opener = {".onnx": self._onnx, ".tflite": self._tflite}.get(os.path.splitext(artifact)[1])
+        if opener is None:
+            raise RequestError("bad_artifact", f"{artifact} is neither .onnx nor .tflite")
         try:
             import numpy  # noqa: F401  the runtimes' own import errors name it less clearly
 
-            started = time.perf_counter_ns()
-            self._open = {".onnx": self._onnx, ".tflite": self._tflite}[os.path.splitext(artifact)[1]]
-            self._open(artifact, threads, profile)
+            opener(artifact, threads, profile)
         except ImportError as error:
             raise RequestError("missing_runtime", f"{error} (Python {sys.executable})") from error
-        except KeyError:
-            raise RequestError("bad_artifact", f"{artifact} is neither .onnx nor .tflite") from None
-        self.load_ms = (time.perf_counter_ns() - started) / 1e6
+        self.load_ms = (time.perf_counter_ns() - self._imported_ns) / 1e6
 
     def _onnx(self, artifact: str, threads: int, profile: str) -> None:
+        os.environ["ORT_DISABLE_TELEMETRY"] = "1"  # or it keeps a device id and a database in the account's cache folder
         import onnxruntime
         from onnxruntime.capi import onnxruntime_pybind11_state as state
 
         self.errors = tuple(e for e in vars(state).values() if isinstance(e, type) and issubclass(e, Exception))
         self.runtime = "onnxruntime " + _version("onnxruntime")
+        self.baseline_bytes, self._imported_ns = _status_bytes("VmRSS"), time.perf_counter_ns()
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads, options.inter_op_num_threads, options.log_severity_level = threads, 1, 4
         options.enable_profiling, options.profile_file_prefix = bool(profile), profile or "unused"
@@ -309,6 +309,7 @@ class Loaded:
     def _tflite(self, artifact: str, threads: int, profile: str) -> None:
         package = "ai-edge-litert" if _version("ai-edge-litert") else "tflite-runtime"
         interpreter_module = importlib.import_module(package.replace("-", "_") + ".interpreter")
+        self.baseline_bytes, self._imported_ns = _status_bytes("VmRSS"), time.perf_counter_ns()
         self.errors = (ValueError, RuntimeError)
         self.runtime = f"{package} {_version(package)}"
         interpreter = self.guarded(lambda: interpreter_module.Interpreter(model_path=artifact, num_threads=threads))
@@ -365,7 +366,8 @@ def measure(
         "first_ms": first_ms,
         "warmup_runs": len(warmup),
         "cpu_share": cpu_share,  # how much of the time the calling thread had a CPU: well below 1, others had it
-        "peak_memory_bytes": peak_memory_bytes(),
+        "peak_memory_bytes": (peak := peak_memory_bytes()),
+        "network_memory_bytes": peak - loaded.baseline_bytes,  # what came after the runtime was imported
         "before": before,
         "after": machine_state(),
         **facts,
@@ -464,13 +466,15 @@ def energy(
 
 
 def peak_memory_bytes() -> int:
-    """The largest resident size of this process so far (VmHWM): Python, runtime, weights and activations."""
-    for line in _text("/proc/self/status").splitlines():
-        if line.startswith("VmHWM:"):
-            return int(line.split()[1]) * 1024
+    """The largest resident size of this process so far: Python, runtime, weights and activations."""
     import resource
 
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return _status_bytes("VmHWM") or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def _status_bytes(field: str) -> int:
+    lines = (line.split() for line in _text("/proc/self/status").splitlines() if line.startswith(field + ":"))
+    return next((int(words[1]) * 1024 for words in lines), 0)
 
 
 def _loaded(

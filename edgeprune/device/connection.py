@@ -38,6 +38,7 @@ class Connection(ABC):
 
     def __init__(self) -> None:
         self._ids = itertools.count(1)
+        self._alive = True
 
     def ask(self, do: str, *, limit_seconds: float | None = None, fresh: bool = False, **arguments: Any) -> Mapping[str, Any]:
         """The agent's reply to one request; `fresh`: from a new process of the agent, which is stopped after limit_seconds.
@@ -45,6 +46,8 @@ class Connection(ABC):
         Raises Unreachable when the agent dies, is late or cannot be understood (the connection is closed then) or lacks its runtime,
         DeviceError when it refuses.
         """
+        if not self._alive:
+            raise Unreachable(f"the connection to {self.where} is closed: connect again.")
         limit = START_SECONDS if limit_seconds is None else limit_seconds
         request = {"do": do, "id": next(self._ids), **arguments} | ({"fresh": True, "limit_seconds": limit} if fresh else {})
         try:
@@ -77,9 +80,14 @@ class Connection(ABC):
     def push(self, file: Path) -> str:
         """The path under which the machine has this file."""
 
-    @abstractmethod
     def close(self) -> None:
         """End the agent and whatever it started; any number of times."""
+        if self._alive:
+            self._alive = False
+            self._end()
+
+    @abstractmethod
+    def _end(self) -> None: ...
 
     @abstractmethod
     def _send(self, line: str) -> None: ...
@@ -130,7 +138,7 @@ class Local(Connection):
         """The file's own path."""
         return str(file.resolve())
 
-    def close(self) -> None:
+    def _end(self) -> None:
         """Kill the process group."""
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self._process.pid, signal.SIGKILL)

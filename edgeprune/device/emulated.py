@@ -67,6 +67,8 @@ def prepare(folder: Path) -> None:
         platforms = [word for name in _PLATFORMS for word in ("--platform", name)]
         pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "install", "--quiet", "--only-binary=:all:", *platforms]
         _run([*pip, "--python-version", "3.11", "--implementation", "cp", "--target", str(root / "opt/site"), *_WHEELS], "aarch64 wheels")
+        (root / "bin/sh").unlink(missing_ok=True)  # dash's, which nothing brought
+        (root / "bin/sh").symlink_to("bash")
         (root / "etc/passwd").write_text(f"root:x:0:0:root:/root:/bin/bash\nboard:x:{os.getuid()}:0:board:/home/board:/bin/bash\n")
         for name in ("home/board", "proc", "sys", "opt/agent"):
             (root / name).mkdir(parents=True, exist_ok=True)

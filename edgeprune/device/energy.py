@@ -65,17 +65,15 @@ def energy_on(
 
     Raises SensorError when the sensor gave too few samples or the board was throttled.
     """
+    source: Mapping[str, Any]
     if meter:
         source, hz, recorder = meter.facts(), _speed(meter), power.Recorder(meter, meter.max_hz)
         request: dict[str, Any] = {}
     else:
         pushed = board.push(POWER_FILE)
-        found = board.ask("sensors", power=pushed)
-        usable = [s for s in found["sources"] if s["total_rails"]]
-        if not usable:
-            reasons = [*found["obstacles"], *(f"no total is known for the rails {', '.join(s['rails'])}" for s in found["sources"])]
-            return None, "; ".join(reasons) or f"{board.where} has no power sensor"
-        source, recorder = usable[0], None
+        if reason := no_sensor(board):
+            return None, reason
+        source, recorder = _usable(board.ask("sensors", power=pushed))[0], None
         hz = min(_HZ, source["max_hz"])
         request = {"power": pushed, "source": source["name"], "hz": hz}
     active = max(seconds, 1.25 * LEAST_SAMPLES / hz)
@@ -91,6 +89,19 @@ def energy_on(
     samples = [(at + shift_ns, mw) for at, mw in taken] if recorder else reply["samples"]
     throttled(reply)
     return integrated(samples, reply["windows"], source), ""
+
+
+def no_sensor(board: Connection) -> str:
+    """Why no energy can be measured there; empty where it can."""
+    found = board.ask("sensors", power=board.push(POWER_FILE))
+    if _usable(found):
+        return ""
+    reasons = [*found["obstacles"], *(f"no total is known for the rails {', '.join(s['rails'])}" for s in found["sources"])]
+    return "; ".join(reasons) or f"{board.where} has no power sensor"
+
+
+def _usable(found: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    return [source for source in found["sources"] if source["total_rails"]]
 
 
 def throttled(reply: Mapping[str, Any]) -> None:

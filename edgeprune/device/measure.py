@@ -98,6 +98,7 @@ class Measurement:
     problems: tuple[str, ...] = ()
     parity: Parity | None = None
     energy: Energy | None = None
+    network_memory_bytes: int = 0
 
     def to_json(self) -> dict[str, Any]:
         """Plain values, for measurements.json."""
@@ -244,6 +245,7 @@ def _summarized(replies: Sequence[Mapping[str, Any]], machine: Mapping[str, Any]
         fingerprint=fingerprint | {"states": states},
         problems=_problems(states),
         parity=parity,
+        network_memory_bytes=max(reply["network_memory_bytes"] for reply in replies),
     )
 
 

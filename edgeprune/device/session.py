@@ -9,10 +9,10 @@ from typing import Any, Unpack
 
 from edgeprune.device.card import Device
 from edgeprune.device.connection import START_SECONDS, Connection, connect
-from edgeprune.device.energy import SECONDS, TRIALS, energy_on
-from edgeprune.device.measure import Measurement, Schedule, artifact, measure_on
+from edgeprune.device.energy import SECONDS, TRIALS, Energy, energy_on, no_sensor
+from edgeprune.device.measure import Measurement, Schedule, artifact, measure_on, pin, take_turn
 from edgeprune.device.power import Meter
-from edgeprune.errors import DeviceError
+from edgeprune.errors import DeviceError, SensorError
 
 _OPERATIONS_SECONDS = 300.0
 
@@ -64,6 +64,31 @@ def sitting(
             found = replace(found, energy=spent)
             missing += [f"energy: {reason}"] if reason else []
     return Sitting(found, operations, tuple(missing))
+
+
+def energy_of(artifact_path: str | Path, device: Device) -> Energy:
+    """Energy of one inference on an attached device, by its own sensor; see `energy_on`. Raises SensorError where it has none."""
+    with connect(device.host) as board:
+        take_turn(board)
+        cpus = pin(board, board.hello(), device.threads)
+        found, reason = energy_on(board, artifact(artifact_path), threads=device.threads, cpus=cpus)
+    if found is None:
+        raise SensorError(_no_sensor(device, reason))
+    return found
+
+
+def need_sensor(device: Device) -> None:
+    """Raise SensorError where an attached device cannot measure energy, before hours are spent on a budget of it."""
+    with connect(device.host) as board:
+        if reason := no_sensor(board):
+            raise SensorError(_no_sensor(device, reason))
+
+
+def _no_sensor(device: Device, reason: str) -> str:
+    return (
+        f"energy cannot be measured on {device.host or 'this machine'}, and a budget is not met by a prediction where a board is attached: "
+        f"{reason}. Give another budget, or leave the board away to plan by prediction."
+    )
 
 
 def operations_on(board: Connection, file: Path, *, threads: int, cpus: list[int]) -> tuple[tuple[Operation, ...], str]:

@@ -60,10 +60,8 @@ class Ssh(Connection):
         except (OSError, asyncssh.Error) as error:
             raise DeviceError(f"{file} could not be copied to {self.where}: {_reason(error)}. Is the board's disk full?") from error
 
-    def close(self) -> None:
+    def _end(self) -> None:
         """End the agent, which ends what it started, and hang up."""
-        if self._loop.is_closed():
-            return
         with contextlib.suppress(TimeoutError, asyncssh.Error, OSError):
             asyncio.run_coroutine_threadsafe(self._hang_up(), self._loop).result(timeout=10.0)
         self._loop.call_soon_threadsafe(self._loop.stop)
@@ -88,7 +86,7 @@ class Ssh(Connection):
         assert self._process
         try:
             line = await asyncio.wait_for(self._process.stdout.readline(), limit_seconds)
-        except asyncssh.Error as error:
+        except (asyncssh.Error, ConnectionError) as error:
             raise Unreachable(f"the connection to {self.where} was lost ({_reason(error)}): check the network and the board.") from error
         if line.endswith("\n"):
             return line
@@ -131,7 +129,7 @@ class Ssh(Connection):
                 self._process.stdin.write_eof()
                 self._process.close()
         for connection in reversed(self._hops):
-            connection.abort() if connection.is_closed() else connection.close()
+            connection.close()
             with contextlib.suppress(TimeoutError, asyncssh.Error, OSError):
                 await asyncio.wait_for(connection.wait_closed(), 3.0)
 
@@ -145,7 +143,7 @@ class Ssh(Connection):
                 seen.append(key)  # asked only about keys that known_hosts does not vouch for
                 return False
 
-        given: dict[str, Any] = {"host": name, "username": user, "port": port}
+        given: dict[str, Any] = {"config": (), "host": name, "username": user, "port": port}
         try:
             options = await asyncssh.SSHClientConnectionOptions.construct(**given)
             if through is None and isinstance(options.tunnel, str):

@@ -118,6 +118,10 @@ class Board:
         except OSError:
             return False
 
+    def agents(self) -> list[int]:
+        """Process ids of the agent and of the fresh processes it started, in this order."""
+        return sorted(pid for pid in self.processes() if is_agent(pid))
+
     def empties(self, seconds: float = 15.0) -> bool:
         """Whether nothing is left in the home folder within that time."""
         deadline = time.monotonic() + seconds
@@ -140,6 +144,14 @@ def children(pid: int) -> list[int]:
         found += below
         queue = queue[1:] + below
     return found
+
+
+def is_agent(pid: int) -> bool:
+    """Whether the process is a Python that runs the agent, not a shell on the way there."""
+    try:
+        return b"--grace" in Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
+    except OSError:
+        return False
 
 
 def end(pid: int) -> None:

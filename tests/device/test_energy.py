@@ -7,9 +7,7 @@ import time
 from pathlib import Path
 
 import numpy as np
-import onnx
 import pytest
-from onnx import TensorProto, helper
 
 from edgeprune.device import energy as energies
 from edgeprune.device import power
@@ -69,15 +67,6 @@ def test_a_throttled_board_is_refused() -> None:
             throttled({"before": {"throttle_word": before}, "after": {"throttle_word": after}})
 
 
-@pytest.fixture(scope="module")
-def artifact(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("artifact") / "m.onnx"
-    shapes = [helper.make_tensor_value_info(n, TensorProto.FLOAT, ["batch", 8]) for n in ("x", "y")]
-    graph = helper.make_graph([helper.make_node("Relu", ["x"], ["y"])], "g", shapes[:1], shapes[1:])
-    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10), path)
-    return path
-
-
 def test_an_external_meter_is_laid_over_the_windows_of_the_agent(artifact: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(energies, "_LISTEN_SECONDS", 0.2)
     reading, writing = os.pipe()
@@ -99,7 +88,8 @@ def test_an_external_meter_is_laid_over_the_windows_of_the_agent(artifact: Path,
             time.sleep(0.1)
     assert why == ""
     assert found
-    assert (found.active_mw, found.idle_mw, found.source, found.trials) == (pytest.approx(4000), pytest.approx(4000), "meter", 2)
+    assert (found.active_mw, found.idle_mw) == pytest.approx((4000, 4000))
+    assert (found.source, found.trials) == ("meter", 2)
     assert found.net_mj == pytest.approx(0, abs=1e-6)
     assert 0 < found.total_mj < 4000
 
@@ -125,7 +115,8 @@ def test_a_sensor_of_the_board_is_sampled_by_the_agent(artifact: Path, monkeypat
     with Local() as here:
         found, _ = energy_on(here, artifact, trials=2, seconds=0.4)
     assert found
-    assert (found.source, found.scope, found.active_mw) == ("ina226 hwmon2", "board", pytest.approx(3000))
+    assert (found.source, found.scope) == ("ina226 hwmon2", "board")
+    assert found.active_mw == pytest.approx(3000)
     assert found.samples >= 20
 
 

@@ -7,14 +7,11 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import asyncssh
 import numpy as np
-import onnx
 import pytest
-from onnx import TensorProto, helper
 
 from edgeprune.device import measure as measuring
 from edgeprune.device import ssh
@@ -23,47 +20,13 @@ from edgeprune.device.connection import connect
 from edgeprune.device.measure import Schedule, measure
 from edgeprune.device.parity import outputs
 from edgeprune.errors import DeviceError, Unreachable
-from tests.device.boards import Board, Client, children, end, need_sshd, new_key
+from tests.device.boards import Board, Client, children, end, new_key
 
 BRIEF: Schedule = {"processes": 3, "min_runs": 5, "min_seconds": 0.0, "warmup_runs": 1, "warmup_seconds": 0.0}
 
 
-@pytest.fixture(scope="module")
-def board(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Board]:
-    need_sshd()
-    made = Board(tmp_path_factory.mktemp("board") / "pi")
-    made.use_python()
-    made.start()
-    yield made
-    made.stop()
-
-
-@pytest.fixture
-def client(tmp_path: Path, board: Board, monkeypatch: pytest.MonkeyPatch) -> Client:
-    """A user who knows the board as `pi`."""
-    monkeypatch.setenv("HOME", str(tmp_path / "user"))
-    monkeypatch.delenv("SSH_AUTH_SOCK", raising=False)
-    made = Client(tmp_path / "user")
-    made.configure(made.knows("pi", board))
-    made.trust(board)
-    return made
-
-
-@pytest.fixture(scope="module")
-def artifact(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """y = relu(x), under a name that a shell would misread."""
-    path = tmp_path_factory.mktemp("artifact") / 'it\'s "$(touch pwned)";\n`touch pwned` & x.onnx'
-    shapes = [helper.make_tensor_value_info(n, TensorProto.FLOAT, ["batch", 8]) for n in ("x", "y")]
-    graph = helper.make_graph([helper.make_node("Relu", ["x"], ["y"])], "g", shapes[:1], shapes[1:])
-    path.write_bytes(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10).SerializeToString())
-    onnx.checker.check_model(onnx.load_model_from_string(path.read_bytes()))
-    return path
-
-
-def test_measures_over_ssh_and_leaves_only_its_cache(board: Board, client: Client, artifact: Path, tmp_path: Path) -> None:
-    card = (Path(__file__).parents[2] / "devices/rpi3.toml").read_text().replace("threads = 4", "threads = 1")
-    (tmp_path / "one.toml").write_text(card)
-    found = measure(artifact, device(tmp_path / "one.toml", host="pi"), **BRIEF)
+def test_measures_over_ssh_and_leaves_only_its_cache(board: Board, client: Client, artifact: Path, card: Path) -> None:
+    found = measure(artifact, device(card, host="pi"), **BRIEF)
     assert 0 < found.min_ms <= found.latency_ms <= found.high_ms
     assert found.fingerprint["where"] == "pi"
     assert found.fingerprint["artifact_sha256"] in os.listdir(board.home / ".cache/edgeprune")
@@ -173,11 +136,11 @@ def at_work(pi: ssh.Ssh, artifact: Path, caught: list[BaseException]) -> threadi
 
 
 def until_working(board: Board) -> list[int]:
-    """Process ids of the agent and of the fresh process that measures."""
+    """The agent and the fresh process that measures, as soon as both are there."""
     deadline = time.monotonic() + 60
-    while len(pids := board.processes()) < 3 and time.monotonic() < deadline:  # sftp-server, the agent, its child
+    while len(board.agents()) < 2 and time.monotonic() < deadline:
         time.sleep(0.05)
-    return [pid for pid in pids if b"--grace" in Path(f"/proc/{pid}/cmdline").read_bytes()]
+    return board.agents()
 
 
 @pytest.mark.parametrize("victim", ["agent", "measuring process", "connection"])
@@ -185,7 +148,7 @@ def test_whatever_dies_the_error_is_clear_and_nothing_is_left(board: Board, clie
     caught: list[BaseException] = []
     pi = ssh.Ssh("pi")
     thread = at_work(pi, artifact, caught)
-    pids = sorted(until_working(board))
+    pids = until_working(board)
     assert len(pids) == 2
     if victim == "connection":
         assert board.process
@@ -216,7 +179,7 @@ def test_a_slow_agent_is_stopped(board: Board, client: Client, artifact: Path) -
 def test_ctrl_c_leaves_nothing_on_the_board(board: Board, client: Client, artifact: Path) -> None:
     code = f"from edgeprune.device.measure import *\nmeasure_on(connect('pi'), {str(artifact)!r}, min_seconds=60)\n"
     with subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.PIPE, text=True) as host:
-        assert until_working(board)
+        assert len(until_working(board)) == 2
         host.send_signal(signal.SIGINT)
         _, errors = host.communicate(timeout=30)
     assert "KeyboardInterrupt" in errors
