@@ -7,7 +7,7 @@ is {"do": NAME, "id": ANY, …}; a reply repeats the id and is {"ok": true, "pro
     hello                                        the machine, its Python and the runtimes that are installed
     lock owner wait_seconds                      take the board until this process ends; `busy` names who has it, and for how long
     governor name                                set the CPUs' frequency governor until this process ends
-    settle limit_seconds                         wait until the temperatures stand still
+    settle wait_seconds                          wait until the temperatures stand still
     measure artifact threads cpus seed           every run time of one session, with memory and the machine's state around it;
             min_runs min_seconds                 the runs go on until both are reached
             warmup_runs warmup_seconds inputs    inputs: {name: {"shape": [...], "dtype": "float32"}}, default: the artifact's, batch 1
@@ -138,6 +138,11 @@ class Session:
                 line = child.stdout.readline()
             except BrokenPipeError:
                 line = ""
+            try:
+                if not line.endswith("\n"):
+                    child.wait(timeout=2.0)  # its own status says more than that of being killed
+            except subprocess.TimeoutExpired:
+                pass
             finally:
                 timer.cancel()
                 child.kill()
@@ -239,14 +244,19 @@ def cpu_field(*keys: str, root: str = "/") -> str:
     return next((", ".join(values) for values in found if values), "")
 
 
-def machine_state(root: str = "/") -> Json:
-    """What can spoil a measurement, now: frequencies, governors, temperatures, the Pi's throttle word, load. Absent files: absent keys."""
+def machine_state(root: str = "/", cpus: Iterable[int] | None = None) -> Json:
+    """What can spoil a measurement, now: frequencies (of `cpus`, default: all), governors, temperatures, the Pi's throttle word, load.
+
+    Absent files: absent keys.
+    """
     cpu = os.path.join(root, "sys/devices/system/cpu/cpu[0-9]*/cpufreq/")
     zones = glob.glob(os.path.join(root, "sys/class/thermal/thermal_zone*/temp"))
     throttle = _text(os.path.join(root, "sys/devices/platform/soc/soc:firmware/get_throttled")).strip()
     load = _text(os.path.join(root, "proc/loadavg")).split()
+    texts = {int(path.rpartition("/cpufreq")[0].rpartition("cpu")[2]): _text(path).strip() for path in glob.glob(cpu + "scaling_cur_freq")}
+    frequencies = {number: int(text) for number, text in texts.items() if text.isdigit()}
     state = {
-        "frequencies_khz": [int(text) for path in sorted(glob.glob(cpu + "scaling_cur_freq")) if (text := _text(path).strip()).isdigit()],
+        "frequencies_khz": [khz for number, khz in sorted(frequencies.items()) if cpus is None or number in cpus],
         "governors": sorted({_text(path).strip() for path in glob.glob(cpu + "scaling_governor")} - {""}),
         "temperatures_c": [int(text) / 1000 for path in sorted(zones) if (text := _text(path).strip()).lstrip("-").isdigit()],
         "throttle_word": int(throttle, 16) if throttle else None,
@@ -255,11 +265,11 @@ def machine_state(root: str = "/") -> Json:
     return {key: value for key, value in state.items() if value not in ([], None)}
 
 
-def settle(limit_seconds: float, window_seconds: float = 5.0, within_c: float = 1.0, root: str = "/") -> Json:
+def settle(wait_seconds: float, window_seconds: float = 5.0, within_c: float = 1.0, root: str = "/") -> Json:
     """Wait until no temperature moves by more than `within_c` over a window, or the limit; at once where there is no sensor."""
     started, seen = time.monotonic(), [machine_state(root).get("temperatures_c", [])]
     settled = not seen[0]
-    while not settled and time.monotonic() - started < limit_seconds:
+    while not settled and time.monotonic() - started < wait_seconds:
         time.sleep(window_seconds / 5)
         seen.append(machine_state(root).get("temperatures_c", []))
         last = seen[-6:]
@@ -357,7 +367,7 @@ def measure(
     loaded.run()
     first_ms = (time.perf_counter_ns() - started) / 1e6
     warmup = _loop(loaded.run, steps["warmup_runs"], steps["warmup_seconds"])
-    before = machine_state()
+    before = machine_state(cpus=facts["cpus"])  # those that idle may slow down
     started, started_cpu = time.perf_counter_ns(), time.thread_time_ns()
     times_ns = _loop(loaded.run, max(1, steps["min_runs"]), steps["min_seconds"])
     cpu_share = (time.thread_time_ns() - started_cpu) / (time.perf_counter_ns() - started)
@@ -369,7 +379,7 @@ def measure(
         "peak_memory_bytes": (peak := peak_memory_bytes()),
         "network_memory_bytes": peak - loaded.baseline_bytes,  # what came after the runtime was imported
         "before": before,
-        "after": machine_state(),
+        "after": machine_state(cpus=facts["cpus"]),
         **facts,
     }
 

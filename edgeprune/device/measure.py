@@ -162,7 +162,8 @@ def measure_on(
         board.ask("governor", name=governor)
     pushed = board.push(file)
     parity, reason = (None, "") if isinstance(board, Local) else compared(board, file)
-    settled = board.ask("settle", limit_seconds=_SETTLE_SECONDS) if plan["min_seconds"] >= 1 else None
+    patience = {"wait_seconds": _SETTLE_SECONDS, "limit_seconds": START_SECONDS + _SETTLE_SECONDS}
+    settled = board.ask("settle", **patience) if plan["min_seconds"] >= 1 else None
     request = {"artifact": pushed, "threads": threads, "cpus": pinned} | {k: v for k, v in plan.items() if k != "processes"}
     runs = 1 + plan["warmup_runs"] + plan["min_runs"]
     limit = START_SECONDS + 10 * (plan["warmup_seconds"] + plan["min_seconds"]) + _SLOWEST_SECONDS * runs

@@ -149,24 +149,25 @@ class Ssh(Connection):
             if through is None and isinstance(options.tunnel, str):
                 for jump in options.tunnel.split(","):
                     through = await self._connected(jump, through)
-            connection = await asyncssh.connect(
-                name,
-                port,
-                username=user,
-                tunnel=through,
-                client_factory=Client,
+            settings: dict[str, Any] = {
+                "username": user,
+                "tunnel": through,
+                "client_factory": Client,
                 # asyncssh reads `UserKnownHostsFile none` as "trust anything"; here it means that nothing is known
-                known_hosts=b"" if options.known_hosts is None else (),
-                preferred_auth=("publickey",),
-                connect_timeout=CONNECT_SECONDS,
-                login_timeout=CONNECT_SECONDS,
-                keepalive_interval=HEARTBEAT_SECONDS,
-                keepalive_count_max=3,
-            )
+                "known_hosts": b"" if options.known_hosts is None else (),
+                "preferred_auth": ("publickey",),
+                "connect_timeout": CONNECT_SECONDS,
+                "login_timeout": CONNECT_SECONDS,
+                "keepalive_interval": HEARTBEAT_SECONDS,
+                "keepalive_count_max": 3,
+            }
+            try:
+                connection = await asyncssh.connect(name, port, **settings)
+            except (asyncssh.KeyExchangeFailed, asyncssh.ConnectionLost, ConnectionResetError):
+                # A host whose key is now of another kind than the known one; asked for any kind, it shows the one to refuse.
+                connection = await asyncssh.connect(name, port, server_host_key_algs="default", **settings)
         except asyncssh.HostKeyNotVerifiable as error:
-            raise _untrusted(host, options, seen[0] if seen else None, error) from error
-        except asyncssh.KeyExchangeFailed as error:
-            raise _untrusted(host, options, None, error) from error
+            raise _untrusted(host, options, seen[-1] if seen else None, error) from error
         except asyncssh.PermissionDenied as error:
             raise Unreachable(
                 f"{host} refused the login: it takes none of your keys. Install one with `ssh-copy-id {name}`, load it with `ssh-add`, or "

@@ -154,6 +154,14 @@ def is_agent(pid: int) -> bool:
         return False
 
 
+def is_sshd(pid: int) -> bool:
+    """Whether the process is one of the server's own."""
+    try:
+        return Path(f"/proc/{pid}/comm").read_text().startswith("sshd")
+    except OSError:
+        return False
+
+
 def end(pid: int) -> None:
     with contextlib.suppress(ProcessLookupError):
         os.kill(pid, signal.SIGKILL)

@@ -235,6 +235,7 @@ def test_reads_the_state_of_a_board(tmp_path: Path) -> None:
         "throttle_word": 0x50005,
         "load_average": 0.25,
     }
+    assert agent.machine_state(root, cpus=[1])["frequencies_khz"] == [600000]
     assert agent.machine_state(str(tmp_path / "empty")) == {}
 
 

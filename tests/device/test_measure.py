@@ -66,6 +66,12 @@ def test_the_fingerprint_says_what_was_measured_on_what(measured: Measurement, a
     assert len(f["states"]) == 3
 
 
+def test_a_full_measurement_waits_for_the_temperature_first(artifact: Path) -> None:
+    found = measure_host(artifact, **{**BRIEF, "min_seconds": 1.0})
+    assert found.fingerprint["settled"].keys() >= {"settled", "waited_seconds", "temperatures_c"}
+    assert found.network_memory_bytes < found.peak_memory_bytes
+
+
 def test_goes_through_json_and_back(measured: Measurement) -> None:
     assert Measurement.from_json(json.loads(json.dumps(measured.to_json()))) == measured
     with pytest.raises(FrozenInstanceError):

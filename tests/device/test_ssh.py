@@ -20,7 +20,7 @@ from edgeprune.device.connection import connect
 from edgeprune.device.measure import Schedule, measure
 from edgeprune.device.parity import outputs
 from edgeprune.errors import DeviceError, Unreachable
-from tests.device.boards import Board, Client, children, end, new_key
+from tests.device.boards import Board, Client, children, end, is_sshd, new_key
 
 BRIEF: Schedule = {"processes": 3, "min_runs": 5, "min_seconds": 0.0, "warmup_runs": 1, "warmup_seconds": 0.0}
 
@@ -153,7 +153,7 @@ def test_whatever_dies_the_error_is_clear_and_nothing_is_left(board: Board, clie
     if victim == "connection":
         assert board.process
         for pid in children(board.process.pid):
-            if Path(f"/proc/{pid}/comm").read_text().startswith("sshd"):
+            if is_sshd(pid):
                 end(pid)
     else:
         os.kill(pids[0 if victim == "agent" else 1], signal.SIGKILL)
