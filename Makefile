@@ -4,7 +4,7 @@ BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint .ci/constraints.txt
 TORCH := torch==2.13.0
 
-.PHONY: demo test test-slow lint type setup bench-accuracy bench-allocation bench-cost bench-criteria bench-graph bench-training clean
+.PHONY: demo test test-slow test-board lint type setup bench-accuracy bench-allocation bench-cost bench-criteria bench-graph bench-training clean
 
 demo: .venv/.core  ## the main job on data that ships with the installation, under 3 minutes
 	$(BIN)/edgeprune demo
@@ -14,6 +14,9 @@ test: lint type  ## what CI runs
 
 test-slow: .venv/.dev  ## browser, real CIFAR-10 weights, library models
 	$(BIN)/python -m pytest -m slow
+
+test-board: .venv/.dev  ## an emulated ARM board: sshd, aarch64 onnxruntime and LiteRT (installs qemu and others by apt where it may; 1 GB)
+	$(BIN)/python -m pytest -m board -rs
 
 lint: .venv/.dev
 	$(BIN)/ruff check .

@@ -241,6 +241,7 @@ def _check(job: Job) -> None:
 def _asked(job: Job) -> dict[str, Any]:
     return {
         "device": job.device.profile,
+        "host": job.device.host,
         "criterion": job.criterion,
         "allocate": job.allocator,
         "recover": job.recover,

@@ -10,7 +10,7 @@ import hashlib
 import json
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from typing import Any, TypeVar
 
@@ -24,6 +24,7 @@ from edgeprune.data import Augment, Data, Split
 from edgeprune.device.card import Device
 from edgeprune.device.cost import Cost, predict_graph
 from edgeprune.device.measure import FULL, QUICK, Measurement, measure
+from edgeprune.device.session import energy_of, need_sensor
 from edgeprune.errors import DataError
 from edgeprune.export import Artifact, export
 from edgeprune.graph import ChannelGraph, portable
@@ -170,6 +171,8 @@ class Pipeline:
 
     def choose(self, scores: Scores) -> Choice:
         """The plan that meets the budget; with a board attached, by its measurements."""
+        if self.job.device.attached and self.job.budget.energy_mj is not None:
+            need_sensor(self.job.device)
 
         def write(choice: Choice) -> dict[str, Any]:
             write_json(self.run.path("plan.json"), choice.plan.to_json() | {"sha256": choice.plan.sha256})
@@ -204,7 +207,7 @@ class Pipeline:
             "allocator": job.allocator,
             "search": {name: value for name, value in job.search.items() if name not in ("jobs", "cluster")},
             "rules": job.rules.to_json(),
-            "device": [job.device.profile, job.device.card.model_dump(mode="json")],
+            "device": [job.device.profile, job.device.host, job.device.card.model_dump(mode="json")],
         }
 
     def measured(self, name: str, model: nn.Module, *, quick: bool) -> Measurement:
@@ -321,6 +324,8 @@ class Pipeline:
             if asked is not None and small.high_ms > asked:
                 # A neighbour on the machine may have disturbed the minute: one more look, the calmer one counts.
                 small = min(small, measure(artifact.path, self.job.device, **FULL), key=lambda m: m.high_ms)
+            if self.job.budget.energy_mj is not None:
+                small = replace(small, energy=energy_of(artifact.path, self.job.device))
             self.progress("measuring", 2, 2)
             return {"dense": dense, "compressed": small}
 

@@ -74,7 +74,13 @@ def facts(found: Findings, manifest: Mapping[str, Any], used: Mapping[str, bool]
         "edgeprune": manifest["versions"].get("edgeprune") or "",
         "created": manifest["created"],
         "command": command,
-        "device": {"name": device.name, "profile": device.profile, "description": device.description, "attached": device.attached},
+        "device": {
+            "name": device.name,
+            "profile": device.profile,
+            "description": device.description,
+            "attached": device.attached,
+            "host": device.host,
+        },
         "criterion": job.criterion,
         "allocator": job.allocator,
         **job.rules.to_json(),
@@ -182,9 +188,13 @@ def _reached(found: Findings) -> dict[str, tuple[float, str]]:
     if found.measurements:
         m = found.measurements["compressed"]
         reached["latency_ms"] = (m.high_ms, "measured: upper end of the 95% interval of the median")
+        if m.network_memory_bytes:
+            reached["peak_memory_bytes"] = (m.network_memory_bytes, "measured: what the process grew by after loading the runtime")
     else:
         reached["latency_ms"] = (cost.latency_ms.high, f"upper end of the 90% interval; {cost.basis}")
-    if cost.energy_mj:
+    if found.measurements and (spent := found.measurements["compressed"].energy):
+        reached["energy_mj"] = (spent.net_high_mj, f"measured: net of idling, the highest of {spent.trials} trials ({spent.source})")
+    elif cost.energy_mj:
         reached["energy_mj"] = (cost.energy_mj.high, "predicted: estimate, not validated")
     return reached
 
@@ -233,7 +243,10 @@ def _figures(found: Findings) -> list[dict[str, Any]]:
     size, how = reached["size_bytes"]
     figures.append(_figure("size", "bytes", (_value(found.dense_cost.size_bytes), _value(size)), f"{how}; before: predicted", "measured"))
     memory, how = reached["peak_memory_bytes"]
-    figures.append(_figure("peak_memory", "bytes", (_value(found.dense_cost.peak_memory_bytes), _value(memory)), how, "predicted"))
+    dense_memory = found.dense_cost.peak_memory_bytes
+    if how.startswith("measured"):
+        dense_memory = found.measurements["dense"].network_memory_bytes
+    figures.append(_figure("peak_memory", "bytes", (_value(dense_memory), _value(memory)), how, how.partition(":")[0]))
     if found.cost.energy_mj and found.dense_cost.energy_mj:
         sides = asdict(found.dense_cost.energy_mj), asdict(found.cost.energy_mj)
         figures.append(_figure("energy", "mJ", sides, "estimate, not validated", "predicted"))

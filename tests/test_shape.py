@@ -20,7 +20,7 @@ FILE_LINES = 400
 FUNCTION_LINES = 60
 DEPTH = 4
 
-LONGER_FILES: dict[str, int] = {}
+LONGER_FILES: dict[str, int] = {"edgeprune/device/agent.py": 600}  # boards get the agent as one file
 
 UNTYPED: set[tuple[str, str]] = set()
 
@@ -34,7 +34,7 @@ BROAD_EXCEPTS = {
     "edgeprune/pt2.py": "torch's reader on damaged bytes may raise anything",
 }
 
-PRINTERS = {"edgeprune/device/agent.py": "runs on the board and answers on stdout"}
+PRINTERS: dict[str, str] = {}
 
 TESTED_ELSEWHERE: dict[str, str] = {
     "edgeprune/__init__.py": "tests/test_package.py",

@@ -28,7 +28,7 @@ for command in (
     compress.compress,
     compress.demo,
     look.inspect,
-    look.profile,
+    board.profile,
     look.evaluate,
     runs.report,
     look.criteria,
@@ -38,6 +38,7 @@ for command in (
 devices_app.command("list")(board.list_)
 devices_app.command("show")(board.show)
 devices_app.command("calibrate")(board.calibrate)
+devices_app.command("check")(board.check)
 
 
 def main() -> None:

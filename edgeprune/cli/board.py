@@ -2,12 +2,24 @@
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from edgeprune.cli.options import AsJson, DeviceName, Factory, Host, Shape, TrustPickle, load, shape_of
+from edgeprune.errors import GateError, UsageError
 from edgeprune.terminal import print_json, print_table, progress_bars, say
+
+if TYPE_CHECKING:
+    from edgeprune.device.card import Device
+    from edgeprune.device.power import Meter
+    from edgeprune.device.session import Sitting
 
 
 def list_() -> None:
@@ -16,7 +28,7 @@ def list_() -> None:
     from edgeprune.device.card import devices
 
     found = [find_device(name) for name in devices() if not find_device(name).resolved]
-    rows = [[d.name, d.profile, "measured" if d.attached else "predicted", d.description] for d in found]
+    rows = [[d.name, d.profile, _basis(d), d.description] for d in found]
     print_table(["board", "profile", "figures are", "what it is"], rows)
 
 
@@ -57,3 +69,113 @@ def calibrate(
     if profile.staircase:
         say(f"widths: multiples of {profile.staircase.channel_multiple} are the fastest per channel")
     say(f"written to {path}, which from now on stands for the card that ships with edgeprune")
+
+
+def profile(
+    path: Annotated[Path, typer.Argument(help="a model, or an artifact (.onnx, .tflite)")],
+    device: DeviceName = "host",
+    host: Host = None,
+    factory: Factory = None,
+    input_shape: Shape = None,
+    governor: Annotated[str | None, typer.Option(help="frequency governor while measuring; put back afterwards")] = None,
+    energy: Annotated[bool, typer.Option(help="energy too, where there is a sensor (two minutes more)")] = True,
+    meter: Annotated[str | None, typer.Option(help="CSV of an external meter as it is written, with a column power_w; - for stdin")] = None,
+    out: Annotated[Path, typer.Option(help="what was measured, as JSON")] = Path("measurements.json"),
+    trust_pickle: TrustPickle = False,
+    as_json: AsJson = False,
+) -> None:
+    """What the network costs: measured where the board is attached (--host, or this machine), predicted where it is not."""
+    from edgeprune.cli import look
+    from edgeprune.device.card import device as find_device
+
+    target = find_device(device, host=host)
+    is_artifact = path.suffix in (".onnx", ".tflite")
+    if not target.attached and not is_artifact:
+        look.predicted(load(path, factory, shape_of(input_shape), trust_pickle), target, as_json)
+        return
+    from edgeprune.device.session import sitting
+    from edgeprune.run import write_json
+
+    with _meter(meter) as source, TemporaryDirectory() as folder:
+        file = path if is_artifact else _exported(path, Path(folder), factory, input_shape, trust_pickle)
+        found = sitting(file, target, governor=governor, energy=energy, meter=source)
+    table = found.measurement.to_json() | {"operations": [asdict(o) for o in found.operations], "missing": list(found.missing)}
+    write_json(out, {path.stem: table | {"device": target.profile, "host": target.host}})
+    if as_json:
+        print_json(table)
+    else:
+        _tell(path.name, target.profile, found)
+    say(f"written to {out}")
+
+
+def check(name: str, host: Host = None, as_json: AsJson = False) -> None:
+    """What the board has, what is missing for measuring, and what to install."""
+    from edgeprune.device.card import device as find_device
+    from edgeprune.device.check import check as look_at
+
+    found = look_at(find_device(name, host=host))
+    if as_json:
+        print_json([asdict(f) for f in found])
+    else:
+        print_table(["", "what", "found", "what would help"], [["ok" if f.ok else "--", f.what, f.found, f.remedy] for f in found])
+    if missing := [f.what for f in found if f.needed and not f.ok]:
+        raise GateError(f"nothing can be measured on {name} yet: {', '.join(missing)} missing. The last column says what would help.")
+
+
+def _exported(path: Path, folder: Path, factory: str | None, shape: str | None, trust_pickle: bool) -> Path:
+    from edgeprune.export import export
+
+    loaded = load(path, factory, shape_of(shape), trust_pickle)
+    return export(loaded.model, loaded.example_inputs, folder / f"{loaded.name}.onnx").path
+
+
+@contextmanager
+def _meter(name: str | None) -> Iterator[Meter | None]:
+    """The external meter whose lines come from a file that grows, or from stdin."""
+    from edgeprune.device.power import Meter
+
+    if name is None:
+        yield None
+    elif name == "-":
+        yield Meter(sys.stdin)
+    else:
+        try:
+            with open(name, encoding="utf-8") as stream:
+                yield Meter(stream)
+        except OSError as error:
+            raise UsageError(f"--meter {name} cannot be read: {error.strerror}.") from error
+
+
+def _tell(name: str, profile_name: str, found: Sitting) -> None:
+    m = found.measurement
+    rows = [[o.name, o.op, f"{o.latency_ms:.3f}", f"{o.share:.1%}"] for o in found.operations]
+    if rows:
+        print_table(["operation", "kind", "ms", "share"], rows)
+        typer.echo("(medians under the runtime's profiler, which costs time of its own)\n")
+    typer.echo(
+        f"{name} on {profile_name}: {m.latency_ms:.3f} ms measured ({m.low_ms:.3f} to {m.high_ms:.3f}, 95% interval), "
+        f"p90 {m.p90_ms:.3f} ms, p99 {m.p99_ms:.3f} ms, fastest {m.min_ms:.3f} ms\n"
+        f"  {m.runs:,} runs in {len(m.process_medians_ms)} fresh processes, threads: {m.threads}, {m.outliers} outlier(s), "
+        f"{m.fingerprint['runtime']}\n"
+        f"  load {m.load_ms:.1f} ms, first inference {m.first_ms:.3f} ms, peak memory of the process {m.peak_memory_bytes / 1e6:.1f} MB"
+    )
+    if m.energy:
+        e = m.energy
+        typer.echo(
+            f"  {e.total_mj:.3f} mJ per inference ({e.total_low_mj:.3f} to {e.total_high_mj:.3f} in {e.trials} trials), "
+            f"{e.net_mj:.3f} mJ net of idling ({e.source}, {e.scope}: {e.active_mw:.0f} mW active, {e.idle_mw:.0f} mW idle)"
+        )
+    state = m.fingerprint["states"][-1]["after"]
+    heat = f"{max(state['temperatures_c']):.0f} C" if state.get("temperatures_c") else "no temperature sensor"
+    word = f"throttle word {state['throttle_word']:#x}" if "throttle_word" in state else "no throttle word"
+    typer.echo(f"  {heat}, {word}" + (f", governor {', '.join(state['governors'])}" if state.get("governors") else ""))
+    if m.parity:
+        typer.echo(f"  computes what it computes here: outputs differ by {m.parity.relative:.2%} at most")
+    for note in (*(f"not valid for calibration: {p}" for p in m.problems), *found.missing):
+        typer.echo(f"- {note}")
+
+
+def _basis(device: Device) -> str:
+    if device.attached:
+        return "measured"
+    return "predicted" if device.predicts else "measured only"

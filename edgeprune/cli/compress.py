@@ -15,6 +15,7 @@ from edgeprune.cli.options import (
     DataOption,
     DeviceName,
     Factory,
+    Host,
     Model,
     Numbers,
     Shape,
@@ -37,6 +38,7 @@ if TYPE_CHECKING:
 def compress(
     path: Model,
     device: DeviceName = "host",
+    host: Host = None,
     latency_ms: Annotated[
         str | None, typer.Option(help="largest latency of one inference; several, with commas, give a network each")
     ] = None,
@@ -102,7 +104,7 @@ def compress(
         raise UsageError(f"--quantize {quantize!r} is not there yet: this version writes fp32 artifacts (--quantize none).")
     if resume and out is None:
         raise UsageError("--resume needs --out: name the run folder to go on with.")
-    target = find_device(device)
+    target = find_device(device, host=host)
 
     from edgeprune import api
     from edgeprune.data import load_data

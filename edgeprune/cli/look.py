@@ -10,11 +10,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from edgeprune.cli.costs import print_cost
-from edgeprune.cli.options import AsJson, DeviceName, Factory, Model, Numbers, Shape, TrustPickle, load, numbers_of, shape_of
+from edgeprune.cli.options import AsJson, Factory, Model, Numbers, Shape, TrustPickle, load, numbers_of, shape_of
 from edgeprune.terminal import print_json, print_table, progress_bars
 
 if TYPE_CHECKING:
+    from edgeprune.device.card import Device
     from edgeprune.graph import ChannelGraph
+    from edgeprune.load import LoadedModel
 
 NAMED = 4  # parameter axes that a line names
 
@@ -56,35 +58,12 @@ def inspect(
         )
 
 
-def profile(
-    path: Annotated[Path, typer.Argument(help="a model, or an artifact (.onnx) to measure on this machine")],
-    device: DeviceName = "host",
-    factory: Factory = None,
-    input_shape: Shape = None,
-    trust_pickle: TrustPickle = False,
-    as_json: AsJson = False,
-) -> None:
-    """Latency per layer: predicted for a board that is not attached, measured end to end on this machine for an artifact."""
+def predicted(loaded: LoadedModel, target: Device, as_json: bool) -> None:
+    """The predicted cost of a network on a board that is not attached, layer by layer: what `profile` prints then."""
     from dataclasses import asdict
 
-    from edgeprune.device.card import device as find_device
-
-    target = find_device(device)
-    if path.suffix == ".onnx":
-        from edgeprune.device.measure import measure
-
-        found = measure(path, target)
-        if as_json:
-            print_json(found.to_json())
-        else:
-            typer.echo(
-                f"{path.name} on {target.profile}: {found.latency_ms:.3f} ms measured ({found.low_ms:.3f} to {found.high_ms:.3f}), "
-                f"p90 {found.p90_ms:.3f} ms, {found.runs:,} runs, threads: {found.threads}"
-            )
-        return
     from edgeprune.api import predict
 
-    loaded = load(path, factory, shape_of(input_shape), trust_pickle)
     cost = predict(loaded.model, loaded.example_inputs, target)
     if as_json:
         print_json(asdict(cost))

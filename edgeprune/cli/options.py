@@ -27,6 +27,9 @@ DataOption = Annotated[
 ]
 Numbers = Annotated[str | None, typer.Option(help="per channel, 0 to 1, comma-separated (default: ImageNet's for colour images)")]
 DeviceName = Annotated[str, typer.Option("--device", help="a board or profile of `edgeprune device list`, or a .toml card")]
+Host = Annotated[
+    str | None, typer.Option("--host", help="where the board is: [user@]name[:port] or a name of ~/.ssh/config; figures are measured there")
+]
 
 
 def load(path: Path, factory: str | None, shape: tuple[int, ...] | None, trust_pickle: bool, sample: Any = None) -> LoadedModel:

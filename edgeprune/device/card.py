@@ -2,7 +2,8 @@
 
 A card says what the board is (with the source of each fact) and holds one or more profiles, keyed by runtime, threads, precision
 and clock; runtime and clock matter as much as the board. A profile's constants are fitted by benchmarks/cost_models.py, which
-also writes the error they had on held-out networks: no profile without a fit. Cards are data: outsiders add a board by adding a
+also writes the error they had on held-out networks: no profile without a fit. A card without any profile can be measured, once a
+board is attached, but predicts nothing. Cards are data: outsiders add a board by adding a
 file, here or in their own config folder, and a key that nobody reads is refused rather than ignored.
 """
 
@@ -12,7 +13,7 @@ import difflib
 import os
 import tomllib
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -130,7 +131,7 @@ class Profile(_Table):
 
 
 class Board(_Table):
-    """What the board is. `sources` says where the facts of this table come from."""
+    """What the board is: `wheels` is what pip finds for it, `sensors` its power sensors, `sources` where these facts come from."""
 
     description: str
     soc: str
@@ -138,11 +139,12 @@ class Board(_Table):
     clock_mhz: Positive
     memory_bytes: Count
     runtimes: tuple[str, ...]
+    wheels: tuple[str, ...] = ()
     threads: Count
     channel_multiple: Count
     sensors: tuple[str, ...]
     sources: tuple[str, ...]
-    default_profile: str
+    default_profile: str = ""
     attached: bool = False
 
 
@@ -151,11 +153,11 @@ class Card(_Table):
 
     board: Board
     power: Power | None = None
-    profiles: Mapping[str, Profile]
+    profiles: Mapping[str, Profile] = {}
 
     @model_validator(mode="after")
     def _default_exists(self) -> Card:
-        if self.board.default_profile not in self.profiles:
+        if (self.profiles or self.board.default_profile) and self.board.default_profile not in self.profiles:
             raise ValueError(f"default_profile {self.board.default_profile!r} is not one of the profiles {', '.join(self.profiles)}")
         return self
 
@@ -164,24 +166,35 @@ class Card(_Table):
 class Device:
     """A board together with one of its profiles.
 
-    `name` is the board ("rpi4"), `profile` the full name ("rpi4-ort"); `attached` is true where figures are measured on this machine
-    and false where they are predicted. `resolved` says which profile a bare board name led to, and is empty otherwise.
+    `name` is the board ("rpi4"), `profile` the full name ("rpi4-ort"), the board's where its card has no profile. `resolved` says which
+    profile a bare board name led to, and is empty otherwise. `host` is where the board is reached over SSH, [user@]name[:port].
     """
 
     name: str
     profile: str
     card: Card
     resolved: str = ""
+    host: str = ""
 
     @property
     def constants(self) -> Profile:
-        """The profile's fitted constants and their held-out errors."""
+        """The profile's fitted constants and their held-out errors. Raises DeviceError for a card that cannot predict."""
+        if not self.predicts:
+            raise DeviceError(
+                f"the card of {self.name} has no fitted profile, so nothing can be predicted for it; it can be measured (--host "
+                "user@board), and `edgeprune device calibrate` fits a profile to its measurements."
+            )
         return self.card.profiles[self.profile]
 
     @property
+    def predicts(self) -> bool:
+        """Whether the card has constants to predict with."""
+        return self.profile in self.card.profiles
+
+    @property
     def attached(self) -> bool:
-        """Whether the board is this machine, so that figures are measured rather than predicted."""
-        return self.card.board.attached
+        """Whether figures are measured rather than predicted: the board is this machine, or a host leads to it."""
+        return self.card.board.attached or bool(self.host)
 
     @property
     def channel_multiple(self) -> int:
@@ -192,12 +205,12 @@ class Device:
     @property
     def threads(self) -> int:
         """Threads of one inference in this profile."""
-        return self.constants.threads
+        return self.constants.threads if self.predicts else self.card.board.threads
 
     @property
     def description(self) -> str:
         """The board and the profile in one line."""
-        return f"{self.card.board.description}; {self.constants.description}"
+        return f"{self.card.board.description}; {self.constants.description if self.predicts else 'no fitted profile: cannot predict'}"
 
 
 def devices() -> tuple[str, ...]:
@@ -205,12 +218,20 @@ def devices() -> tuple[str, ...]:
     return tuple(sorted({name for path in _card_paths().values() for name in (path.stem, *_read(path).profiles)}))
 
 
-def device(name_or_path: str | Path) -> Device:
+def device(name_or_path: str | Path, *, host: str | None = None) -> Device:
     """The board and profile of that name, or of the card at that path (a .toml file; its default profile).
 
-    A bare board name leads to the card's default profile; `Device.resolved` says so. Raises UnknownDevice with near matches for
-    a name no card has, DeviceError for a card that cannot be read or has wrong keys.
+    A bare board name leads to the card's default profile; `Device.resolved` says so. `host` attaches the board: its figures are measured
+    there over SSH ([user@]name[:port], or a name of ~/.ssh/config; "local": this machine is the board). Raises UnknownDevice with near
+    matches for a name no card has, DeviceError for a card that cannot be read or has wrong keys.
     """
+    found = _device(name_or_path)
+    if host and found.card.board.attached:
+        raise DeviceError(f"{found.name} is this machine, it has no host {host!r}: name the board that is there, such as --device rpi4.")
+    return replace(found, host=host) if host else found
+
+
+def _device(name_or_path: str | Path) -> Device:
     path = Path(name_or_path)
     if path.suffix == ".toml":
         return _default(path.stem, path)
@@ -229,6 +250,8 @@ def device(name_or_path: str | Path) -> Device:
 
 def _default(board: str, path: Path) -> Device:
     card = _read(path)
+    if not card.profiles:
+        return Device(board, board, card)
     profile = card.board.default_profile
     return Device(board, profile, card, resolved=f"{board} means its default profile {profile}")
 

@@ -12,13 +12,8 @@ fastest run, because the idle machine's latency lies somewhere in between.
 
 from __future__ import annotations
 
-import contextlib
-import json
+import logging
 import math
-import os
-import signal
-import subprocess
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -27,13 +22,17 @@ from typing import Any, Protocol, TypedDict, Unpack
 import numpy as np
 from numpy.typing import NDArray
 
-from edgeprune.device import agent
-from edgeprune.errors import DeviceError, Unreachable
+from edgeprune.device.connection import START_SECONDS, Connection, Local, connect, owner
+from edgeprune.device.energy import Energy
+from edgeprune.device.parity import Parity, compared
+from edgeprune.errors import DeviceError
 
+TURN_SECONDS = 900.0  # how long a board that somebody else is using is waited for
 _BLOCKS = 16  # of consecutive runs per process
 _RESAMPLES = 2000
 _LEAST_CPU_SHARE = 0.9
-_START_SECONDS = 60.0  # for a process to import and load, on a loaded machine
+_SETTLE_SECONDS = 60.0  # for temperatures to stand still before a full measurement
+_SLOWEST_SECONDS = 5.0  # one inference of the slowest network that is waited for
 
 
 class Schedule(TypedDict, total=False):
@@ -58,7 +57,11 @@ class MeasuredDevice(Protocol):
 
     @property
     def attached(self) -> bool:
-        """Whether this machine is the device."""
+        """Whether this machine is the device, or a connection leads there."""
+
+    @property
+    def host(self) -> str:
+        """Where the board is, for `connect`; empty for this machine."""
 
     @property
     def threads(self) -> int:
@@ -93,6 +96,9 @@ class Measurement:
     threads: int
     fingerprint: Mapping[str, Any]
     problems: tuple[str, ...] = ()
+    parity: Parity | None = None
+    energy: Energy | None = None
+    network_memory_bytes: int = 0
 
     def to_json(self) -> dict[str, Any]:
         """Plain values, for measurements.json."""
@@ -101,47 +107,97 @@ class Measurement:
     @staticmethod
     def from_json(text: Mapping[str, Any]) -> Measurement:
         """The inverse of `to_json`."""
-        lists = {"process_medians_ms": tuple(text["process_medians_ms"]), "problems": tuple(text["problems"])}
-        return Measurement(**{**text, **lists})
+        made: dict[str, Any] = {name: tuple(text[name]) for name in ("process_medians_ms", "problems")}
+        made |= {name: kind(**text[name]) for name, kind in (("parity", Parity), ("energy", Energy)) if text.get(name)}
+        return Measurement(**{**text, **made})
 
 
-def measure(artifact_path: str | Path, device: MeasuredDevice, **schedule: Unpack[Schedule]) -> Measurement:
-    """Latency of an artifact on `device`, which must be attached; see `measure_host` for the rest.
+def measure(artifact_path: str | Path, device: MeasuredDevice, *, governor: str | None = None, **schedule: Unpack[Schedule]) -> Measurement:
+    """Latency of an artifact (.onnx, .tflite) on `device`, which must be attached; see `measure_on` for the rest.
 
     Raises DeviceError for a device that is not attached: its figures are predicted.
     """
     if not device.attached:
         raise DeviceError(
             f"{device.profile} is not attached, so nothing can be measured on it: its figures are predicted unless a board is connected. "
-            "Use --device host to measure on this machine."
+            "Give --host user@board, or use --device host to measure on this machine."
         )
-    return measure_host(artifact_path, threads=device.threads, **schedule)
+    with connect(device.host) as board:
+        return measure_on(board, artifact_path, threads=device.threads, governor=governor, **schedule)
 
 
 def measure_host(
     artifact_path: str | Path, *, threads: int = 1, cpus: Sequence[int] | None = None, **schedule: Unpack[Schedule]
 ) -> Measurement:
-    """Latency of an artifact on this machine, by the agent in fresh processes; the schedule is FULL where nothing else is said.
+    """Latency of an artifact on this machine; see `measure_on`."""
+    with Local() as here:
+        return measure_on(here, artifact_path, threads=threads, cpus=cpus, **schedule)
 
-    `cpus`: where the processes are pinned; default: the last `threads` ones this process may use (the first serves interrupts).
-    Takes processes * (warm-up + runs + about 0.3 s). Raises DeviceError for an artifact that does not run or impossible
-    threads or CPUs, Unreachable when an agent crashes, hangs or lacks its runtime. No process outlives the call.
+
+def measure_on(
+    board: Connection,
+    artifact_path: str | Path,
+    *,
+    threads: int = 1,
+    cpus: Sequence[int] | None = None,
+    governor: str | None = None,
+    **schedule: Unpack[Schedule],
+) -> Measurement:
+    """Latency of an artifact by the agent behind `board`, in fresh processes; the schedule is FULL where nothing else is said.
+
+    `cpus`: where the processes are pinned; default: the last `threads` ones (the first serves interrupts). `governor` is set for the
+    time of the connection where the account may do so. A board that somebody else measures on is waited for. Away from this machine the
+    artifact's outputs are compared with this machine's first: figures of a network that computes something else are not reported.
+    Takes processes * (warm-up + runs + about 0.3 s). Raises DeviceError for an artifact that does not run or impossible threads or
+    CPUs, Unreachable when an agent crashes, hangs or lacks its runtime, ParityError. No process outlives the connection.
     """
     plan: Schedule = {**FULL, **schedule}
-    allowed = sorted(os.sched_getaffinity(0))
-    pinned = list(cpus) if cpus is not None else allowed[-threads:]
-    if not 1 <= threads <= len(allowed) or not set(pinned) <= set(allowed) or not pinned:
-        raise DeviceError(f"cannot run {threads} thread(s) on the CPUs {pinned}: this process may use {allowed}.")
     if plan["processes"] < 3:
         raise DeviceError(f"{plan['processes']} processes give no interval: use at least 3.")
-    file = Path(artifact_path)
+    file = artifact(artifact_path)
+    take_turn(board)
+    facts = board.hello()
+    pinned = pin(board, facts, threads, cpus)
+    if governor:
+        board.ask("governor", name=governor)
+    pushed = board.push(file)
+    parity, reason = (None, "") if isinstance(board, Local) else compared(board, file)
+    patience = {"wait_seconds": _SETTLE_SECONDS, "limit_seconds": START_SECONDS + _SETTLE_SECONDS}
+    settled = board.ask("settle", **patience) if plan["min_seconds"] >= 1 else None
+    request = {"artifact": pushed, "threads": threads, "cpus": pinned} | {k: v for k, v in plan.items() if k != "processes"}
+    runs = 1 + plan["warmup_runs"] + plan["min_runs"]
+    limit = START_SECONDS + 10 * (plan["warmup_seconds"] + plan["min_seconds"]) + _SLOWEST_SECONDS * runs
+    replies = [board.ask("measure", fresh=True, limit_seconds=limit, **request) for _ in range(plan["processes"])]
+    fingerprint = {**facts, "where": board.where, "settled": dict(settled or {}), "not_compared": reason}
+    return _summarized(replies, fingerprint, parity)
+
+
+def artifact(path: str | Path) -> Path:
+    """The artifact at that path. Raises DeviceError where there is none."""
+    file = Path(path)
     if not file.is_file():
         raise DeviceError(f"there is no artifact {file} to measure: give the path of an exported file.")
-    request = {"do": "measure", "artifact": str(file.resolve()), "threads": threads, "cpus": pinned}
-    request |= {key: value for key, value in plan.items() if key != "processes"}
-    load_before = os.getloadavg()[0]
-    replies = [_ask(request, plan) for _ in range(plan["processes"])]
-    return _summarized(replies, load_before=load_before)
+    return file
+
+
+def take_turn(board: Connection) -> None:
+    """Have the board to oneself as long as the connection lasts. Raises DeviceError when somebody else keeps it for too long."""
+    if isinstance(board, Local):
+        return
+    try:
+        board.ask("lock", owner=owner())
+    except DeviceError as busy:
+        logging.getLogger(__name__).warning("waiting for up to %.0f s: %s", TURN_SECONDS, busy)
+        board.ask("lock", owner=owner(), wait_seconds=TURN_SECONDS, limit_seconds=TURN_SECONDS + 10)
+
+
+def pin(board: Connection, facts: Mapping[str, Any], threads: int, cpus: Sequence[int] | None = None) -> list[int]:
+    """The CPUs to run on. Raises DeviceError where the machine has not got them."""
+    allowed = facts["cpus"]
+    pinned = list(cpus) if cpus is not None else allowed[-threads:]
+    if not 1 <= threads <= len(allowed) or not set(pinned) <= set(allowed) or not pinned:
+        raise DeviceError(f"cannot run {threads} thread(s) on the CPUs {pinned}: a process on {board.where} may use {allowed}.")
+    return pinned
 
 
 def median_interval_ms(processes_ms: Sequence[NDArray[np.float64]]) -> tuple[float, float, float]:
@@ -162,7 +218,7 @@ def median_interval_ms(processes_ms: Sequence[NDArray[np.float64]]) -> tuple[flo
     return median, max(fastest, median + widen * min(0.0, low)), median + widen * max(0.0, high)
 
 
-def _summarized(replies: Sequence[Mapping[str, Any]], *, load_before: float) -> Measurement:
+def _summarized(replies: Sequence[Mapping[str, Any]], machine: Mapping[str, Any], parity: Parity | None) -> Measurement:
     processes_ms = [np.array(reply["times_ns"], dtype=np.float64) / 1e6 for reply in replies]
     runs_ms = np.concatenate(processes_ms)
     lower, upper = np.percentile(runs_ms, (25, 75))
@@ -171,8 +227,8 @@ def _summarized(replies: Sequence[Mapping[str, Any]], *, load_before: float) -> 
     states = [{key: reply[key] for key in ("before", "after", "cpu_share")} for reply in replies]
     if min(reply["cpu_share"] for reply in replies) < _LEAST_CPU_SHARE:
         low_ms = float(runs_ms.min())
-    facts = ("artifact_sha256", "runtime", "cpus", "inputs", "warmup_runs")
-    fingerprint = agent.hello() | {key: last[key] for key in facts}
+    facts = ("artifact_sha256", "runtime", "cpus", "inputs", "warmup_runs", "quantized")
+    fingerprint = {**machine, **{key: last[key] for key in facts}}
     return Measurement(
         latency_ms=latency_ms,
         low_ms=low_ms,
@@ -187,8 +243,10 @@ def _summarized(replies: Sequence[Mapping[str, Any]], *, load_before: float) -> 
         outliers=int(np.sum(runs_ms > upper + 3 * (upper - lower))),
         process_medians_ms=tuple(float(np.median(runs)) for runs in processes_ms),
         threads=last["threads"],
-        fingerprint=fingerprint | {"states": states, "load_average_before": load_before},
+        fingerprint=fingerprint | {"states": states},
         problems=_problems(states),
+        parity=parity,
+        network_memory_bytes=max(reply["network_memory_bytes"] for reply in replies),
     )
 
 
@@ -207,44 +265,3 @@ def _problems(states: Sequence[Mapping[str, Any]]) -> tuple[str, ...]:
     if share < _LEAST_CPU_SHARE:
         found.append(f"other programs used the CPU: the network had it for {share:.0%} of the time")
     return tuple(dict.fromkeys(found))
-
-
-def _ask(request: Mapping[str, Any], plan: Schedule) -> Mapping[str, Any]:
-    """The reply of a fresh agent to one request; its process group is gone when this returns or raises."""
-    limit_seconds = _START_SECONDS + 10 * (plan["warmup_seconds"] + plan["min_seconds"])
-    environment = os.environ | {"OMP_NUM_THREADS": str(request["threads"]), "PYTHONHASHSEED": "0"}
-    with subprocess.Popen(
-        [sys.executable, agent.__file__],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        env=environment,
-        start_new_session=True,
-    ) as process:
-        try:
-            output, errors = process.communicate(json.dumps(request) + "\n", timeout=limit_seconds)
-        except subprocess.TimeoutExpired as error:
-            raise Unreachable(
-                f"the measuring process gave no result within {limit_seconds:.0f} s and was stopped: is the machine overloaded?"
-            ) from error
-        finally:  # also on KeyboardInterrupt
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)
-    return _checked(output, errors, process.returncode)
-
-
-def _checked(output: str, errors: str, returncode: int) -> Mapping[str, Any]:
-    try:
-        reply = json.loads(output)
-    except json.JSONDecodeError as error:
-        last = errors.strip().splitlines()[-1] if errors.strip() else "nothing on stderr"
-        how = f"was killed by signal {-returncode}" if returncode < 0 else f"ended with status {returncode}"
-        raise Unreachable(f"the measuring process {how} without a result ({last}): out of memory, or a broken onnxruntime?") from error
-    if not reply["ok"]:
-        kind, message = reply["error"]["kind"], reply["error"]["message"]
-        if kind == "missing_runtime":
-            raise Unreachable(f"the runtime to measure with is missing: {message}. Install onnxruntime into this Python.")
-        raise DeviceError(f"the artifact could not be measured ({kind}): {message}.")
-    measured: Mapping[str, Any] = reply
-    return measured

@@ -72,22 +72,6 @@ def test_profile_of_a_model_is_a_prediction(edgeprune: Command) -> None:
     assert found["latency_ms"]["low"] < found["latency_ms"]["value"] < found["latency_ms"]["high"]
 
 
-def test_profile_of_an_artifact_is_a_measurement(edgeprune: Command, here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import edgeprune as ep
-    from edgeprune.device import measure
-
-    ep.export(colour_net(), torch.zeros(1, 3, 8, 8), here / "net.onnx")
-    monkeypatch.setattr(measure, "FULL", {"processes": 3, "min_runs": 10, "min_seconds": 0.0, "warmup_runs": 1, "warmup_seconds": 0.0})
-    done = edgeprune("profile", "net.onnx")
-    assert done.code == 0
-    assert "ms measured" in done.out
-    found = json.loads(edgeprune("profile", "net.onnx", "--json").out)
-    assert found["low_ms"] <= found["latency_ms"] <= found["high_ms"]
-    refused = edgeprune("profile", "net.onnx", "--device", "rpi4")
-    assert refused.code == 4
-    assert "predicted" in refused.message
-
-
 def test_evaluate(edgeprune: Command, here: Path) -> None:
     import edgeprune as ep
 

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import base64
 import hashlib
 import io
 import json
@@ -93,6 +94,87 @@ def test_bad_requests_are_answered_and_the_next_one_still_works(artifact: Path) 
     assert replies[3]["id"] == 1
 
 
+def test_tflite_files_are_measured_and_evaluated(tflite_artifact: Path, tmp_path: Path) -> None:
+    x = np.random.default_rng(0).standard_normal((3, 8)).astype(np.float32)
+    np.save(tmp_path / "x.npy", x)
+    measured, evaluated, operations = ask(
+        {"do": "measure", "artifact": str(tflite_artifact), **BRIEF},
+        {"do": "evaluate", "artifact": str(tflite_artifact), "arrays": str(tmp_path / "x.npy")},
+        {"do": "operations", "artifact": str(tflite_artifact)},
+    )
+    assert measured["runtime"].startswith("ai-edge-litert")
+    assert measured["inputs"] == {"x": {"shape": [1, 8], "dtype": "float32"}}
+    (out,) = evaluated["outputs"]
+    found = np.frombuffer(base64.b64decode(out["base64"]), out["dtype"]).reshape(out["shape"])
+    np.testing.assert_array_equal(found, np.maximum(x, 0))
+    assert operations["operations"] is None
+    assert "profiler" in operations["reason"]
+
+
+def test_operations_come_in_the_order_they_run(artifact: Path, tmp_path: Path) -> None:
+    (reply,) = ask({"do": "operations", "artifact": str(artifact), "min_runs": 3, "min_seconds": 0, "scratch": str(tmp_path)})
+    assert [o["op"] for o in reply["operations"]] == ["MatMul"]
+    assert reply["runs"] == 3
+    assert list(tmp_path.iterdir()) == [artifact]  # the runtime's trace is gone
+
+
+def test_a_fresh_process_does_the_work(artifact: Path) -> None:
+    both = {"do": "measure", "artifact": str(artifact), **BRIEF}
+    here, fresh, late = ask(both, {**both, "fresh": True, "limit_seconds": 60}, {**both, "fresh": True, "limit_seconds": 0.01})
+    assert len(fresh["times_ns"]) == len(here["times_ns"]) == 5
+    assert late["error"]["kind"] == "late"
+
+
+def test_the_process_ends_when_its_input_ends_whatever_it_is_doing(artifact: Path) -> None:
+    for words, end in ((["--grace", "0"], True), (["--silence", "0.5", "--grace", "0"], False)):
+        with subprocess.Popen(
+            [sys.executable, agent.__file__, *words], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        ) as process:
+            assert process.stdin
+            process.stdin.write(json.dumps({"do": "measure", "artifact": str(artifact), "min_seconds": 600}) + "\n")
+            process.stdin.flush()
+            if end:
+                process.stdin.close()
+            assert process.wait(timeout=30) == 3
+
+
+def test_the_lock_is_one_process_s_and_goes_with_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("EDGEPRUNE_LOCK", f"edgeprune-test-{os.getpid()}")
+    with subprocess.Popen([sys.executable, agent.__file__], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as first:
+        assert first.stdin
+        assert first.stdout
+        first.stdin.write('{"do": "lock", "owner": "alice"}\n')
+        first.stdin.flush()
+        assert json.loads(first.stdout.readline())["ok"]
+        (busy,) = ask({"do": "lock", "owner": "bob"})
+        assert busy["error"]["kind"] == "busy"
+        assert busy["error"]["message"].startswith("in use by alice for 0 s (process ")
+        first.kill()
+    (free,) = ask({"do": "lock", "owner": "bob", "wait_seconds": 5})
+    assert free["ok"]
+
+
+def test_governors_are_put_back(tmp_path: Path) -> None:
+    name = "sys/devices/system/cpu/cpu{}/cpufreq/scaling_governor"
+    root = board(tmp_path, {name.format(n): "ondemand\n" for n in (0, 1)})
+    session = agent.Session()
+    assert session._govern("performance", root) == {"before": ["ondemand"], "cpus": 2}
+    assert (tmp_path / name.format(1)).read_text() == "performance"
+    session.end()
+    assert (tmp_path / name.format(1)).read_text() == "ondemand"
+
+
+def test_settling_waits_for_still_temperatures(tmp_path: Path) -> None:
+    root = board(tmp_path, {"sys/class/thermal/thermal_zone0/temp": "50000\n"})
+    assert agent.settle(5, window_seconds=0.05, root=root)["settled"]
+    assert agent.settle(0, root=str(tmp_path / "none")) == {
+        "settled": True,
+        "waited_seconds": pytest.approx(0, abs=1),
+        "temperatures_c": [],
+    }
+    assert not agent.settle(0, root=root)["settled"]
+
+
 def test_a_missing_runtime_is_named(artifact: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "onnxruntime", None)  # what an absent package looks like to `import`
     replies = io.StringIO()
@@ -153,10 +235,13 @@ def test_reads_the_state_of_a_board(tmp_path: Path) -> None:
         "throttle_word": 0x50005,
         "load_average": 0.25,
     }
+    assert agent.machine_state(root, cpus=[1])["frequencies_khz"] == [600000]
     assert agent.machine_state(str(tmp_path / "empty")) == {}
 
 
 def test_names_an_arm_cpu_by_its_part(tmp_path: Path) -> None:
     text = "processor\t: 0\nCPU implementer\t: 0x41\nCPU part\t: 0xd08\n\nprocessor\t: 1\nCPU part\t: 0xd08\n"
-    assert agent.cpu_model(board(tmp_path, {"proc/cpuinfo": text})) == "0xd08"
-    assert agent.cpu_model(board(tmp_path, {"proc/cpuinfo": "model name\t: Fast CPU @ 3 GHz\n" * 2})) == "Fast CPU @ 3 GHz"
+    keys = ("model name", "CPU part")
+    assert agent.cpu_field(*keys, root=board(tmp_path, {"proc/cpuinfo": text})) == "0xd08"
+    assert agent.cpu_field(*keys, root=board(tmp_path, {"proc/cpuinfo": "model name\t: Fast CPU @ 3 GHz\n" * 2})) == "Fast CPU @ 3 GHz"
+    assert agent.cpu_field(*keys, root=str(tmp_path / "empty")) == ""

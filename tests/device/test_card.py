@@ -20,12 +20,40 @@ def _own_config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda p: p.stem)
 def test_every_shipped_card_loads_and_prices_every_kernel_kind(path: Path) -> None:
     board = device(path.stem)
+    facts = board.card.board
+    assert all((facts.soc, facts.runtimes, facts.wheels, facts.sources))
+    assert facts.threads <= facts.cores
     for profile in board.card.profiles:
         found = device(profile)
         assert (found.name, found.profile) == (path.stem, profile)
         assert set(found.constants.kernels) == KINDS
         assert 85 <= found.constants.fit.coverage <= 95
         assert found.channel_multiple in (4, 8, 16)
+
+
+def test_the_boards_of_the_contract_are_there() -> None:
+    assert {"rpi3", "rpi4", "rpi5", "rpi-zero2w", "jetson-nano", "jetson-orin-nano", "host"} <= set(devices())
+
+
+def test_a_card_without_a_profile_can_be_measured_but_not_predict(tmp_path: Path) -> None:
+    text = (SHIPPED[-1].parent / "rpi4.toml").read_text().split("# Written by")[0]
+    (tmp_path / "toaster.toml").write_text(text.replace('default_profile = "rpi4-ort"\n', ""))
+    bare = device(tmp_path / "toaster.toml")
+    assert (bare.profile, bare.threads, bare.predicts, bare.resolved) == ("toaster", 4, False, "")
+    assert "cannot predict" in bare.description
+    with pytest.raises(DeviceError, match=r"toaster has no fitted profile.*can be measured.*calibrate"):
+        _ = bare.constants
+    (tmp_path / "toaster.toml").write_text(text)
+    with pytest.raises(DeviceError, match="'rpi4-ort' is not one of the profiles"):
+        device(tmp_path / "toaster.toml")
+
+
+def test_a_host_attaches_the_board() -> None:
+    pi = device("rpi4", host="pi@board")
+    assert (pi.host, pi.attached, pi.profile) == ("pi@board", True, "rpi4-ort")
+    assert not device("rpi4").attached
+    with pytest.raises(DeviceError, match="host is this machine"):
+        device("host", host="pi@board")
 
 
 def test_names_lists_boards_and_profiles() -> None:

@@ -14,7 +14,7 @@ import onnx
 import pytest
 from onnx import TensorProto, helper
 
-from edgeprune.device import agent
+from edgeprune.device import agent, connection
 from edgeprune.device import measure as measuring
 from edgeprune.device.measure import FULL, QUICK, Measurement, Schedule, measure, measure_host, median_interval_ms
 from edgeprune.errors import DeviceError, Unreachable
@@ -27,6 +27,7 @@ class Card:
     attached: bool
     threads: int = 1
     profile: str = "rpi4-ort"
+    host: str = ""
 
 
 @pytest.fixture(scope="module")
@@ -61,8 +62,14 @@ def test_the_fingerprint_says_what_was_measured_on_what(measured: Measurement, a
     assert f["agent_sha256"] == agent._sha256(agent.__file__)
     assert f["runtime"].startswith("onnxruntime 1.")
     assert f["cpus"] == [max(os.sched_getaffinity(0))]
-    assert {"cpu", "cores", "kernel", "python", "load_average_before"} <= f.keys()
+    assert {"cpu", "cpu_features", "os", "cores", "kernel", "python", "pointer_bits", "state"} <= f.keys()
     assert len(f["states"]) == 3
+
+
+def test_a_full_measurement_waits_for_the_temperature_first(artifact: Path) -> None:
+    found = measure_host(artifact, **{**BRIEF, "min_seconds": 1.0})
+    assert found.fingerprint["settled"].keys() >= {"settled", "waited_seconds", "temperatures_c"}
+    assert found.network_memory_bytes < found.peak_memory_bytes
 
 
 def test_goes_through_json_and_back(measured: Measurement) -> None:
@@ -142,7 +149,7 @@ def is_running(pid: int) -> bool:
         ("sys.exit('no luck today')", r"status 1 .*no luck today"),
         ("print('{half')", "without a result"),
         (
-            """print('{"ok": false, "error": {"kind": "missing_runtime", "message": "No module named onnxruntime"}}')""",
+            """print('{"ok": false, "id": 1, "protocol": 2, "error": {"kind": "missing_runtime", "message": "No onnxruntime"}}')""",
             "runtime to measure with is missing",
         ),
     ],
@@ -158,7 +165,7 @@ def test_an_agent_that_dies(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, art
 
 def test_an_agent_that_hangs_is_stopped_with_its_children(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, artifact: Path) -> None:
     notes = sabotage(monkeypatch, tmp_path, "time.sleep(600)")
-    monkeypatch.setattr(measuring, "_START_SECONDS", 2.0)
+    monkeypatch.setattr(connection, "START_SECONDS", 2.0)
     with pytest.raises(Unreachable, match="no result within 2 s"):
         measure_host(artifact, **BRIEF)
     assert_gone(notes)
