@@ -190,6 +190,18 @@ def run_artifact(path: str | Path, inputs: Arrays) -> list[NDArray[Any]]:
     return load_artifact(path)(inputs)
 
 
+def read_metadata(path: str | Path) -> dict[str, str]:
+    """The metadata an artifact carries (preprocessing, labels, layout, probe …), text by key; empty for one of another kind.
+
+    Raises ExportError for a damaged file.
+    """
+    file = Path(path)
+    if file.suffix not in (".onnx", ".tflite"):
+        return {}
+    found: dict[str, str] = importlib.import_module(f"edgeprune.export{file.suffix}").read_metadata(file)
+    return found
+
+
 def _format(name: str) -> Format:
     if name in _BUILT_IN:
         module, _, attribute = _BUILT_IN[name].partition(":")

@@ -111,6 +111,15 @@ def operations(content: bytes) -> Counter[str]:
     return Counter(_name(model, o) for graph in model.subgraphs for o in graph.operators)
 
 
+def stored_bits(content: bytes) -> dict[str, int]:
+    """In how many bits the weights of every layer are stored, by torch's name of the layer."""
+    model = unpacked(content)
+    types = schema().TensorType
+    widths = {types.FLOAT32: 32, types.FLOAT16: 16, types.INT8: 8, types.UINT8: 8, types.INT4: 4, types.INT2: 2}
+    names = {tensor.name.decode(): widths.get(tensor.type, 0) for graph in model.subgraphs for tensor in graph.tensors}
+    return {name.removesuffix(".weight"): bits for name, bits in names.items() if name.endswith(".weight")}
+
+
 def named_like_torch(content: bytes, tags: Mapping[str, str], inputs: list[str], outputs: list[str]) -> tuple[bytes, dict[str, str]]:
     """The same file with readable tensor names, and torch's layer -> its weight tensor, for layers that are one operation here.
 

@@ -179,6 +179,15 @@ def read_metadata(source: str | Path | onnx.ModelProto) -> dict[str, str]:
         raise ExportError(f"{source} is not a readable ONNX file: {first_line(error)}.") from error
 
 
+def stored_bits(path: Path) -> dict[str, int]:
+    """In how many bits the weights of every layer are stored, by torch's name of the layer."""
+    kinds = onnx.TensorProto
+    widths = {kinds.FLOAT: 32, kinds.FLOAT16: 16, kinds.INT8: 8, kinds.UINT8: 8, kinds.INT4: 4, kinds.UINT4: 4}
+    graph = onnx.load_model_from_string(path.read_bytes()).graph
+    named = [(i.name.partition(".weight"), widths.get(i.data_type, 0)) for i in graph.initializer if i.dims and len(i.dims) > 1]
+    return {name: bits for (name, dot, _), bits in named if dot}
+
+
 def _layers(proto: onnx.ModelProto, model: nn.Module) -> dict[str, str]:
     """Conv and linear layers whose weight is an initializer under its parameter's name, which the exporter keeps."""
     there = {i.name for i in proto.graph.initializer}

@@ -29,7 +29,12 @@ class Prepared:
 
 def prepared(model: nn.Module, example_inputs: Tensor | Sequence[Tensor]) -> Prepared:
     """Copies of `model`, which is not changed. Raises ExportError where it does not run on the example inputs."""
-    args = tuple(a.detach().cpu() for a in as_args(example_inputs))
+    given = as_args(example_inputs)
+    if odd := [type(a).__name__ for a in given if not isinstance(a, Tensor)]:
+        raise ExportError(
+            f"cannot export: artifacts take tensors, and the model takes a {odd[0]}: export the part of it that takes images."
+        )
+    args = tuple(a.detach().cpu() for a in given)
     original = frozen_copy(model).cpu()
     try:
         lean = _without_inplace(fold_batchnorm(original, args), args)
