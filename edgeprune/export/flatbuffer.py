@@ -154,6 +154,47 @@ def named_like_torch(content: bytes, tags: Mapping[str, str], inputs: list[str],
     return packed(model), layers
 
 
+def averaged_in_place(content: bytes) -> bytes:
+    """The same function without the transposes that stand before averages over images.
+
+    For `x.mean((2, 3))` the converter turns its NHWC tensor to NCHW and averages there; here the average runs over the NHWC tensor
+    itself, and a transpose that nothing else reads goes.
+    """
+    model = unpacked(content)
+    graph = model.subgraphs[0]
+    transposes = {int(o.outputs[0]): o for o in graph.operators if _name(model, o) == "TRANSPOSE"}
+    for mean in [o for o in graph.operators if _name(model, o) == "MEAN" and int(o.inputs[0]) in transposes]:
+        transpose = transposes[int(mean.inputs[0])]
+        order = _numbers(model, transpose.inputs[1])
+        axes = {axis % max(1, len(order)) for axis in _numbers(model, mean.inputs[1])}
+        stays = [source for axis, source in enumerate(order) if axis not in axes]
+        if order and axes and not mean.builtinOptions.keepDims and stays == sorted(stays):
+            fresh = _add_numbers(model, f"axes of {mean.outputs[0]}", sorted(order[axis] for axis in axes))
+            mean.inputs = np.array([transpose.inputs[0], fresh], np.int32)
+    read = {int(i) for o in graph.operators for i in o.inputs} | {int(i) for i in graph.outputs}
+    idle = {id(o) for output, o in transposes.items() if output not in read}
+    graph.operators = [o for o in graph.operators if id(o) not in idle]
+    return packed(model)
+
+
+def _numbers(model: Any, index: int) -> list[int]:
+    """The values of a constant int32 tensor; empty for one that is computed."""
+    data = model.buffers[model.subgraphs[0].tensors[index].buffer].data
+    return [] if data is None else [int(v) for v in np.frombuffer(bytes(data), np.int32)]
+
+
+def _add_numbers(model: Any, name: str, values: list[int]) -> int:
+    """The index of a new constant int32 tensor."""
+    parts, graph = schema(), model.subgraphs[0]
+    tensor, buffer = parts.TensorT(), parts.BufferT()
+    buffer.data = np.frombuffer(np.array(values, np.int32).tobytes(), np.uint8)
+    tensor.name, tensor.type, tensor.buffer = name.encode(), parts.TensorType.INT32, len(model.buffers)
+    tensor.shape = np.array([len(values)], np.int32)
+    model.buffers.append(buffer)
+    graph.tensors.append(tensor)
+    return len(graph.tensors) - 1
+
+
 def _owner(tag: str, tags: Mapping[str, str]) -> str:
     """Torch's name of the module that the converter's name of a tensor ends with, "" where it names none."""
     chain = [part for part in re.sub(r";\d*$", ";", tag).split(";") if part]
