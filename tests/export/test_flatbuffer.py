@@ -100,7 +100,9 @@ def test_names_of_torch() -> None:
     assert run(named) == [[3.0, 0.0]]
 
 
-@pytest.mark.parametrize(("axes", "keep", "left"), [((2, 3), False, 0), ((-1, -2), False, 0), ((2, 3), True, 1), ((1,), False, 1)])
+@pytest.mark.parametrize(
+    ("axes", "keep", "left"), [((2, 3), False, 0), ((-1, -2), False, 0), ((2, 3), True, 1), ((1,), False, 0), ((2,), False, 1)]
+)
 def test_averages_need_no_transpose(axes: tuple[int, ...], keep: bool, left: int) -> None:
     """x (1, 2, 3, 2) NHWC -> NCHW -> mean over `axes`."""
     from ai_edge_litert.interpreter import Interpreter
