@@ -74,8 +74,8 @@ def export(
     artifacts = []
     for form in asked:
         say(f"exporting {form} …")
-        options = {"layout": layout} if form == "tflite" else {}
-        artifacts.append(write(loaded.model, loaded.example_inputs, folder, format=form, samples=samples, metadata=metadata, **options))
+        order = layout if form == "tflite" else None
+        artifacts.append(write(loaded.model, loaded.example_inputs, folder, format=form, samples=samples, metadata=metadata, layout=order))
     keep_samples(folder, loaded.model, samples)
     listed = write_list(folder, artifacts)
     if as_json:

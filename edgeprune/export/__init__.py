@@ -92,9 +92,17 @@ class Quantizer(Protocol):
     that was given to export as `reference` (default: the exported one), and `least_sqnr_db` takes the place of the tolerance.
     """
 
-    least_sqnr_db: float  # the parity gate: below it export raises ParityError
-    bits: Mapping[str, int | float]  # weight bits by layer (torch's names; 32 for fp32, a mean where channels differ): Artifact.bits
-    metadata: Mapping[str, Any]  # into the file beside the caller's: quantize, bits, calibration_sha256, calibration_images …
+    @property
+    def least_sqnr_db(self) -> float:
+        """The parity gate: below it export raises ParityError."""
+
+    @property
+    def bits(self) -> Mapping[str, int | float]:
+        """Weight bits by layer (torch's names; 32 for fp32, a mean where channels differ), read after the call: Artifact.bits."""
+
+    @property
+    def metadata(self) -> Mapping[str, Any]:
+        """Into the file beside the caller's, read after the call: quantize, bit plan, calibration_sha256, calibration_images …."""
 
     def __call__(self, draft: Draft) -> bytes:
         """The quantized file's content. Raises ExportError, UsageError for a format it cannot write."""

@@ -23,7 +23,7 @@ from torch.utils._pytree import tree_leaves
 
 from edgeprune.errors import ExportError, UsageError
 from edgeprune.export import Arrays, Artifact, Draft, Quantizer, Runner
-from edgeprune.export.flatbuffer import averaged_in_place, changed, described, metadata_of, named_like_torch, schema
+from edgeprune.export.flatbuffer import averaged_in_place, changed, described, metadata_of, named_like_torch, schema, shuffled_in_place
 from edgeprune.export.fold import as_args, frozen_copy
 from edgeprune.export.parity import accept, compare, numbered, probe_of, texts, write_checked
 from edgeprune.export.prepare import NETWORK_ERRORS, explained, prepared
@@ -161,7 +161,9 @@ def _converted(converter: ModuleType, model: nn.Module, args: tuple[Tensor, ...]
             content: bytes = converter.convert(wrapped, fed).model_content()
     except _CONVERTER_ERRORS as error:
         raise explained(error, "TFLite") from error
-    return named_like_torch(averaged_in_place(content), _tags(wrapped), numbered("input", len(args)), numbered("output", outputs))
+    return named_like_torch(
+        shuffled_in_place(averaged_in_place(content)), _tags(wrapped), numbered("input", len(args)), numbered("output", outputs)
+    )
 
 
 def _tags(wrapped: _ImagesLast) -> dict[str, str]:
@@ -171,7 +173,7 @@ def _tags(wrapped: _ImagesLast) -> dict[str, str]:
         if name.startswith("wrapped."):
             chain, module, steps = [_class(wrapped)], wrapped, name.split(".")
             for step in steps:
-                module = getattr(module, step)  # type: ignore[assignment]  # any module
+                module = getattr(module, step)
                 chain.append(f"{_class(module)}_{step}")
             tags["/".join(chain)] = name.removeprefix("wrapped.")
     return tags

@@ -19,7 +19,8 @@ def test_the_list_has_25_networks() -> None:
 def test_a_row_holds_figures_or_the_users_error(tmp_path: Path) -> None:
     class Bessel(nn.Module):
         def forward(self, x: torch.Tensor) -> torch.Tensor:
-            return torch.special.bessel_j0(x)
+            made: torch.Tensor = torch.special.bessel_j0(x)
+            return made
 
     x = torch.rand(4, 3, 12, 12)
     row = written(settle(Plain()), x[:1], x, tmp_path / "m.onnx", "onnx")

@@ -127,6 +127,29 @@ def test_inputs_it_does_not_take(written: tuple[nn.Module, Artifact]) -> None:
         run(np.zeros((1, 4, 12, 12), np.float32))
 
 
+class Shuffled(Headed):
+    """A channel shuffle in three groups, and a swap that is none."""
+
+    def __init__(self) -> None:
+        super().__init__(6)
+        self.stem, self.body_conv = conv_bn(3, 6), conv_bn(6, 6, 1)
+
+    def body(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        n, c, h, w = x.shape
+        x = self.body_conv(x.view(n, 3, c // 3, h, w).transpose(1, 2).reshape(n, c, h, w))
+        return self.body_conv(x.transpose(2, 3))
+
+
+@needs_converter
+def test_a_channel_shuffle_costs_one_transpose(tmp_path: Path) -> None:
+    model = settle(Shuffled())
+    artifact = export(model, X, tmp_path / "m.tflite", format="tflite", samples=torch.rand(3, 3, 12, 12))
+    assert artifact.parity_relative < 1e-5
+    found = operations(artifact.path.read_bytes())
+    assert found["RESHAPE"] == 2 and found["TRANSPOSE"] == 2
+
+
 class Bessel(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return torch.special.bessel_j0(x)
