@@ -229,7 +229,7 @@ MISSING = """
 import sys
 sys.modules[{hidden!r}] = None
 import torch
-from edgeprune.export import export, load_artifact
+from edgeprune.export import export, load_artifact, require
 from edgeprune.errors import ExportError
 try:
     {act}
@@ -242,6 +242,7 @@ except ExportError as error:
     ("hidden", "act", "words"),
     [
         ("litert_torch", "export(torch.nn.ReLU(), torch.ones(1, 3), 'm.tflite', format='tflite')", "pip install 'edgeprune[tflite]'"),
+        ("litert_torch", "require(['onnx', 'tflite'])", "needs litert-torch"),
         ("ai_edge_litert", "load_artifact('m.tflite')", "pip install 'edgeprune[tflite]'"),
     ],
 )
