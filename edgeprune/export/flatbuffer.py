@@ -236,7 +236,7 @@ def _swap_groups(model: Any, chain: list[Any], groups: int) -> None:
     ):
         o.inputs = np.array([given, _add_numbers(model, f"shape of {o.outputs[0]}", values)], np.int32)
         tensors[o.outputs[0]].shape = np.array(shape, np.int32)
-        if o is not swap:
+        if o is not swap and o.builtinOptions is not None:  # the converter leaves them out
             o.builtinOptions.newShape = np.array(values, np.int32)
 
 

@@ -17,6 +17,7 @@ from edgeprune.export.flatbuffer import (
     operations,
     packed,
     schema,
+    shuffled_in_place,
     stored_bits,
     unpacked,
 )
@@ -139,6 +140,45 @@ def test_averages_need_no_transpose(axes: tuple[int, ...], keep: bool, left: int
     interpreter.set_tensor(0, x)
     interpreter.invoke()
     np.testing.assert_allclose(interpreter.get_tensor(2), expected)
+
+
+@pytest.mark.parametrize(("swap", "left"), [([0, 2, 1, 3, 4], 1), ([0, 1, 2, 4, 3], 3)])
+def test_channel_shuffles_cost_one_transpose(swap: list[int], left: int) -> None:
+    """x (1, 2, 2, 6) NHWC, to NCHW, channels in groups of two, swapped (or height and width swapped: no shuffle), and back."""
+    from ai_edge_litert.interpreter import Interpreter
+
+    s = schema()
+    model, graph = s.ModelT(), s.SubGraphT()
+    model.operatorCodes = [s.OperatorCodeT(), s.OperatorCodeT()]
+    for made, code in zip(model.operatorCodes, (s.BuiltinOperator.TRANSPOSE, s.BuiltinOperator.RESHAPE), strict=True):
+        made.builtinCode = made.deprecatedBuiltinCode = code
+        made.version = 1
+    model.buffers, graph.tensors, graph.operators = [s.BufferT()], [], []
+    model.version, model.subgraphs = 3, [graph]
+    x = np.arange(24, dtype=np.float32).reshape(1, 2, 2, 6)
+    steps: list[tuple[int, list[int]]] = [(0, [0, 3, 1, 2]), (1, [1, 3, 2, 2, 2]), (0, swap), (1, [1, 6, 2, 2]), (0, [0, 2, 3, 1])]
+    values = [x]
+    for code, numbers in steps:
+        values.append(values[-1].transpose(numbers) if code == 0 else values[-1].reshape(numbers))
+    for value in values:
+        tensor = s.TensorT()
+        tensor.name, tensor.shape, tensor.type = b"t", np.array(value.shape, np.int32), s.TensorType.FLOAT32
+        graph.tensors.append(tensor)
+    for index, (code, numbers) in enumerate(steps):
+        operator = s.OperatorT()
+        operator.opcodeIndex, operator.inputs = code, np.array([index, _add_numbers(model, "c", numbers)], np.int32)
+        operator.outputs = np.array([index + 1], np.int32)
+        graph.operators.append(operator)
+    graph.inputs, graph.outputs = np.array([0], np.int32), np.array([5], np.int32)
+
+    content = shuffled_in_place(packed(model))
+
+    assert operations(content)["TRANSPOSE"] == left
+    interpreter = Interpreter(model_content=content)
+    interpreter.allocate_tensors()
+    interpreter.set_tensor(0, x)
+    interpreter.invoke()
+    assert np.array_equal(interpreter.get_tensor(5), values[-1])
 
 
 def test_operations() -> None:

@@ -102,7 +102,7 @@ def test_a_damaged_file_is_refused(
     written: tuple[nn.Module, Artifact], damage: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     content = written[1].path.read_bytes()
-    weight = np.float32(written[0].head.bias[0].item()).tobytes()  # type: ignore[union-attr, index, operator]
+    weight = np.float32(written[0].head.bias[0].item()).tobytes()  # type: ignore[union-attr, index]
     damaged = {
         "truncated": content[: len(content) // 2],
         "cut to nothing": b"",
