@@ -4,7 +4,7 @@ BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint .ci/constraints.txt
 TORCH := torch==2.13.0
 
-.PHONY: demo test test-slow test-board lint type setup bench-accuracy bench-allocation bench-cost bench-criteria bench-graph bench-training clean
+.PHONY: demo test test-slow test-board lint type setup bench-accuracy bench-allocation bench-artifacts bench-cost bench-criteria bench-graph bench-training clean
 
 demo: .venv/.core  ## the main job on data that ships with the installation, under 3 minutes
 	$(BIN)/edgeprune demo
@@ -34,6 +34,10 @@ bench-accuracy: .venv/.dev  ## ResNet-56 and ResNet-20 on CIFAR-10 without train
 bench-allocation: .venv/.dev  ## every allocator on CIFAR-10 ResNets (EDGEPRUNE_DATA; goes on where it was; some hours on one core)
 	$(BIN)/python -m benchmarks.allocation_speed
 	$(BIN)/python -m benchmarks.allocation
+
+bench-artifacts: .venv/.dev  ## 25 networks as ONNX and TFLite against torch, then latency on this machine (EDGEPRUNE_DATA; goes on where it was; over an hour)
+	$(BIN)/python -m benchmarks.artifacts parity
+	$(BIN)/python -m benchmarks.artifacts latency
 
 bench-cost: .venv/.dev  ## refit every shipped latency constant from the public tables and print the errors
 	$(BIN)/python -m benchmarks.cost_models

@@ -8,7 +8,6 @@ import pytest
 import torch
 
 from tests.cli.conftest import NET, Command
-from tests.colours import colour_net
 
 
 def test_inspect(edgeprune: Command) -> None:
@@ -70,17 +69,6 @@ def test_profile_of_a_model_is_a_prediction(edgeprune: Command) -> None:
     shares = [float(line.split()[-1].rstrip("%")) for line in done.out.splitlines() if line.endswith(("%", "% "))]
     assert sum(shares) == pytest.approx(100, abs=1)
     assert found["latency_ms"]["low"] < found["latency_ms"]["value"] < found["latency_ms"]["high"]
-
-
-def test_evaluate(edgeprune: Command, here: Path) -> None:
-    import edgeprune as ep
-
-    expected = ep.evaluate(colour_net(), here / "data.npz")
-    done = edgeprune("evaluate", *NET, "--data", "data.npz")
-    assert done.out == f"{100 * expected.accuracy:.2f}% of 30 validation images right, loss {expected.loss:.4f}\n"
-    ep.export(colour_net(), torch.zeros(1, 3, 8, 8), here / "net.onnx")
-    found = json.loads(edgeprune("evaluate", "net.onnx", "--data", "data.npz", "--json").out)
-    assert (found["accuracy"], found["images"]) == (expected.accuracy, 30)
 
 
 @pytest.mark.parametrize(("command", "names"), [("criteria", ["l1", "nuclear_norm"]), ("allocators", ["uniform", "global", "knapsack"])])
