@@ -10,7 +10,7 @@ import sys
 
 import typer
 
-from edgeprune.cli import board, compress, look, runs
+from edgeprune.cli import bench, board, compress, look, runs
 from edgeprune.errors import EdgepruneError
 from edgeprune.terminal import complain
 
@@ -31,6 +31,7 @@ for command in (
     look.profile,
     look.evaluate,
     runs.report,
+    bench.bench,
     look.criteria,
     look.allocators,
 ):
