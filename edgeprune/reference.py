@@ -55,7 +55,7 @@ class Inverted(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(n, narrow, h, w) -> (n, wide, h / stride, w / stride)."""
-        y = self.depthwise(self.expand(x))
+        y: Tensor = self.depthwise(self.expand(x))
         y = self.project(y * self.gate(y))
         return x + y if self.shortcut else y
 
