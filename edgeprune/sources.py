@@ -13,6 +13,7 @@ import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from textwrap import shorten
 from tokenize import TokenError
 from typing import Any, Protocol
 
@@ -167,7 +168,9 @@ def read_npz(path: Path) -> Parts:
             arrays = {name: file[name] for name in file.files if name in ("x_train", "y_train", "x_val", "y_val", "classes")}
             found = list(file.files)
     except _DAMAGED as error:
-        reason = "it holds Python objects, which are not read because that executes code" if "pickle" in str(error) else str(error)
+        reason = (
+            "it holds Python objects, which are not read because that executes code" if "pickle" in str(error) else shorten(str(error), 200)
+        )
         raise DataError(f"{path} cannot be read ({reason}): save plain arrays with numpy.savez(path, x_train=…, y_train=…).") from error
     parts = [
         _array_part(arrays[f"x_{p}"], arrays.get(f"y_{p}"), f"x_{p} of {path}") if f"x_{p}" in arrays else None for p in ("train", "val")
