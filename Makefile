@@ -4,7 +4,7 @@ BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint .ci/constraints.txt
 TORCH := torch==2.13.0
 
-.PHONY: demo test test-slow test-board lint type setup bench-accuracy bench-allocation bench-artifacts bench-cost bench-criteria bench-graph bench-training clean
+.PHONY: demo test test-slow test-board lint type setup bench-accuracy bench-allocation bench-artifacts bench-board bench-cost bench-criteria bench-graph bench-regression bench-training clean
 
 demo: .venv/.core  ## the main job on data that ships with the installation, under 3 minutes
 	$(BIN)/edgeprune demo
@@ -53,6 +53,13 @@ bench-graph: .venv/.dev  ## trace and slim: the 87 library networks of the list 
 
 bench-training: .venv/.dev  ## images per second of fine-tuning beside bare forward + backward
 	$(BIN)/python -m benchmarks.training
+bench-regression: .venv/.dev  ## this revision beside BASE on this machine; fails where something is worse by more than MAX_REGRESSION percent
+	$(BIN)/edgeprune bench --against $(or $(BASE),HEAD^) --max-regression $(or $(MAX_REGRESSION),10)
+
+bench-board: .venv/.dev  ## the reference networks on an attached board: BOARD=rpi4 HOST=pi@board
+	$(BIN)/edgeprune bench --no-latency --artifacts runs/nightly --out runs/nightly/bench.json
+	for n in digits residual mobile; do \
+	  $(BIN)/edgeprune profile runs/nightly/$$n.onnx --device $(BOARD) --host $(HOST) --json > runs/nightly/$$n.json || exit $$?; done
 
 clean:
 	rm -rf .venv .mypy_cache .ruff_cache .pytest_cache

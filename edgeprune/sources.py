@@ -7,10 +7,14 @@ from __future__ import annotations
 
 import hashlib
 import json
+import struct
 import zipfile
+import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from textwrap import shorten
+from tokenize import TokenError
 from typing import Any, Protocol
 
 import numpy as np
@@ -139,14 +143,34 @@ def read_folder(root: Path, size: tuple[int, int], channels: int) -> Parts:
     return parts.get(train), parts.get(val) if val else None, names or None
 
 
+# What zipfile and numpy raise on bytes that are no archive of arrays (RuntimeError: encrypted, or a compression nobody has; TokenError:
+# a header that is no Python literal).
+_DAMAGED = (
+    OSError,
+    ValueError,
+    EOFError,
+    TypeError,
+    KeyError,
+    RuntimeError,
+    MemoryError,
+    struct.error,
+    zlib.error,
+    zipfile.BadZipFile,
+    TokenError,
+)
+
+
 def read_npz(path: Path) -> Parts:
     """The arrays x_train, y_train, x_val, y_val (and classes, names) of an .npz file; nothing pickled is read."""
     try:
-        with np.load(path, allow_pickle=False) as file:
+        # opened here: numpy leaves a file open that turns out to be damaged
+        with path.open("rb") as raw, np.load(raw, allow_pickle=False) as file:
             arrays = {name: file[name] for name in file.files if name in ("x_train", "y_train", "x_val", "y_val", "classes")}
             found = list(file.files)
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
-        reason = "it holds Python objects, which are not read because that executes code" if "pickle" in str(error) else str(error)
+    except _DAMAGED as error:
+        reason = (
+            "it holds Python objects, which are not read because that executes code" if "pickle" in str(error) else shorten(str(error), 200)
+        )
         raise DataError(f"{path} cannot be read ({reason}): save plain arrays with numpy.savez(path, x_train=…, y_train=…).") from error
     parts = [
         _array_part(arrays[f"x_{p}"], arrays.get(f"y_{p}"), f"x_{p} of {path}") if f"x_{p}" in arrays else None for p in ("train", "val")

@@ -10,7 +10,7 @@ import sys
 
 import typer
 
-from edgeprune.cli import artifacts, board, compress, look, runs
+from edgeprune.cli import artifacts, bench, board, compress, look, runs
 from edgeprune.errors import EdgepruneError
 from edgeprune.terminal import complain, quiet_unless_first
 
@@ -33,6 +33,7 @@ for command in (
     artifacts.evaluate,
     artifacts.verify,
     runs.report,
+    bench.bench,
     look.criteria,
     look.allocators,
 ):

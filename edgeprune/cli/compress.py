@@ -12,6 +12,7 @@ import typer
 
 from edgeprune.cli.options import (
     AsJson,
+    Config,
     DataOption,
     DeviceName,
     Factory,
@@ -91,6 +92,7 @@ def compress(
     resume: Annotated[bool, typer.Option("--resume", help="go on with the run in --out")] = False,
     seed: Annotated[int, typer.Option(min=0, help="for everything random")] = 0,
     trust_pickle: TrustPickle = False,
+    config: Config = None,
     as_json: AsJson = False,
 ) -> None:
     """A smaller network that meets the budget on the device, as an artifact with a report."""

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import difflib
 import tempfile
+import tomllib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -14,7 +16,41 @@ from edgeprune.errors import UsageError
 if TYPE_CHECKING:
     from edgeprune.load import LoadedModel
 
-Model = Annotated[Path, typer.Argument(help="a state dict (.pt, .pth, .th, .safetensors; with --model) or an exported program (.pt2)")]
+
+def _defaults_from(context: typer.Context, path: Path | None) -> Path | None:
+    """Options of this command from a TOML file; what is typed on the command line wins."""
+    if path is None:
+        return None
+    try:
+        values = tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UsageError(f"--config {path} cannot be read: {error.strerror}.") from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise UsageError(f"--config {path} is not valid TOML: {error}.") from error
+    names = {
+        option.removeprefix("--"): parameter.name
+        for parameter in context.command.params
+        for option in (*parameter.opts, *parameter.secondary_opts)
+        if option.startswith("--") and option not in ("--config", "--help")
+    }
+    defaults: dict[str, Any] = {}
+    for key, value in values.items():
+        if key not in names:
+            near = difflib.get_close_matches(key, names, n=1, cutoff=0.5)
+            hint = f"did you mean {near[0]!r}?" if near else f"there is: {', '.join(sorted(names))}."
+            raise UsageError(f"--config {path} sets {key!r}, which is no option of `edgeprune {context.command.name}`: {hint}")
+        defaults[str(names[key])] = value
+    context.default_map = {**(context.default_map or {}), **defaults}
+    return path
+
+
+Config = Annotated[
+    Path | None,
+    typer.Option("--config", is_eager=True, callback=_defaults_from, help="a TOML file of options under the same names: latency-ms = 30"),
+]
+Model = Annotated[
+    Path, typer.Argument(metavar="MODEL", help="a state dict (.pt, .pth, .th, .safetensors; with --model) or an exported program (.pt2)")
+]
 Factory = Annotated[
     str | None,
     typer.Option("--model", help="builds the network of a state dict: pkg.mod:function, file.py:function, timm:NAME or torchvision:NAME"),

@@ -301,3 +301,29 @@ def test_an_exported_program(edgeprune: Command, here: Path) -> None:
     done = edgeprune("compress", "net.pt2", *QUICK[3:], "--macs", "0.5", "--out", "run", "--epochs", "1", "--batch-size", "16")
     assert done.code == 0, done.err
     assert done.out.startswith("net for rpi4: ")
+
+
+def test_options_come_from_a_file_and_the_command_line_wins(edgeprune: Command, here: Path) -> None:
+    options = {"model": FACTORY, "data": "data.npz", "device": "rpi4", "epochs": 0, "macs": 0.9, "round-to": 2, "keep-dense": ["c"]}
+    Path("c.toml").write_text("".join(f"{key} = {json.dumps(value)}\n" for key, value in options.items()))
+    done = edgeprune("compress", "net.pt", "--config", "c.toml", "--macs", "0.5", "--out", "run", "--json")
+    assert done.code == 0
+    asked = json.loads(Path("run/run.json").read_text())["asked"]
+    assert asked["budget"] == {"macs": 0.5}
+    assert (asked["device"], asked["round_to"], asked["keep_dense"], asked["recipe"]["epochs"]) == ("rpi4-ort", 2, ["c"], 0)
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("latncy-ms = 30", "which is no option of `edgeprune compress`: did you mean 'latency-ms'?"),
+        ("[compress]\nmacs = 0.5", "sets 'compress', which is no option"),
+        ("macs = ", "is not valid TOML"),
+        ('macs = "half"', "Invalid value for '--macs'"),
+    ],
+)
+def test_what_a_file_of_options_must_not_say(edgeprune: Command, here: Path, text: str, words: str) -> None:
+    Path("c.toml").write_text(text)
+    done = edgeprune("compress", *QUICK, "--config", "c.toml")
+    assert done.code == 2 and words in " ".join(done.err.split())
+    assert edgeprune("compress", *QUICK, "--config", "absent.toml").code == 2

@@ -1,0 +1,55 @@
+"""The regression gate as a command."""
+
+from __future__ import annotations
+
+import tempfile
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from edgeprune.cli.options import AsJson
+from edgeprune.errors import GateError, UsageError
+from edgeprune.terminal import print_json, print_table, progress_bars, say
+
+
+def bench(
+    names: Annotated[list[str] | None, typer.Argument(help="reference networks: digits, residual, mobile (default: all)")] = None,
+    baseline: Annotated[Path | None, typer.Option(help="compare with the figures an earlier --out wrote")] = None,
+    against: Annotated[str | None, typer.Option(help="compare with another git revision, both measured in alternation")] = None,
+    max_regression: Annotated[float, typer.Option(help="percent a figure may be worse before this ends with 1", min=0)] = 10.0,
+    latency: Annotated[bool, typer.Option(help="measure latency on this machine")] = True,
+    out: Annotated[Path | None, typer.Option(help="write the figures, to be a baseline")] = None,
+    artifacts: Annotated[Path | None, typer.Option(help="keep the artifacts in this folder")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Figures of fixed reference networks; with --baseline or --against, a gate: 1 and the names of what got worse."""
+    if baseline and against:
+        raise UsageError("--baseline and --against are two ways to compare: give one of them.")
+    from edgeprune import bench as gate
+
+    before = gate.read(baseline) if baseline else None
+    with progress_bars() as progress:
+        if against:
+            figures, theirs = gate.beside(against, names or (), progress=progress)
+            found = gate.changes(figures, theirs, paired=True)
+        else:
+            with nullcontext(artifacts) if artifacts else tempfile.TemporaryDirectory() as folder:
+                figures = gate.run(names or (), Path(folder), latency=latency, progress=progress)
+            same = before is not None and before[1].get("cpu") == gate.machine()["cpu"]
+            found = gate.changes(figures, before[0], same_machine=same) if before else ()
+    if before and not same:
+        say("the baseline is from another kind of machine: latency is not compared.")
+    if out:
+        gate.write(out, figures)
+    worse = gate.regressions(found, max_regression)
+    if as_json:
+        print_json(gate.words(figures, found, worse))
+    else:
+        rows = [[name, figure, f"{value:.6g}"] for name, f in figures.items() for figure, value in f.exact.items()]
+        print_table(["network", "figure", "value"], rows)
+        for change in found:
+            typer.echo(change.words())
+    if worse:
+        raise GateError(f"worse by more than {max_regression:g}%: " + "; ".join(change.words() for change in worse) + ".")
