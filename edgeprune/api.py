@@ -140,9 +140,10 @@ def _several(job: Job, budgets: Sequence[Budget], run: Run, command: list[str], 
     """What the budgets share in the folder of `run`, then a run of its own for each in a folder inside, named by the budget."""
     shared = Pipeline(job, run, progress)
     job.rules.allowed(shared.graph)
-    given = {"trace": shared.graph, "accuracy dense": shared.accuracy("dense", job.model), "score": shared.scores()}
+    dense, scores = shared.accuracy("dense", job.model), shared.scores()
+    given = {"trace": shared.graph, "accuracy dense": dense, "score": scores}
     parts = []
-    for budget, choice in zip(budgets, shared.choose_all(given["score"], budgets), strict=True):
+    for budget, choice in zip(budgets, shared.choose_all(scores, budgets), strict=True):
         part, folder = replace(job, budget=budget), run.path(budget.label)
         resume = run.team.told((folder / "run.json").exists())
         with _opened(part, folder, command, resume=resume, team=run.team, asked=[budget.limits()]) as inner:

@@ -42,6 +42,40 @@ class Preprocessing:
         return {"mean": self.mean and list(self.mean), "std": self.std and list(self.std), "size": list(self.size)}
 
 
+@dataclass(frozen=True)
+class Augment:
+    """Random crops after zero padding of `crop_padding` pixels, and random horizontal flips."""
+
+    crop_padding: int = 0
+    flip: bool = False
+
+    def draw(self, n: int, generator: torch.Generator) -> Changes:
+        """What happens to each of `n` images, so that an image gets the same whatever the batch size."""
+        offsets = torch.randint(0, 2 * self.crop_padding + 1, (n, 2), generator=generator)
+        flips = torch.rand(n, generator=generator) < (0.5 if self.flip else 0.0)
+        return Changes(self.crop_padding, offsets, flips)
+
+
+@dataclass(frozen=True, eq=False)
+class Changes:
+    """The crop offsets (n, 2) and flips (n,) of one pass over the data."""
+
+    padding: int
+    offsets: Tensor
+    flips: Tensor
+
+    def apply(self, x: Tensor, part: slice) -> Tensor:
+        """Crops and flips a batch (n, c, h, w) on its device: one gather of rows and columns."""
+        n, _, height, width = x.shape
+        offsets, flips = self.offsets[part].to(x.device), self.flips[part].to(x.device)
+        columns = torch.arange(width, device=x.device).expand(n, width)
+        columns = torch.where(flips[:, None], width - 1 - columns, columns) + offsets[:, 1:]
+        rows = torch.arange(height, device=x.device) + offsets[:, :1]
+        padded = torch.nn.functional.pad(x, (self.padding,) * 4)
+        images = torch.arange(n, device=x.device)[:, None, None]
+        return padded.permute(0, 2, 3, 1)[images, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2).contiguous()
+
+
 @dataclass(frozen=True, eq=False)
 class Split:
     """Some images of a source, in a fixed order: `indices` (n,) into the source and its label array."""
@@ -69,16 +103,22 @@ class Split:
         """Whether the images have labels."""
         return self.all_labels is not None
 
-    def batches(self, batch_size: int, *, shuffle_seed: int | None = None, limit: int | None = None) -> Iterator[tuple[Tensor, Tensor]]:
+    def batches(
+        self, batch_size: int, *, shuffle_seed: int | None = None, limit: int | None = None, augment: Augment | None = None
+    ) -> Iterator[tuple[Tensor, Tensor]]:
         """Yields (float32 images (n, channels, height, width) normalised, int64 labels (n,)); -1 stands for no label.
 
-        In order without `shuffle_seed`; the first `limit` images of that order. Raises DataError for an empty split and for images
-        that cannot be read.
+        In order without `shuffle_seed`; the first `limit` images of that order. The seed also drives `augment`. Raises DataError for
+        an empty split and for images that cannot be read.
         """
-        order = np.arange(len(self)) if shuffle_seed is None else self.shuffled(torch.Generator().manual_seed(shuffle_seed))
+        generator = torch.Generator().manual_seed(shuffle_seed or 0)
+        order = np.arange(len(self)) if shuffle_seed is None else self.shuffled(generator)
         order = order[:limit]
-        for raw, labels in self.raw([order[i : i + batch_size] for i in range(0, len(order), batch_size)]):
-            yield normalised(torch.from_numpy(raw), self.preprocessing), labels
+        changes = (augment or Augment()).draw(len(order), generator)
+        starts = range(0, len(order), batch_size)
+        for start, (raw, labels) in zip(starts, self.raw([order[i : i + batch_size] for i in starts]), strict=True):
+            x = normalised(torch.from_numpy(raw), self.preprocessing)
+            yield (changes.apply(x, slice(start, start + len(x))) if augment else x), labels
 
     def shuffled(self, generator: torch.Generator) -> NDArray[np.int64]:
         """The positions of this split in a random order, (len,)."""

@@ -35,6 +35,7 @@ from edgeprune.origin import Origin
 from edgeprune.plan import Budget, Plan, Scores
 from edgeprune.run import Run, write_atomic, write_json
 from edgeprune.train import Epoch, Progress, Recipe
+from edgeprune.train.augment import augment_of
 from edgeprune.train.distill import features_to_learn
 from edgeprune.train.evaluate import Accuracy, batch_norms, evaluate, recalibrate, settled
 from edgeprune.train.finetune import finetune
@@ -124,9 +125,7 @@ class Pipeline:
     @property
     def augment(self) -> Augment:
         """Scoring and refitting see images as training does: a network knows its training images, as they are, too well."""
-        side = self.job.data.preprocessing.size[0] if self.job.data else 0
-        padding = side // 8 if self.job.recipe.crop_padding is None else self.job.recipe.crop_padding
-        return Augment(crop_padding=padding, flip=self.job.recipe.flip)
+        return augment_of(self.job.recipe, self.job.data.preprocessing.size if self.job.data else (0, 0))
 
     def accuracy(self, stage: str, model: nn.Module) -> Accuracy | None:
         """Accuracy of a network on all validation images; None without labelled data."""

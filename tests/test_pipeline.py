@@ -21,11 +21,11 @@ from PIL import Image
 from torch import nn
 
 import edgeprune as ep
-from edgeprune import pipeline
+from edgeprune.choice import CLOSE_ENOUGH, Choice, widths
 from edgeprune.cli import main
 from edgeprune.device.measure import Measurement
 from edgeprune.errors import BudgetError, DataError, UsageError
-from edgeprune.pipeline import Job, Pipeline, fingerprint, widths
+from edgeprune.pipeline import Job, Pipeline, fingerprint
 from edgeprune.plan import Scores
 from edgeprune.result import Result
 from edgeprune.run import Run
@@ -221,10 +221,10 @@ class Scripted:
 
 
 @pytest.fixture
-def loop(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[Scripted, float], pipeline.Choice]]:
+def loop(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[Scripted, float], Choice]]:
     """choose() of a fresh job for the host, with a scripted board: loop(board, asked_ms)."""
 
-    def run(board: Scripted, asked_ms: float) -> pipeline.Choice:
+    def run(board: Scripted, asked_ms: float) -> Choice:
         monkeypatch.setattr(Pipeline, "measured", lambda pipe, name, model, *, quick: board(pipe, name, model, quick=quick))
         job = Job(
             name="x", model=colour_net(), example_inputs=(LARGE,), budget=ep.Budget(latency_ms=asked_ms), device=ep.device("host"),
@@ -238,7 +238,7 @@ def loop(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[
     yield run
 
 
-def test_the_loop_ends_inside_the_budget(loop: Callable[[Scripted, float], pipeline.Choice]) -> None:
+def test_the_loop_ends_inside_the_budget(loop: Callable[[Scripted, float], Choice]) -> None:
     """A board that slows down by more than its network shrinks: corrected until it fits, and no round once it is close."""
     choice = loop(Scripted(dense_ms=10.0, factors=[1.5, 1.5, 1.5, 1.5, 1.5]), 6.0)
     fitting = [r.high_ms for r in choice.rounds if r.high_ms <= 6.0]
@@ -248,29 +248,29 @@ def test_the_loop_ends_inside_the_budget(loop: Callable[[Scripted, float], pipel
     assert choice.rounds[0].high_ms > 6.0
     assert [r.round for r in choice.rounds] == list(range(1, len(choice.rounds) + 1))
     assert max(fitting) == pytest.approx(1.01 * 1.5 * 10.0 * share)
-    assert not [high for high in fitting[:-1] if high >= pipeline.CLOSE_ENOUGH * 6.0]
+    assert not [high for high in fitting[:-1] if high >= CLOSE_ENOUGH * 6.0]
 
 
-def test_the_loop_keeps_what_fitted(loop: Callable[[Scripted, float], pipeline.Choice]) -> None:
+def test_the_loop_keeps_what_fitted(loop: Callable[[Scripted, float], Choice]) -> None:
     """A first plan that is faster than asked by far, then nothing but disturbed measurements: the first plan it is."""
     choice = loop(Scripted(dense_ms=10.0, factors=[0.75, 1e5, 1e5, 1e5, 1e5]), 6.0)
     assert [r.high_ms <= 6.0 for r in choice.rounds] == [True, False]
     assert choice.correction < 100
 
 
-def test_what_the_prediction_holds_impossible_is_measured(loop: Callable[[Scripted, float], pipeline.Choice]) -> None:
+def test_what_the_prediction_holds_impossible_is_measured(loop: Callable[[Scripted, float], Choice]) -> None:
     """The floor as predicted is above 0.4 ms; the board says otherwise."""
     choice = loop(Scripted(dense_ms=10.0, factors=[1.0, 1.0, 1.0, 1.0, 1.0]), 0.4)
     assert choice.rounds[0].predicted_ms > 0.4 >= choice.rounds[0].high_ms
     assert any(r.high_ms <= 0.4 for r in choice.rounds)
 
 
-def test_the_loop_gives_up_with_the_fastest(loop: Callable[[Scripted, float], pipeline.Choice]) -> None:
+def test_the_loop_gives_up_with_the_fastest(loop: Callable[[Scripted, float], Choice]) -> None:
     with pytest.raises(BudgetError, match=r"floor|fastest took"):
         loop(Scripted(dense_ms=10.0, factors=[3.0, 9.0, 27.0, 81.0, 243.0]), 6.0)
 
 
-def test_the_loop_needs_no_pruning_where_the_dense_network_fits(loop: Callable[[Scripted, float], pipeline.Choice]) -> None:
+def test_the_loop_needs_no_pruning_where_the_dense_network_fits(loop: Callable[[Scripted, float], Choice]) -> None:
     choice = loop(Scripted(dense_ms=1.0, factors=[1.0]), 6.0)
     assert len(choice.rounds) == 1
     assert {len(keep) for keep in choice.plan.keep.values()} == {16, 32}

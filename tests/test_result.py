@@ -11,11 +11,12 @@ import pytest
 import torch
 
 import edgeprune as ep
+from edgeprune.choice import Choice, Round
 from edgeprune.device.cost import predict_graph
 from edgeprune.device.measure import Measurement
 from edgeprune.export import Artifact
 from edgeprune.graph.slim import Proof
-from edgeprune.pipeline import Choice, Job, Round
+from edgeprune.pipeline import Job
 from edgeprune.result import Findings, Result, facts
 from edgeprune.train import Epoch
 from edgeprune.train.evaluate import Accuracy

@@ -221,7 +221,7 @@ class Evolution:
         started = time.monotonic()
         rng = np.random.default_rng(self.seed)
         alive: deque[tuple[float, Individual]] = deque(maxlen=self.population)
-        best, curve = (math.inf, ranking.identity), []
+        best, curve = (math.inf, ranking.identity), list[tuple[int, float]]()
         done, judged = 0, 0.0
         for newborn in self._generations(ranking, first, alive, rng):
             spent = time.monotonic() - started

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import logging
 import pickle
 import sys
 import sysconfig
@@ -149,7 +150,7 @@ def _dask(address: str) -> Iterator[tuple[type[BaseException], ...]]:
         with parallel_config(backend="dask", client=client, wait_for_workers_timeout=30):
             yield (KilledWorker, FutureCancelledError)
     finally:
-        client.close()
+        client.close()  # type: ignore[no-untyped-call]  # distributed is typed in part
 
 
 @contextlib.contextmanager
@@ -163,14 +164,14 @@ def _ray(address: str) -> Iterator[tuple[type[BaseException], ...]]:
     bare = address.removeprefix("ray://")
     client = bare.endswith(f":{RAY_CLIENT_PORT}")
     try:
-        ray.init(address=address if client else bare, log_to_driver=False, logging_level="ERROR")
+        ray.init(address=address if client else bare, log_to_driver=False, logging_level=logging.ERROR)
     except (ConnectionError, RuntimeError, ValueError, ImportError) as error:
         hint = ", with pip install 'ray[client]' where Ray asks for grpc" if client else ""
         raise UsageError(
             f"no Ray cluster answers at {bare} ({error}): start one (ray start --head), or correct --cluster{hint}."
         ) from error
     try:
-        register_ray()
+        register_ray()  # type: ignore[no-untyped-call]  # ray is typed in part
         with parallel_config(backend="ray"):
             yield (ray.exceptions.RayError,)
     finally:

@@ -79,8 +79,8 @@ def build(tracer: Trace) -> ChannelGraph:
             frozen[f"{key[0]}[{key[1]}]"] = why or "its channels are tied to one another: all would have to go at once"
     wide = np.array([group.channels for group, _ in groups], dtype=np.int64)
     offsets = np.cumsum([0, *wide])
-    number = np.where(group_of < 0, -1, offsets[group_of] + channel_of)[classes]  # of every label, over all groups
-    activations = _activations(tracer.sizes, number, offsets)
+    numbers = np.where(group_of < 0, -1, offsets[group_of] + channel_of)[classes]  # of every label, over all groups
+    activations = _activations(tracer.sizes, numbers, offsets)
     return ChannelGraph(
         groups=tuple(g for g, _ in groups),
         frozen=frozen,
@@ -92,8 +92,8 @@ def build(tracer: Trace) -> ChannelGraph:
         input_activations=tuple(tracer.inputs),
         output_activations=tuple(tracer.outputs),
         mixing=tuple(_mixing(tracer.book, classes, group_of, channel_of)),
-        written=_written_sizes(tracer.book.places, number),
-        exported=_exported_sizes(tracer, number),
+        written=_written_sizes(tracer.book.places, numbers),
+        exported=_exported_sizes(tracer, numbers),
     )
 
 

@@ -73,7 +73,7 @@ def trace(model: nn.Module, example_inputs: Any) -> ChannelGraph:
         reason = f"the network's code holds their number as a fixed number and cannot be exported ({error})"
     tracer = _run(model, inputs, Labels(may_cut=False))
     graph = replace(build(tracer), written=None)
-    while (found := misfit(model, graph, fresh(inputs))) is not None and tracer.hold(found, graph, reason):
+    while (wrong := misfit(model, graph, fresh(inputs))) is not None and tracer.hold(wrong, graph, reason):
         graph = replace(build(tracer), written=None)
     return graph
 

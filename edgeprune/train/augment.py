@@ -15,9 +15,8 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
-from edgeprune.data import Split, normalised
+from edgeprune.data import Augment, Split, normalised
 from edgeprune.train import Recipe
 from edgeprune.train.processes import Processes
 
@@ -43,6 +42,11 @@ def seed_of(seed: int, epoch: int) -> int:
     return seed + PRIME * epoch
 
 
+def augment_of(recipe: Recipe, size: tuple[int, int]) -> Augment:
+    """The crops and flips of a recipe for images of this size."""
+    return Augment(crop_padding=size[0] // 8 if recipe.crop_padding is None else recipe.crop_padding, flip=recipe.flip)
+
+
 def steps_in(images: int, recipe: Recipe, processes: int) -> int:
     """Steps of an epoch; a last batch with fewer than two images for each process is left out, because batch norms cannot use it."""
     rest = images % recipe.batch_size
@@ -54,7 +58,7 @@ def batches(split: Split, recipe: Recipe, *, seed: int, epoch: int, processes: P
     generator = torch.Generator().manual_seed(seed_of(seed, epoch))
     order = split.shuffled(generator)
     steps = steps_in(len(order), recipe, processes.count)
-    changes = _Changes.draw(recipe, len(order), split.preprocessing.size, generator)
+    changes = augment_of(recipe, split.preprocessing.size).draw(len(order), generator)
     mixes = [_Mix.draw(recipe, split.preprocessing.size, generator) for _ in range(steps)]
     sizes = [min(recipe.batch_size, len(order) - recipe.batch_size * step) for step in range(steps)]
     parts = [_part(recipe.batch_size * step, n, processes) for step, n in enumerate(sizes)]
@@ -67,33 +71,6 @@ def _part(start: int, images: int, processes: Processes) -> slice:
     """This process's images of a global batch: whole pairs, as even as they come."""
     first, stop = (2 * (images // 2 * i // processes.count) for i in (processes.index, processes.index + 1))
     return slice(start + first, start + (images if processes.index == processes.count - 1 else stop))
-
-
-@dataclass(frozen=True, eq=False)
-class _Changes:
-    """The crop offsets (n, 2) and flips (n,) of one pass over the data."""
-
-    padding: int
-    offsets: Tensor
-    flips: Tensor
-
-    @staticmethod
-    def draw(recipe: Recipe, n: int, size: tuple[int, int], generator: torch.Generator) -> _Changes:
-        padding = size[0] // 8 if recipe.crop_padding is None else recipe.crop_padding
-        offsets = torch.randint(0, 2 * padding + 1, (n, 2), generator=generator)
-        flips = torch.rand(n, generator=generator) < (0.5 if recipe.flip else 0.0)
-        return _Changes(padding, offsets, flips)
-
-    def apply(self, x: Tensor, part: slice) -> Tensor:
-        """Crops and flips a batch (n, c, h, w): one gather of rows and columns."""
-        n, _, height, width = x.shape
-        offsets, flips = self.offsets[part].to(x.device), self.flips[part].to(x.device)
-        columns = torch.arange(width, device=x.device).expand(n, width)
-        columns = torch.where(flips[:, None], width - 1 - columns, columns) + offsets[:, 1:]
-        rows = torch.arange(height, device=x.device) + offsets[:, :1]
-        padded = F.pad(x, (self.padding,) * 4)
-        images = torch.arange(n, device=x.device)[:, None, None]
-        return padded.permute(0, 2, 3, 1)[images, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2).contiguous()
 
 
 @dataclass(frozen=True)

@@ -210,6 +210,6 @@ def test_budgets_are_learned_at_the_hardest() -> None:
 def test_options_out_of_range_are_refused() -> None:
     for wrong in ({"form": "cubic"}, {"population": 0}, {"samples": 0}, {"mutation": 0.0}, {"evaluations": 0}, {"batch": 0}, {"seed": -1}):
         with pytest.raises(UsageError, match=next(iter(wrong))):
-            searching(**wrong)  # type: ignore[arg-type]
+            searching(**wrong)
     with pytest.raises(UsageError, match="no allocator named 'knapsak'"):
         searching(start=("knapsak",))

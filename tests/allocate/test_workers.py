@@ -203,9 +203,9 @@ def test_what_cannot_be_reached_or_sent_is_a_usage_error() -> None:
     by = judge()
     for wrong, message in (({"jobs": 0}, "got 0"), ({"cluster": "slurm://x"}, "ray://host:port or dask://host:port")):
         with pytest.raises(UsageError, match=message):
-            Workers(by, **wrong)  # type: ignore[arg-type]
+            Workers(by, **wrong)
     model = by.model
-    model.generator = (x for x in ())  # type: ignore[assignment]
+    model.generator = iter([1])  # type: ignore[assignment]
     try:
         with pytest.raises(UsageError, match="cannot be sent to other processes"), Workers(by, jobs=2):
             pass

@@ -134,7 +134,7 @@ def test_the_users_class_stays_where_a_plan_leaves_the_numbers_alone() -> None:
     (free,) = (g for g in graph.groups if g.members[0].parameter == "wide.0.weight")
     tied = next(g for g in graph.groups if g not in (inner, free))
     for keep, kind in (({inner.name: (0, 1), tied.name: (3, 5)}, Shortcut), ({free.name: (1, 2, 3, 4, 5)}, Symbolic)):
-        plan = Plan(keep)  # type: ignore[arg-type]  # tuples of two lengths
+        plan = Plan(keep)
         small = slim(model, graph, plan)
         assert isinstance(small, kind)
         assert prove(model, graph, plan, small, inputs()).max_relative_error < 1e-10

@@ -539,8 +539,8 @@ class Gathered(nn.Module):
                 h.scatter_(0, rows.view(-1, 1, 1, 1).expand_as(values), values)
         else:
             h[:n], h[n:] = a, b
-        rows: Tensor = self.d(torch.relu(self.c(h)).mean((2, 3)))
-        return rows[:n] + rows[n:]
+        both: Tensor = self.d(torch.relu(self.c(h)).mean((2, 3)))
+        return both[:n] + both[n:]
 
 
 @pytest.mark.parametrize("way", ["index_put", "index_copy", "scatter", "slices"])
