@@ -97,7 +97,8 @@ PRESETS: Mapping[str, Mapping[str, Any]] = {
     "long": {"epochs": 150, "lr": 0.05, "ema_decay": 0.999},
 }
 """What --preset takes. The values of standard and long are conventional, not measured here. Frozen norms with short steps (norms frozen,
-lr 0.001, clip_norm 2) keep what reconstruction won, and add little to it: ResNet-56 at half its MACs 91.49% -> 91.65% in an epoch."""
+lr 0.001, clip_norm 2) keep what reconstruction won but add little: ResNet-56 at half its MACs, 10,000 test images, one seed, bf16: 91.49%
+before, 91.68% after 19,200 images; with mixup and the teacher alone (lr 0.0015) 91.65% after 48,000."""
 
 
 @dataclass(frozen=True)
