@@ -97,7 +97,7 @@ def learn(
             return [v.loss for v in workers.verdicts([search.plan(ranking.widths(search, c)) for c in candidates])]
 
         best, facts = settings.run(ranking, first, lost, progress)
-    about = {"form": form, "loss": loss, "images": len(judge.held[0]), "recalibration_images": len(judge.spare[0]), "start": list(start)}
+    about = {"form": form, "loss": loss, "images": len(judge.held[1]), "recalibration_images": len(judge.spare[1]), "start": list(start)}
     return Compensation(search, ranking, best, about | {"dense_accuracy": judge.dense.accuracy} | facts)
 
 
