@@ -221,7 +221,8 @@ class Evolution:
         started = time.monotonic()
         rng = np.random.default_rng(self.seed)
         alive: deque[tuple[float, Individual]] = deque(maxlen=self.population)
-        best, curve = (math.inf, ranking.identity), []
+        best: tuple[float, Individual] = (math.inf, ranking.identity)
+        curve: list[tuple[int, float]] = []
         done, judged = 0, 0.0
         for newborn in self._generations(ranking, first, alive, rng):
             spent = time.monotonic() - started
@@ -232,7 +233,7 @@ class Evolution:
             for loss, individual in zip(losses, newborn, strict=True):
                 done += 1
                 best = min(best, (loss, individual), key=lambda pair: pair[0])
-                if not curve or best[0] < curve[-1][1]:
+                if best[0] < (curve[-1][1] if curve else math.inf):
                     curve.append((done, best[0]))
             join = alive.extendleft if done <= self.population else alive.extend  # the first generation: the youngest are judged first
             join(zip(losses, newborn, strict=True))
