@@ -11,7 +11,7 @@ of LeGR. form="affine": scale > 0 too (LeGR).
 We differ in: one pair per group instead of per layer, because scores are per group (a residual stream is one group whose importance
 counts once per layer that writes it); `per_cost` divides the importance by the share of the budget that a channel of the dense network
 saves, which scales then need not learn (False: as published); `start` adds the plans of other allocators, as compensations that give
-exactly these plans, to the first generation (empty: as published); offspring are born `batch` at a time, so that they can be judged in
+these plans, to the first generation (empty: as published); offspring are born `batch` at a time, so that they can be judged in
 parallel (1: as published); fitness is the divergence from the dense network's answers unless `loss` asks for cross-entropy.
 Cost: `evaluations` runs of small networks on `images` + `recalibration_images` images. Source: Chin et al., "Layer-compensated Pruning for
 Resource-constrained Convolutional Neural Networks", arXiv 1810.00518; "Towards Efficient Model Compression via Learned Global Ranking",
@@ -97,7 +97,7 @@ def learn(
             return [v.loss for v in workers.verdicts([search.plan(ranking.widths(search, c)) for c in candidates])]
 
         best, facts = settings.run(ranking, first, lost, progress)
-    about = {"form": form, "loss": loss, "images": len(judge.held[0]), "recalibration_images": len(judge.spare[0]), "start": list(start)}
+    about = {"form": form, "loss": loss, "images": len(judge.held[1]), "recalibration_images": len(judge.spare[1]), "start": list(start)}
     return Compensation(search, ranking, best, about | {"dense_accuracy": judge.dense.accuracy} | facts)
 
 
@@ -221,7 +221,8 @@ class Evolution:
         started = time.monotonic()
         rng = np.random.default_rng(self.seed)
         alive: deque[tuple[float, Individual]] = deque(maxlen=self.population)
-        best, curve = (math.inf, ranking.identity), list[tuple[int, float]]()
+        best: tuple[float, Individual] = (math.inf, ranking.identity)
+        curve: list[tuple[int, float]] = []
         done, judged = 0, 0.0
         for newborn in self._generations(ranking, first, alive, rng):
             spent = time.monotonic() - started
@@ -232,7 +233,7 @@ class Evolution:
             for loss, individual in zip(losses, newborn, strict=True):
                 done += 1
                 best = min(best, (loss, individual), key=lambda pair: pair[0])
-                if not curve or best[0] < curve[-1][1]:
+                if best[0] < (curve[-1][1] if curve else math.inf):
                     curve.append((done, best[0]))
             join = alive.extendleft if done <= self.population else alive.extend  # the first generation: the youngest are judged first
             join(zip(losses, newborn, strict=True))

@@ -121,13 +121,13 @@ def test_the_best_so_far_falls_and_is_no_worse_than_the_identity_and_the_given_p
     )
     mine = judge(found.plan(Budget(macs=0.5))).loss
     assert mine == pytest.approx(losses[-1], rel=1e-9)
-    for method, options in (("global", {"per_cost": False}), ("knapsack", {}), ("uniform", {})):
-        other = allocate(graph, scores, Budget(macs=0.5), method=method, round_to=1, **options)  # type: ignore[arg-type]
-        if method == "global":
-            plain = searching(start=(), per_cost=False, evaluations=1)
-            assert plain.plan(Budget(macs=0.5)) == other
-            continue
-        assert mine <= judge(other).loss + 1e-9
+    search = Search(graph, scores, Budget(macs=0.5), None, rules=RULES)
+    for method in ("global", "knapsack", "uniform"):
+        kept = widths(graph, allocate(graph, scores, Budget(macs=0.5), method=method, round_to=1))
+        levels = np.array([int(np.searchsorted(a, w)) for a, w in zip(search.allowed, kept, strict=True)])
+        assert mine <= judge(search.plan(search.from_levels(search.use_up(levels)))).loss + 1e-9
+    plain = searching(start=(), per_cost=False, evaluations=1)
+    assert plain.plan(Budget(macs=0.5)) == allocate(graph, scores, Budget(macs=0.5), method="global", per_cost=False, round_to=1)
 
 
 @pytest.mark.parametrize("form", ["affine", "additive"])
