@@ -47,7 +47,7 @@ def compress(
     allocate: str = "knapsack",
     recipe: Recipe | None = None,
     recover: str | None = None,
-    round_to: int = DEFAULT_RULES.round_to,
+    round_to: int | None = None,
     min_channels: int = DEFAULT_RULES.min_channels,
     max_remove: float = DEFAULT_RULES.max_remove,
     keep_dense: Sequence[str] = DEFAULT_RULES.keep_dense,
@@ -67,8 +67,8 @@ def compress(
     or Data; None: no accuracy, no recalibration, no training, and only criteria that read weights. `criterion` None: reconstruction
     where there are training images, l1 otherwise. `recipe` None: three epochs where these have labels, none otherwise. `recover` None:
     before training batch norms are recalibrated, without training every layer is refitted. `round_to`, `min_channels`, `max_remove`,
-    `keep_dense`: which widths a plan may choose, see WidthRules. `out`: the run folder (default runs/<name>-<device>); `resume` goes on
-    with the run in it, and stages whose inputs are unchanged are read back.
+    `keep_dense`: which widths a plan may choose, see WidthRules (`round_to` None: what the device's staircase or card says). `out`: the
+    run folder (default runs/<name>-<device>); `resume` goes on with the run in it, and stages whose inputs are unchanged are read back.
     Raises BudgetError when no plan meets the budget, and the other errors of errors.py.
     """
     if seed < 0:
@@ -87,7 +87,12 @@ def compress(
         allocator=allocate,
         recipe=recipe,
         recover=recover or ("bn" if recipe.epochs else "reconstruct"),
-        rules=WidthRules(round_to=round_to, min_channels=min_channels, max_remove=max_remove, keep_dense=keep_dense),
+        rules=WidthRules(
+            round_to=target.channel_multiple if round_to is None else round_to,
+            min_channels=min_channels,
+            max_remove=max_remove,
+            keep_dense=keep_dense,
+        ),
         formats=tuple(formats),
         seed=seed,
         calibration_images=calibration_images,

@@ -59,7 +59,7 @@ def compress(
     lr: Annotated[float, typer.Option(help="largest learning rate of the cosine schedule")] = 0.01,
     batch_size: Annotated[int, typer.Option(help="images per training step")] = 128,
     flip: Annotated[bool, typer.Option(help="mirror training images at random")] = True,
-    round_to: Annotated[int, typer.Option(help="widths are multiples of this")] = DEFAULT_RULES.round_to,
+    round_to: Annotated[int | None, typer.Option(help="widths are multiples of this (default: what suits the device)")] = None,
     min_channels: Annotated[int, typer.Option(help="no layer gets fewer channels")] = DEFAULT_RULES.min_channels,
     max_remove: Annotated[float, typer.Option(help="largest share of a group's channels that may go")] = DEFAULT_RULES.max_remove,
     keep_dense: Annotated[

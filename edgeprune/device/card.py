@@ -128,6 +128,11 @@ class Profile(_Table):
     power: Power | None = None
     staircase: Staircase | None = None
 
+    @property
+    def rates(self) -> dict[str, Rate]:
+        """The constants by kind, for kinds that come as text."""
+        return dict[str, Rate](self.kernels.items())
+
 
 class Board(_Table):
     """What the board is. `sources` says where the facts of this table come from."""
