@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import tempfile
 from pathlib import Path
+from typing import Any
 
 from benchmarks.cost_models import CORE, DEVICES
 from edgeprune.device.calibrate import calibrate
@@ -21,7 +22,7 @@ from edgeprune.device.store import write_profiles
 SHAPE = {name: value / (4 if name.startswith("mac_ns") else 2) for name, value in CORE.items()}
 CACHE_BYTES = float(2**20)
 RUNTIMES = {"host-ort": ("onnxruntime", "ONNX Runtime"), "host-litert": ("litert", "LiteRT with XNNPACK")}
-BOARD = {
+BOARD: dict[str, Any] = {
     "description": "this machine",
     "soc": "whatever it is: read at measuring time",
     "cores": 1,

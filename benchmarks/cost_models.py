@@ -22,8 +22,23 @@ from typing import Any
 import numpy as np
 
 from benchmarks.cost_tables import nb201_energies, nb201_rows, timm_rows, yolo_rows
+from edgeprune.device.card import Profile
 from edgeprune.device.cost import interval_factors
-from edgeprune.device.fit import COLUMNS, FOLDS, Fitted, Floats, Prior, Sample, design, fit, fit_profile, folds_of, refine, shape_of
+from edgeprune.device.fit import (
+    COLUMNS,
+    FOLDS,
+    Fitted,
+    Floats,
+    Prior,
+    Sample,
+    constants_of,
+    design,
+    fit,
+    fit_profile,
+    folds_of,
+    refine,
+    shape_of,
+)
 from edgeprune.device.store import write_profiles
 
 RESULTS, DEVICES = Path(__file__).parent / "results", Path(__file__).parents[1] / "devices"
@@ -249,9 +264,7 @@ def adapted(targets: dict[str, Target], fits: dict[str, Fitted]) -> list[tuple[s
     return lines
 
 
-def _predicted(profile: Any, x: Floats) -> Floats:
-    from edgeprune.device.fit import constants_of
-
+def _predicted(profile: Profile, x: Floats) -> Floats:
     return np.asarray(x @ constants_of(profile))
 
 

@@ -22,6 +22,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from edgeprune.device import kernels as counting
 from edgeprune.device.fit import Sample
@@ -107,7 +108,7 @@ def nb201_rows(framework: str, every: int = 1) -> list[Sample]:
     return [Sample(r["arch_idx"], r["arch_idx"], float(r["latency_ms"]), nb201_kernels(r["arch_str"], framework)) for r in rows]
 
 
-def nb201_energies(framework: str, every: int = 1) -> np.ndarray[tuple[int], np.dtype[np.float64]]:
+def nb201_energies(framework: str, every: int = 1) -> NDArray[np.float64]:
     """Core-rail energy above idle in mJ, in the order of `nb201_rows`."""
     rows = [r for r in _read("nb201_rpi5_latency_energy.csv.gz") if r["framework"] == framework][::every]
     return np.array([float(r["energy_mj"]) for r in rows])

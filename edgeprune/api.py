@@ -50,7 +50,7 @@ def compress(
     allocate: str = "knapsack",
     recipe: Recipe | None = None,
     recover: str | None = None,
-    round_to: int = DEFAULT_RULES.round_to,
+    round_to: int | None = None,
     min_channels: int = DEFAULT_RULES.min_channels,
     max_remove: float = DEFAULT_RULES.max_remove,
     keep_dense: Sequence[str] = DEFAULT_RULES.keep_dense,
@@ -73,7 +73,7 @@ def compress(
     `data`: whatever `load_data` takes, or Data; None: no accuracy, no recalibration, no training, and only criteria that read weights.
     `criterion` None: reconstruction where there are training images, l1 otherwise. `recipe` None: the preset quick where these have
     labels, no training otherwise. `recover` None: see default_recover. `round_to`, `min_channels`, `max_remove`, `keep_dense`: which
-    widths a plan may choose, see WidthRules. `search`: options of the allocator, such as search_minutes, jobs and cluster. `rounds`: how
+    widths a plan may choose, see WidthRules (`round_to` None: what the device's staircase or card says). `search`: options of the allocator, such as search_minutes, jobs and cluster. `rounds`: how
     often to prune and recover, see rounds.py. `out`: the run folder (default runs/<name>-<device>); `resume` goes on with the run in it,
     and stages whose inputs are unchanged are read back.
     Raises BudgetError when no plan meets the budget, and the other errors of errors.py.
@@ -94,7 +94,12 @@ def compress(
         allocator=allocate,
         recipe=recipe,
         recover=recover or default_recover(recipe),
-        rules=WidthRules(round_to=round_to, min_channels=min_channels, max_remove=max_remove, keep_dense=keep_dense),
+        rules=WidthRules(
+            round_to=target.channel_multiple if round_to is None else round_to,
+            min_channels=min_channels,
+            max_remove=max_remove,
+            keep_dense=keep_dense,
+        ),
         formats=tuple(formats),
         seed=seed,
         calibration_images=calibration_images,

@@ -77,7 +77,7 @@ def compress(
     precision: Annotated[str | None, typer.Option(help="of fine-tuning: auto (bf16 on a GPU that has it), fp32 or bf16")] = None,
     flip: Annotated[bool, typer.Option(help="mirror training images at random")] = True,
     rounds: Annotated[int, typer.Option(help="prune, recover and fine-tune so often, each time a part of the way to the budget")] = 1,
-    round_to: Annotated[int, typer.Option(help="widths are multiples of this")] = DEFAULT_RULES.round_to,
+    round_to: Annotated[int | None, typer.Option(help="widths are multiples of this (default: what suits the device)")] = None,
     min_channels: Annotated[int, typer.Option(help="no layer gets fewer channels")] = DEFAULT_RULES.min_channels,
     max_remove: Annotated[float, typer.Option(help="largest share of a group's channels that may go")] = DEFAULT_RULES.max_remove,
     keep_dense: Annotated[

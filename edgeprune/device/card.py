@@ -129,6 +129,11 @@ class Profile(_Table):
     power: Power | None = None
     staircase: Staircase | None = None
 
+    @property
+    def rates(self) -> dict[str, Rate]:
+        """The constants by kind, for kinds that come as text."""
+        return dict[str, Rate](self.kernels.items())
+
 
 class Board(_Table):
     """What the board is: `wheels` is what pip finds for it, `sensors` its power sensors, `sources` where these facts come from."""

@@ -187,7 +187,8 @@ def interval_factors(profile: Profile, at: KernelsAt) -> tuple[Floats, Floats]:
 
 def _parts_ns(profile: Profile, at: KernelsAt) -> Floats:
     """(rates, plans, kernels)."""
-    constants = np.array([[getattr(profile.kernels[kind], rate) for kind in at.kinds] for rate in RATES])
+    rates = profile.rates
+    constants = np.array([[getattr(rates[kind], rate) for kind in at.kinds] for rate in RATES])
     return np.asarray(terms(at, profile.cache_bytes) * constants.reshape(len(RATES), 1, -1))
 
 
@@ -200,7 +201,7 @@ def _widenings(profile: Profile, at: KernelsAt) -> Iterator[_Widening]:
     per_kernel, fit = kernel_ms(profile, at), profile.fit
     total = per_kernel.sum(axis=1) + profile.network_us / 1e3
     for kind, share in share_of_kinds(profile, at).items():
-        seen = profile.kernels[kind].seen_share
+        seen = profile.rates[kind].seen_share
         words = f"kernels of kind {kind} take {share[0]:.0%} of the time, more than the {seen:.0%} in any network of the fit"
         borrowed = f"kernels of kind {kind} take {share[0]:.0%} of the time and no network of the fit had any: constants from another board"
         yield _Widening(words if seen else borrowed, UNSEEN_WIDENING * np.maximum(share - seen, 0.0))
@@ -267,9 +268,10 @@ def _energy(device: Device, latency: Estimate) -> tuple[Estimate | None, Estimat
     if power is None:
         return None, None, ()
 
+    spread = power.uncertainty
+
     def times(milliwatts: float) -> Estimate:
-        # mW * ms is µJ.
-        watts, spread = milliwatts / 1e3, power.uncertainty
+        watts = milliwatts / 1e3  # mW * ms is µJ
         return Estimate(latency.value * watts, latency.low * watts * (1 - spread), latency.high * watts * (1 + spread))
 
     how = f"{power.active_mw / 1e3:.2f} W above idle, {power.idle_mw / 1e3:.2f} W idle, times the latency ({power.source})."

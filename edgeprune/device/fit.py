@@ -19,7 +19,7 @@ from typing import Any, get_args
 import numpy as np
 from numpy.typing import NDArray
 
-from edgeprune.device.card import Fit, MacKind, MemoryKind, Profile, Rate
+from edgeprune.device.card import Fit, KernelKind, MacKind, MemoryKind, Profile, Rate
 from edgeprune.device.cost import RATES, interval_factors, range_of, share_of_kinds, terms
 from edgeprune.device.kernels import KernelsAt
 from edgeprune.errors import DeviceError
@@ -158,7 +158,7 @@ def constants_of(profile: Profile) -> Floats:
     return np.array([*(named[name] for name in COLUMNS[:-1]), profile.network_us])
 
 
-def rates(constants: Floats, shares: Mapping[str, float]) -> dict[str, Rate]:
+def rates(constants: Floats, shares: Mapping[str, float]) -> dict[KernelKind, Rate]:
     """The constants of every kernel kind as a card holds them."""
     named = {name: _short(value) for name, value in zip(COLUMNS, constants, strict=True)}
     return {
@@ -246,9 +246,10 @@ def _stated(factors: tuple[float, float], words: Mapping[str, str]) -> dict[str,
 def _profile(samples: Sequence[Sample], constants: Floats, prior: Prior, facts: Mapping[str, Any], figures: Mapping[str, Any]) -> Profile:
     macs = [float(s.at.macs.sum()) for s in samples if s.at.macs.sum() > 0]
     latencies = [s.latency_ms for s in samples]
-    ranges = {name: range_of([s.at for s in samples], name) for name in ("channels", "activation_bytes")}
+    ranges: dict[str, Any] = {name: range_of([s.at for s in samples], name) for name in ("channels", "activation_bytes")}
+    scalars: dict[str, Any] = {"network_us": _short(constants[-1]), "cache_bytes": prior.cache_bytes, **facts}
     made = Profile(
-        **{"network_us": _short(constants[-1]), "cache_bytes": prior.cache_bytes, **facts},
+        **scalars,
         kernels=rates(constants, {}),
         fit=Fit(
             **figures,

@@ -27,7 +27,7 @@ def test_every_shipped_card_loads_and_prices_every_kernel_kind(path: Path) -> No
         found = device(profile)
         assert (found.name, found.profile) == (path.stem, profile)
         assert set(found.constants.kernels) == KINDS
-        assert 85 <= found.constants.fit.coverage <= 95
+        assert board.attached or 85 <= found.constants.fit.coverage <= 95
         assert found.channel_multiple in (4, 8, 16)
 
 
