@@ -15,6 +15,7 @@ from edgeprune import report
 from edgeprune.data import Data, load_data
 from edgeprune.device.card import Device
 from edgeprune.device.card import device as find_device
+from edgeprune.device.connection import connect
 from edgeprune.device.cost import Cost, predict_graph
 from edgeprune.errors import DataError, EdgepruneError, TraceError, UsageError
 from edgeprune.export import formats as known_formats
@@ -165,6 +166,9 @@ def _check(job: Job) -> None:
         raise UsageError(f"unknown artifact format {unknown[0]!r}; there is: {', '.join(known_formats())}.")
     if not job.formats or job.calibration_images < 1:
         raise UsageError("at least one format and calibration_images of 1 or more are needed.")
+    if job.device.host:
+        with connect(job.device.host) as board:
+            board.hello()
     if job.recipe.epochs and (job.data is None or not len(job.data.train)):
         raise DataError("fine-tuning needs training images: give data with a training part, or 0 epochs.")
     if job.data:

@@ -125,6 +125,7 @@ EARLY: list[tuple[list[str], int, str]] = [
     (QUICK, 2, "no budget given"),
     ([*QUICK, "--macs", "0"], 2, "positive number"),
     ([*QUICK, "--macs", "nan"], 2, "positive number"),
+    ([*QUICK, "--macs", "0.5", "--host", "127.0.0.1:1"], 4, "no connection to 127.0.0.1:1"),
     ([*QUICK, "--macs", "0.5", "--device", "rpi9"], 4, "'rpi9'. Did you mean rpi"),
     ([*QUICK, "--macs", "0.5", "--criterion", "l3"], 2, "'l3'"),
     ([*QUICK, "--macs", "0.5", "--allocate", "best"], 2, "'best'"),
