@@ -16,6 +16,7 @@ from edgeprune import report
 from edgeprune.data import Data, load_data
 from edgeprune.device.card import Device
 from edgeprune.device.card import device as find_device
+from edgeprune.device.connection import connect
 from edgeprune.device.cost import Cost, predict_graph
 from edgeprune.errors import DataError, EdgepruneError, TraceError, UsageError
 from edgeprune.export import load_artifact
@@ -232,6 +233,9 @@ def _check(job: Job) -> None:
     require_formats(job.formats)
     if not job.formats or job.calibration_images < 1:
         raise UsageError("at least one format and calibration_images of 1 or more are needed.")
+    if job.device.host:
+        with connect(job.device.host) as board:
+            board.hello()
     if job.recipe.epochs and (job.data is None or not len(job.data.train)):
         raise DataError("fine-tuning needs training images: give data with a training part, or 0 epochs.")
     if job.data:

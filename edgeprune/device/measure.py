@@ -162,13 +162,14 @@ def measure_on(
         board.ask("governor", name=governor)
     pushed = board.push(file)
     parity, reason = (None, "") if isinstance(board, Local) else compared(board, file)
-    patience = {"wait_seconds": _SETTLE_SECONDS, "limit_seconds": START_SECONDS + _SETTLE_SECONDS}
-    settled = board.ask("settle", **patience) if plan["min_seconds"] >= 1 else None
+    settled: Mapping[str, Any] = {}
+    if plan["min_seconds"] >= 1:
+        settled = board.ask("settle", limit_seconds=START_SECONDS + _SETTLE_SECONDS, wait_seconds=_SETTLE_SECONDS)
     request = {"artifact": pushed, "threads": threads, "cpus": pinned} | {k: v for k, v in plan.items() if k != "processes"}
     runs = 1 + plan["warmup_runs"] + plan["min_runs"]
     limit = START_SECONDS + 10 * (plan["warmup_seconds"] + plan["min_seconds"]) + _SLOWEST_SECONDS * runs
     replies = [board.ask("measure", fresh=True, limit_seconds=limit, **request) for _ in range(plan["processes"])]
-    fingerprint = {**facts, "where": board.where, "settled": dict(settled or {}), "not_compared": reason}
+    fingerprint = {**facts, "where": board.where, "settled": dict(settled), "not_compared": reason}
     return _summarized(replies, fingerprint, parity)
 
 

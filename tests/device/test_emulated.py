@@ -15,6 +15,7 @@ import pytest
 import torch
 
 import edgeprune as ep
+from edgeprune import pipeline
 from edgeprune.device import emulated
 from edgeprune.device.card import Device, device
 from edgeprune.device.check import check
@@ -125,7 +126,11 @@ def test_evaluate_agrees_with_the_host(pi: Device, net: Path) -> None:
     assert (found.argmax(1) == expected.argmax(1)).all()
 
 
-def test_the_closed_loop_meets_a_budget_by_measurements_only(pi: Device, net: Path, tmp_path: Path) -> None:
+def test_the_closed_loop_meets_a_budget_by_measurements_only(
+    pi: Device, net: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pipeline, "QUICK", BRIEF)  # emulated milliseconds need no care
+    monkeypatch.setattr(pipeline, "FULL", BRIEF)
     with connect(pi.host) as there:
         dense = measure_on(there, net, **BRIEF)
     result = ep.compress(

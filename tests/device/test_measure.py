@@ -67,7 +67,8 @@ def test_the_fingerprint_says_what_was_measured_on_what(measured: Measurement, a
 
 
 def test_a_full_measurement_waits_for_the_temperature_first(artifact: Path) -> None:
-    found = measure_host(artifact, **{**BRIEF, "min_seconds": 1.0})
+    schedule: Schedule = {**BRIEF, "min_seconds": 1.0}
+    found = measure_host(artifact, **schedule)
     assert found.fingerprint["settled"].keys() >= {"settled", "waited_seconds", "temperatures_c"}
     assert found.network_memory_bytes < found.peak_memory_bytes
 
