@@ -74,9 +74,9 @@ def compress(
     `data`: whatever `load_data` takes, or Data; None: no accuracy, no recalibration, no training, and only criteria that read weights.
     `criterion` None: reconstruction where there are training images, l1 otherwise. `recipe` None: the preset quick where these have
     labels, no training otherwise. `recover` None: see default_recover. `round_to`, `min_channels`, `max_remove`, `keep_dense`: which
-    widths a plan may choose, see WidthRules (`round_to` None: what the device's staircase or card says). `search`: options of the allocator, such as search_minutes, jobs and cluster. `rounds`: how
-    often to prune and recover, see rounds.py. `out`: the run folder (default runs/<name>-<device>); `resume` goes on with the run in it,
-    and stages whose inputs are unchanged are read back.
+    widths a plan may choose, see WidthRules (`round_to` None: what the device's staircase or card says). `search`: options of the
+    allocator, such as search_minutes, jobs and cluster. `rounds`: how often to prune and recover, see rounds.py. `out`: the run folder
+    (default runs/<name>-<device>); `resume` goes on with the run in it, and stages whose inputs are unchanged are read back.
     Raises BudgetError when no plan meets the budget, and the other errors of errors.py.
     """
     budgets = _budgets(budget)
