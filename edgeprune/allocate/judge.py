@@ -34,7 +34,7 @@ from edgeprune.train.evaluate import logits_of, refit_norms, settled
 LOSSES = ("divergence", "cross_entropy")
 BATCH = 64  # the fastest for small networks on one thread
 TRAINING_BATCH = 128
-TRAINING = {"lr": 0.01, "momentum": 0.9, "weight_decay": 5e-4}  # the settings of LeGR's search
+TRAINING: dict[str, Any] = {"lr": 0.01, "momentum": 0.9, "weight_decay": 5e-4}  # the settings of LeGR's search
 
 Images = tuple[Tensor, ...]  # the forward's arguments, (n, …) each
 Pairs = tuple[Images, Tensor]  # with labels (n,), -1 for none

@@ -74,7 +74,7 @@ class Workers:
         """One per plan. Raises EdgepruneError when workers are lost again and again."""
         if self._parcel is None:
             return [self._judge(plan) for plan in plans]
-        name = hashlib.sha256(self._parcel).hexdigest()
+        name = hashlib.sha256(self._parcel.data).hexdigest()
         keeps = [dict(plan.keep) for plan in plans]
         for attempt in range(1 + RETRIES):
             try:
@@ -143,7 +143,7 @@ def _dask(address: str) -> Iterator[tuple[type[BaseException], ...]]:
     except ImportError as error:
         raise _missing("dask") from error
     try:
-        client = Client(f"tcp://{address}", timeout=20, set_as_default=False)
+        client = Client(f"tcp://{address}", timeout=20, set_as_default=False)  # type: ignore[no-untyped-call]  # distributed is typed in part
     except (OSError, ValueError) as error:
         raise UsageError(f"no Dask scheduler answers at {address} ({error}): start one (dask scheduler), or correct --cluster.") from error
     try:
