@@ -192,8 +192,8 @@ def test_of_depthwise_convs_the_scale_of_each_channel_is_refitted() -> None:
         made = fitted.each(torch.relu(fitted.second(torch.relu(fitted.first(images)))))  # type: ignore[operator]
     for channel in range(6):  # no factor and shift bring it closer
         x, y = (t[:, channel].flatten().numpy() for t in (made, wanted))
-        slope, _ = np.polyfit(x, y, 1)
-        assert slope == pytest.approx(1, abs=1e-3)
+        if x.std() > 1e-6:  # some are dead behind the ReLU
+            assert np.cov(x, y)[0, 1] / x.var(ddof=1) == pytest.approx(1, abs=1e-3)
 
 
 def test_the_norms_own_epsilon_counts() -> None:
