@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from edgeprune.data import Augment, Split
 from edgeprune.errors import DataError
 from edgeprune.graph import ChannelGraph, Op
-from edgeprune.graph.running import Observer, evaluating
+from edgeprune.graph.running import Observer, evaluating, tensors_in
 from edgeprune.graph.slim import named_tensors, recall, removed_positions
 from edgeprune.graph.trace import trace
 from edgeprune.plan import Plan
@@ -199,7 +199,8 @@ class _Recorder(Observer):
         return {key: torch.cat(parts) for key, parts in self._found.items()}
 
 
-def _at_places(out: Tensor, target: _Target) -> Tensor:
+def _at_places(result: Any, target: _Target) -> Tensor:
+    out = next(tensors_in(result))  # a batch norm gives its statistics too
     return out.flatten(2)[:, :, target.places] if target.op.kind == "conv" else out[:, :, None]
 
 

@@ -183,7 +183,7 @@ def test_of_depthwise_convs_the_scale_of_each_channel_is_refitted() -> None:
     graph = trace(model, torch.zeros(1, 3, 8, 8))
     small = slim(model, graph, Plan({"first": (0, 1, 2, 3)}))
     fitted = reconstruct(small, model, graph, Plan({"first": (0, 1, 2, 3)}), train_split(), ridge=1e-9)
-    factors = fitted.each.weight / small.each.weight  # type: ignore[operator, union-attr, arg-type]
+    factors = fitted.state_dict()["each.weight"] / small.state_dict()["each.weight"]
     assert float((factors - factors.mean((1, 2, 3), keepdim=True)).abs().max()) < 1e-5
     assert float((factors - 1).abs().max()) > 1e-3
     images = torch.cat([x for x, _ in train_split().batches(32)])
@@ -192,8 +192,8 @@ def test_of_depthwise_convs_the_scale_of_each_channel_is_refitted() -> None:
         made = fitted.each(torch.relu(fitted.second(torch.relu(fitted.first(images)))))  # type: ignore[operator]
     for channel in range(6):  # no factor and shift bring it closer
         x, y = (t[:, channel].flatten().numpy() for t in (made, wanted))
-        slope, _ = np.polyfit(x, y, 1)
-        assert slope == pytest.approx(1, abs=1e-3)
+        if x.std() > 1e-6:  # some are dead behind the ReLU
+            assert np.cov(x, y)[0, 1] / x.var(ddof=1) == pytest.approx(1, abs=1e-3)
 
 
 def test_the_norms_own_epsilon_counts() -> None:
