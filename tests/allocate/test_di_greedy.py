@@ -119,12 +119,12 @@ def test_what_it_needs_is_said() -> None:
     model, graph, scores = problem("residual")
     unlabelled = [images("residual", 8)[0]]
     with pytest.raises(DataError, match="needs labels"):
-        allocate(graph, scores, Budget(macs=0.5), method="di_greedy", model=model, data=unlabelled)
+        allocate(graph, scores, Budget(macs=0.5), method="di_greedy", model=model, data=unlabelled, round_to=1)
     with pytest.raises(UsageError, match="give model and data"):
-        allocate(graph, scores, Budget(macs=0.5), method="di_greedy")
+        allocate(graph, scores, Budget(macs=0.5), method="di_greedy", round_to=1)
     for wrong in ({"layer_choice": "loss"}, {"share": 0.0}, {"rho": 0.0}):
         with pytest.raises(UsageError, match=next(iter(wrong))):
-            allocate(graph, scores, Budget(macs=0.5), method="di_greedy", model=model, data=unlabelled, **wrong)
+            allocate(graph, scores, Budget(macs=0.5), method="di_greedy", model=model, data=unlabelled, round_to=1, **wrong)  # type: ignore[arg-type]
     everything = allocate(
         graph, Scores("x", dict(scores.values)), Budget(macs=1.0), method="di_greedy", model=model, data=probe("residual").data
     )
