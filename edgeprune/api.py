@@ -74,6 +74,7 @@ def compress(
     if seed < 0:
         raise UsageError(f"the seed must be 0 or more, got {seed}.")
     target = device if isinstance(device, Device) else find_device(device)
+    multiple = target.channel_multiple if round_to is None else round_to
     source = data if isinstance(data, Data) or data is None else load_data(data, seed=seed)
     recipe = recipe or Recipe(epochs=default_epochs(source))
     job = Job(
@@ -87,12 +88,7 @@ def compress(
         allocator=allocate,
         recipe=recipe,
         recover=recover or ("bn" if recipe.epochs else "reconstruct"),
-        rules=WidthRules(
-            round_to=target.channel_multiple if round_to is None else round_to,
-            min_channels=min_channels,
-            max_remove=max_remove,
-            keep_dense=keep_dense,
-        ),
+        rules=WidthRules(round_to=multiple, min_channels=min_channels, max_remove=max_remove, keep_dense=keep_dense),
         formats=tuple(formats),
         seed=seed,
         calibration_images=calibration_images,
