@@ -74,7 +74,6 @@ def compress(
     if seed < 0:
         raise UsageError(f"the seed must be 0 or more, got {seed}.")
     target = device if isinstance(device, Device) else find_device(device)
-    multiple = target.channel_multiple if round_to is None else round_to
     source = data if isinstance(data, Data) or data is None else load_data(data, seed=seed)
     recipe = recipe or Recipe(epochs=default_epochs(source))
     job = Job(
@@ -88,7 +87,7 @@ def compress(
         allocator=allocate,
         recipe=recipe,
         recover=recover or ("bn" if recipe.epochs else "reconstruct"),
-        rules=WidthRules(round_to=multiple, min_channels=min_channels, max_remove=max_remove, keep_dense=keep_dense),
+        rules=WidthRules(round_to=_multiple(target, round_to), min_channels=min_channels, max_remove=max_remove, keep_dense=keep_dense),
         formats=tuple(formats),
         seed=seed,
         calibration_images=calibration_images,
@@ -117,6 +116,10 @@ def default_epochs(data: Data | None) -> int:
 def default_criterion(data: Data | None) -> str:
     """The best one measured (benchmarks/criteria.py) where there are training images to look at, weights alone otherwise."""
     return "reconstruction" if data and len(data.train) else "l1"
+
+
+def _multiple(target: Device, round_to: int | None) -> int:
+    return target.channel_multiple if round_to is None else round_to
 
 
 def _stages(job: Job, run: Run, command: str, progress: Progress) -> Result:
