@@ -8,11 +8,12 @@ Users calibrate their own machine with `edgeprune device calibrate host`, which 
 from __future__ import annotations
 
 import argparse
+import json
 import tempfile
 from pathlib import Path
 from typing import Any
 
-from benchmarks.cost_models import CORE, DEVICES
+from benchmarks.cost_models import CORE, DEVICES, RESULTS
 from edgeprune.device.calibrate import calibrate
 from edgeprune.device.card import Board, Card, Device, Fit, Profile
 from edgeprune.device.fit import Prior, rates, shape_of
@@ -48,7 +49,11 @@ def main() -> None:
     for name in chosen.profiles.split(","):
         device = Device("host", name, Card(board=Board(**BOARD, default_profile=name), profiles={name: first_guess(name)}))
         fitted = calibrate(device, store=chosen.store / f"{name}.json", quick=chosen.quick)
-        made[name] = fitted.profile
+        # The steps are this machine's: they are shown, but not shipped as those of everybody's.
+        made[name] = fitted.profile.model_copy(update={"staircase": None})
+        if steps := fitted.profile.staircase:
+            text = json.dumps(steps.model_dump(mode="json"), indent=1)
+            (RESULTS / f"cost_staircase_{name}.json").write_text(text + "\n", encoding="utf-8")
         fit = fitted.profile.fit
         print(f"{name}: {fit.rows} networks, {fit.mape:.1f} % off on unseen ones, {fit.within_10:.0f} % within ±10 %")
     write_profiles(DEVICES / "host.toml", made, "python -m benchmarks.cost_host")

@@ -43,10 +43,10 @@ print(status("VmRSS"), status("VmHWM"))
 
 def main() -> None:
     """Exports, measures, prints, writes."""
-    import timm
     import torch
     from torch import nn
 
+    from benchmarks.cost_tables import timm_network
     from edgeprune.device.kernels import kernels
     from edgeprune.export import export
     from edgeprune.graph.trace import trace
@@ -55,7 +55,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         empty = measured(export(nn.ReLU(), torch.zeros(1, 3, 8, 8), Path(folder) / "empty").path)
         for name, side in NETWORKS:
-            network, example = timm.create_model(name).eval(), torch.zeros(1, 3, side, side)
+            network, example = timm_network(name), torch.zeros(1, 3, side, side)
             graph = trace(network, example)
             predicted = float(kernels(graph).peak_memory_bytes(graph.dense_widths)[0])
             resident, peak = (a - b for a, b in zip(measured(export(network, example, Path(folder) / name).path), empty, strict=True))

@@ -15,16 +15,16 @@ PLANS, REPEATS = 10_000, 5
 
 def main() -> None:
     """Measures, prints, writes."""
-    import timm
     import torch
 
+    from benchmarks.cost_tables import timm_network
     from edgeprune.device.card import device
     from edgeprune.device.cost import CostModel, predict_graph
     from edgeprune.device.kernels import kernels
     from edgeprune.graph.trace import trace
 
     torch.set_num_threads(1)
-    graph = trace(timm.create_model("resnet50").eval(), torch.zeros(1, 3, 224, 224))
+    graph = trace(timm_network("resnet50"), torch.zeros(1, 3, 224, 224))
     pi = device("rpi4")
     seconds = min(_seconds(lambda: predict_graph(graph, None, pi)) for _ in range(REPEATS))
     made, model = kernels(graph), CostModel(pi)

@@ -239,14 +239,20 @@ def _timm_kernels(names: tuple[str, ...]) -> dict[str, KernelsAt]:
 
 def timm_layers(name: str, side: int) -> list[Layer]:
     """Kernels of a timm network for one (3, side, side) image, as edgeprune counts them."""
+    graph = trace(timm_network(name), torch.zeros(1, 3, side, side))
+    return layers_of(kernels(graph).at(graph.dense_widths))
+
+
+def timm_network(name: str) -> torch.nn.Module:
+    """The untrained network, in eval mode."""
     # A CPU-only torchvision has no compiled operators; timm imports it but needs none of them here.
     with suppress(RuntimeError):
         for operator in ("nms", "qnms"):
             torch.library.define(f"torchvision::{operator}", "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
     from timm import create_model
 
-    graph = trace(create_model(name).eval(), torch.zeros(1, 3, side, side))
-    return layers_of(kernels(graph).at(graph.dense_widths))
+    network: torch.nn.Module = create_model(name).eval()
+    return network
 
 
 def _read(name: str) -> Iterator[dict[str, str]]:

@@ -95,12 +95,7 @@ def compress(
         allocator=allocate,
         recipe=recipe,
         recover=recover or default_recover(recipe),
-        rules=WidthRules(
-            round_to=target.channel_multiple if round_to is None else round_to,
-            min_channels=min_channels,
-            max_remove=max_remove,
-            keep_dense=keep_dense,
-        ),
+        rules=WidthRules(round_to=_multiple(target, round_to), min_channels=min_channels, max_remove=max_remove, keep_dense=keep_dense),
         formats=tuple(formats),
         seed=seed,
         calibration_images=calibration_images,
@@ -174,6 +169,10 @@ def default_recover(recipe: Recipe) -> str:
 def default_criterion(data: Data | None) -> str:
     """The best one measured (benchmarks/criteria.py) where there are training images to look at, weights alone otherwise."""
     return "reconstruction" if data and len(data.train) else "l1"
+
+
+def _multiple(target: Device, round_to: int | None) -> int:
+    return target.channel_multiple if round_to is None else round_to
 
 
 def _stages(first: Pipeline, command: str) -> Result:

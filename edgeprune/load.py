@@ -226,6 +226,7 @@ def _strip_prefixes(state: State, notes: list[str]) -> State:
 
 
 def build_network(factory: str) -> nn.Module:
+    """The network that pkg.mod:function, file.py:function, timm:NAME or torchvision:NAME builds. Raises UsageError, ModelError."""
     source, _, name = factory.partition(":")
     if source in ("timm", "torchvision"):
         model = _library_model(source, name)

@@ -15,14 +15,14 @@ if TYPE_CHECKING:
 
 def print_cost(cost: Cost, device: Device) -> None:
     """Every kernel with its share and what bounds it, then the figures with their intervals, how they were obtained and the notes."""
-    head = ["layer", "kind", "ms", "share", "M MACs", "KB moved", "bound by"]
+    head = ["layer", "kind", "bound by", "ms", "M MACs", "KB moved", "share"]
     rows = [
-        [c.name, c.kind, f"{c.latency_ms:.3f}", f"{c.share:.1%}", f"{c.macs / 1e6:.2f}", f"{c.bytes_moved / 1e3:,.0f}", c.bound]
+        [c.name, c.kind, c.bound, f"{c.latency_ms:.3f}", f"{c.macs / 1e6:.2f}", f"{c.bytes_moved / 1e3:,.0f}", f"{c.share:.1%}"]
         for c in cost.per_layer
     ]
     latency = cost.latency_ms
     if (fixed := latency.value - sum(c.latency_ms for c in cost.per_layer)) > 0:
-        rows.append(["(once per inference)", "", f"{fixed:.3f}", f"{fixed / latency.value:.1%}", "", "", "call overhead"])
+        rows.append(["(once per inference)", "", "call overhead", f"{fixed:.3f}", "", "", f"{fixed / latency.value:.1%}"])
     print_table(head, rows)
     if device.resolved:
         typer.echo(f"\n{device.resolved}: {device.description}")

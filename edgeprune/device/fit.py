@@ -192,7 +192,7 @@ def fit_profile(samples: Sequence[Sample], prior: Prior, facts: Mapping[str, Any
         inner = held_out(x_seen, y_seen, folds_of(seen), shape, prior.pull)
         factors = conformal(y_seen / inner, [s.family for s in seen])
         part = _profile(seen, fit(x_seen, y_seen, shape, prior.pull), prior, facts, _stated(factors, words))
-        for number in np.flatnonzero(folds == fold):
+        for number in map(int, np.flatnonzero(folds == fold)):
             low, high = interval_factors(part, samples[number].at)
             covered[number] = low[0] <= samples[number].latency_ms / (predicted[number] / 1e6) <= high[0]
     figures = _stated(conformal(y / predicted, families), words) | {
@@ -232,7 +232,7 @@ def refine(profile: Profile, anchors: Sequence[Sample], pull: float = 0.3) -> tu
             "high_factor": max(profile.fit.high_factor, _short(spread)),
         }
     )
-    shares = {kind: rate.seen_share for kind, rate in profile.kernels.items()}
+    shares = {kind: rate.seen_share for kind, rate in profile.rates.items()}
     made = profile.model_copy(update={"kernels": rates(constants, shares), "network_us": _short(constants[-1]), "fit": noted})
     return made, before, after
 

@@ -69,7 +69,7 @@ class Kernels:
         """MACs and elements of every kernel under every plan."""
         w = checked(widths, len(self.graph.groups))
         held = self._activations.at(w)
-        sizes = elements(self._weights, w)
+        sizes = self._sizes_at(w)
         read, written = held @ self._reading, held[:, list(self.writes)]
         return KernelsAt(
             names=self.names,
@@ -85,7 +85,7 @@ class Kernels:
 
     def macs(self, widths: NDArray[Any]) -> Floats:
         """Multiply-accumulates of conv and linear, (plans,)."""
-        total: Floats = elements(self._weights, checked(widths, len(self.graph.groups))) @ self._positions
+        total: Floats = self._sizes_at(checked(widths, len(self.graph.groups))) @ self._positions
         return total
 
     def params(self, widths: NDArray[Any]) -> Floats:
@@ -107,6 +107,10 @@ class Kernels:
         peak: Floats = self._weight_bytes(w) + FLOAT_BYTES * arena
         return peak
 
+    def _sizes_at(self, w: Floats) -> Floats:
+        """Elements of each kernel's weight, 1 where it has none."""
+        return elements(self._weights, w) if self._weights else np.ones((len(w), len(self.names)))
+
     def _groups_at(self, w: Floats, read: Floats) -> Floats:
         """Groups that stay: input channels over those that each filter reads, 0 for what is no grouped conv."""
         grouped = np.array([kind == "grouped" for kind in self.kinds])
@@ -116,7 +120,7 @@ class Kernels:
         return np.asarray(grouped * read / self._input_area / np.maximum(filters, 1.0), dtype=np.float64)
 
     def _weight_bytes(self, w: Floats) -> Floats:
-        sizes = elements(self._weights, w) * self._has_weight + self._biases.at(w)
+        sizes = self._sizes_at(w) * self._has_weight + self._biases.at(w)
         total: Floats = FLOAT_BYTES * (sizes @ self._first_use)
         return total
 

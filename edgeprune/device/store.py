@@ -23,7 +23,8 @@ def user_cards() -> Path:
 def stored_measurements(device: Device) -> Path:
     """Where the measurements of a calibration of this profile are kept until the next one."""
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    return cache / "edgeprune" / f"calibration-{device.profile}{'-' + device.host if getattr(device, 'host', '') else ''}.json"
+    host = getattr(device, "host", "")
+    return cache / "edgeprune" / f"calibration-{device.profile}{f'-{host}' if host else ''}.json"
 
 
 def replace_profile(device: Device, profile: Profile, path: Path) -> Path:

@@ -34,7 +34,8 @@ WORDS = {"source": "made up", "method": "made up", "held_out": "made up"}
 def network(random: np.random.Generator, kinds: Sequence[str] = ("conv3x3", "conv1x1", "elementwise", "pool")) -> KernelsAt:
     sizes = random.lognormal(11, 1.5, size=(7, 1, len(kinds)))
     sizes[0] *= [30.0 * ("conv" in kind) for kind in kinds]
-    return KernelsAt(tuple(kinds), tuple(kinds), *sizes[:5], channels=np.full((1, len(kinds)), 32.0), groups=np.zeros((1, len(kinds))))
+    channels, groups = np.full((1, len(kinds)), 32.0), np.zeros((1, len(kinds)))
+    return KernelsAt(tuple(kinds), tuple(kinds), sizes[0], sizes[1], sizes[2], sizes[3], sizes[4], channels, groups)
 
 
 def samples(count: int, noise: float = 0.03, *, seed: int = 0) -> list[Sample]:
