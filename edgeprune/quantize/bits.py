@@ -43,7 +43,7 @@ class BitPlan:
         for name, bits in self.channels.items():
             if self.layers.get(name) != "int8":
                 raise UsageError(f"the channels of {name} have bits of their own, so the layer must be int8, not {self.precision(name)}.")
-            if odd := [b for b in bits if b not in CHANNEL_BITS]:
+            if odd := [b for b in bits if not 2 <= b <= 8]:
                 raise UsageError(f"the bits of a channel must be one of {CHANNEL_BITS}, got {odd[0]!r} in {name}.")
 
     def precision(self, layer: str) -> Precision:
