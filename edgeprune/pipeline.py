@@ -28,6 +28,7 @@ from edgeprune.device.cost import Cost, CostModel, predict_graph
 from edgeprune.device.measure import FULL, QUICK, Measurement, measure
 from edgeprune.errors import BudgetError, DataError
 from edgeprune.export import Artifact, export
+from edgeprune.export.verify import ARTIFACTS, SAMPLES, keep_samples, write_list
 from edgeprune.graph import ChannelGraph, portable
 from edgeprune.graph.slim import Proof, named_tensors, prove, slim
 from edgeprune.graph.trace import trace
@@ -331,13 +332,13 @@ class Pipeline:
             for number, name in enumerate(job.formats):
                 self.progress(f"exporting {name}", number, len(job.formats))
                 artifacts.append(export(model, job.example_inputs, self.run.folder, format=name, samples=batch, metadata=metadata))
+            keep_samples(self.run.folder, model, job.example_inputs if batch is None else batch)
             self.progress("exporting", len(job.formats), len(job.formats))
             return tuple(artifacts)
 
         def write(artifacts: tuple[Artifact, ...]) -> dict[str, Any]:
-            table = [a.to_json() | {"path": a.path.name} for a in artifacts]
-            write_json(self.run.path("artifacts.json"), table)
-            return {"artifacts": table, "files": ["model.safetensors", "artifacts.json", *(a.path.name for a in artifacts)]}
+            table = write_list(self.run.folder, artifacts)
+            return {"artifacts": table, "files": ["model.safetensors", ARTIFACTS, SAMPLES, *(a.path.name for a in artifacts)]}
 
         def read(facts: Mapping[str, Any]) -> tuple[Artifact, ...]:
             return tuple(Artifact.from_json(a | {"path": self.run.folder / a["path"]}) for a in facts["artifacts"])

@@ -48,7 +48,7 @@ def found(device: str = "rpi4", *, budget: ep.Budget | None = None, **changes: A
     )  # fmt: skip
     artifact = Artifact(
         path=Path("run/model.onnx"), format="onnx", sha256="ab", size_bytes=1234, opset=18, dynamic_batch=True, parity_max_abs=1e-6,
-        parity_relative=1e-7, samples=1, metadata={},
+        parity_relative=1e-7, parity_sqnr_db=140.0, parity_top1=1.0, samples=1, metadata={},
     )  # fmt: skip
     values: dict[str, Any] = {
         "job": job,

@@ -10,7 +10,7 @@ import sys
 
 import typer
 
-from edgeprune.cli import board, compress, look, runs
+from edgeprune.cli import artifacts, board, compress, look, runs
 from edgeprune.errors import EdgepruneError
 from edgeprune.terminal import complain
 
@@ -29,7 +29,9 @@ for command in (
     compress.demo,
     look.inspect,
     look.profile,
-    look.evaluate,
+    artifacts.export,
+    artifacts.evaluate,
+    artifacts.verify,
     runs.report,
     look.criteria,
     look.allocators,

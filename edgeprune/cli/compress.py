@@ -66,7 +66,7 @@ def compress(
         list[str] | None, typer.Option(help="groups, layers or parameters that stay as they are; * and ? match, may be repeated")
     ] = None,
     quantize: Annotated[str, typer.Option(help="none: weights and activations stay fp32")] = "none",
-    formats: Annotated[str, typer.Option("--format", help="artifact formats, comma-separated: onnx")] = "onnx",
+    formats: Annotated[str, typer.Option("--format", help="artifact formats, comma-separated: onnx, tflite")] = "onnx",
     out: Annotated[Path | None, typer.Option(help="run folder (default: runs/<model>-<device>)")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="go on with the run in --out")] = False,
     seed: Annotated[int, typer.Option(min=0, help="for everything random")] = 0,

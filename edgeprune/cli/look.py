@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from edgeprune.cli.options import AsJson, DeviceName, Factory, Model, Numbers, Shape, TrustPickle, load, numbers_of, shape_of
-from edgeprune.terminal import print_json, print_table, progress_bars
+from edgeprune.cli.options import AsJson, DeviceName, Factory, Model, Shape, TrustPickle, load, shape_of
+from edgeprune.terminal import print_json, print_table
 
 if TYPE_CHECKING:
     from edgeprune.graph import ChannelGraph
@@ -96,32 +96,6 @@ def profile(
     typer.echo(f"\n{latency.value:.2f} ms ({latency.low:.2f} to {latency.high:.2f}, 90% interval); {cost.basis}")
     for note in cost.notes:
         typer.echo(f"- {note}")
-
-
-def evaluate(
-    path: Annotated[Path, typer.Argument(help="a model, or an artifact (.onnx)")],
-    data: Annotated[str, typer.Option("--data", help="see compress")],
-    factory: Factory = None,
-    input_shape: Shape = None,
-    mean: Numbers = None,
-    std: Numbers = None,
-    trust_pickle: TrustPickle = False,
-    as_json: AsJson = False,
-) -> None:
-    """Top-1 accuracy on the validation images; an artifact is run by its own runtime."""
-    from edgeprune import api
-    from edgeprune.data import load_data
-
-    source = load_data(data, mean=numbers_of(mean), std=numbers_of(std))
-    model: Any = path
-    if path.suffix != ".onnx":
-        model = load(path, factory, shape_of(input_shape), trust_pickle, sample=source.sample_shape).model
-    with progress_bars() as progress:
-        found = api.evaluate(model, source, progress=progress)
-    if as_json:
-        print_json({"accuracy": found.accuracy, "loss": found.loss, "images": found.images})
-    else:
-        typer.echo(f"{100 * found.accuracy:.2f}% of {found.images:,} validation images right, loss {found.loss:.4f}")
 
 
 def criteria(as_json: AsJson = False) -> None:

@@ -2,14 +2,15 @@
 
 A format is a class with `name`, `suffix`, `export` and `load` (see `Format`); outsiders add one with an entry point in the
 group "edgeprune.formats". An artifact is written under a temporary name and renamed once it was shown to compute what the
-network computes: a file that is there was checked. No torch here: `formats()` is a light command's to call.
+network computes: a file that is there was checked. Quantization goes through the one hook `export(…, quantizer=)`: see
+`Quantizer`. No torch here: `formats()` is a light command's to call.
 """
 
 from __future__ import annotations
 
 import importlib
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from importlib.metadata import entry_points
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
 Arrays = NDArray[Any] | Sequence[NDArray[Any]]
 Runner = Callable[[Arrays], list[NDArray[Any]]]
 
-_BUILT_IN = {"onnx": "edgeprune.export.onnx:OnnxFormat"}
+_BUILT_IN = {"onnx": "edgeprune.export.onnx:OnnxFormat", "tflite": "edgeprune.export.tflite:TfliteFormat"}
 _GROUP = "edgeprune.formats"
 
 
@@ -32,8 +33,11 @@ _GROUP = "edgeprune.formats"
 class Artifact:
     """A deployable file and the evidence that it computes what the network computes.
 
-    parity_max_abs: the largest absolute difference between the artifact's and the network's outputs over `samples` inputs;
-    parity_relative: the same over the largest absolute output. dynamic_batch: whether it takes any batch size.
+    The parity figures compare the artifact's outputs with the fp32 network's over `samples` inputs, also for a quantized file.
+    parity_max_abs: the largest absolute difference; parity_relative: the same over the largest absolute output; parity_sqnr_db:
+    power of the network's outputs over that of the difference, in dB, of the worst output; parity_top1: share of samples whose
+    largest entry of the first output is the same one. opset: of the ONNX file, schema version of the TFLite one. dynamic_batch:
+    whether it takes any batch size. bits: weight bits by layer (torch's names), empty for an fp32 file.
     """
 
     path: Path
@@ -44,17 +48,56 @@ class Artifact:
     dynamic_batch: bool
     parity_max_abs: float
     parity_relative: float
+    parity_sqnr_db: float
+    parity_top1: float
     samples: int
     metadata: Mapping[str, str]
+    bits: Mapping[str, int | float] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
         """Plain values, for artifacts.json; the path as text."""
-        return {f.name: getattr(self, f.name) for f in fields(self)} | {"path": str(self.path), "metadata": dict(self.metadata)}
+        return {f.name: getattr(self, f.name) for f in fields(self)} | {
+            "path": str(self.path),
+            "metadata": dict(self.metadata),
+            "bits": dict(self.bits),
+        }
 
     @staticmethod
     def from_json(text: Mapping[str, Any]) -> Artifact:
         """The inverse of `to_json`."""
         return Artifact(**{**text, "path": Path(text["path"])})
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Draft:
+    """An fp32 file on its way to disk, as a Quantizer gets it: batch norms folded, no metadata yet, not yet checked.
+
+    content: the whole file (a serialized onnx.ModelProto, or a TFLite flatbuffer). layers: for every conv and linear layer that is
+    one operation in the file, torch's name of the layer -> the name of its weight tensor in the file (ONNX initializer, TFLite
+    tensor). as_fed: what the file takes for inputs in the network's own layout, e.g. NCHW -> NHWC; calibration goes through it.
+    """
+
+    format: str
+    content: bytes
+    layers: Mapping[str, str]
+    as_fed: Callable[[NDArray[Any]], NDArray[Any]]
+
+
+class Quantizer(Protocol):
+    """What makes a quantized file of an fp32 one, between conversion and parity check: `export(…, quantizer=)`.
+
+    edgeprune.quantize makes these, one per bit plan and calibration set. Work on the network itself that changes no shape (range
+    equalisation, weights on a grid) comes before export, on `fold_batchnorm`'s copy of it. Inputs and outputs of the file stay
+    float32, so that both runtimes are fed alike. The figures of the Artifact then say how far the file is from the fp32 network
+    that was given to export as `reference` (default: the exported one), and `least_sqnr_db` takes the place of the tolerance.
+    """
+
+    least_sqnr_db: float  # the parity gate: below it export raises ParityError
+    bits: Mapping[str, int | float]  # weight bits by layer (torch's names; 32 for fp32, a mean where channels differ): Artifact.bits
+    metadata: Mapping[str, Any]  # into the file beside the caller's: quantize, bits, calibration_sha256, calibration_images …
+
+    def __call__(self, draft: Draft) -> bytes:
+        """The quantized file's content. Raises ExportError, UsageError for a format it cannot write."""
 
 
 class Format(Protocol):
@@ -72,6 +115,9 @@ class Format(Protocol):
         samples: Tensor | Sequence[Tensor] | None,
         metadata: Mapping[str, Any] | None,
         tolerance: float,
+        quantizer: Quantizer | None,
+        reference: nn.Module | None,
+        layout: str | None,
     ) -> Artifact:
         """Write `path` and return what was written; nothing is left behind on failure."""
 
@@ -94,12 +140,17 @@ def export(
     samples: Tensor | Sequence[Tensor] | None = None,
     metadata: Mapping[str, Any] | None = None,
     tolerance: float = 1e-4,
+    quantizer: Quantizer | None = None,
+    reference: nn.Module | None = None,
+    layout: str | None = None,
 ) -> Artifact:
     """Write `model` as an artifact and return it with its parity figures.
 
     `path` is the file, or a folder that gets `model` with the format's suffix. `samples` are real inputs for the parity check
     (default: the example inputs), batch first. `metadata` is written into the file: text as it is, anything else as JSON.
-    `tolerance` limits the largest absolute difference over the largest absolute output.
+    `tolerance` limits the largest absolute difference over the largest absolute output; with a `quantizer`, its own limit holds.
+    `reference`: the fp32 network the artifact is compared with (default: `model`). `layout`: of image inputs, "NCHW" or "NHWC";
+    None is the format's own (onnx: NCHW, tflite: NHWC).
     Raises UsageError for an unknown format, ParityError above the tolerance, UnsupportedOp naming an operation the format
     has not, ExportError otherwise.
     """
@@ -107,7 +158,17 @@ def export(
     target = Path(path)
     if target.is_dir() or not target.suffix:
         target = target / f"model{writer.suffix}"
-    return writer.export(model, example_inputs, target, samples=samples, metadata=metadata, tolerance=tolerance)
+    return writer.export(
+        model,
+        example_inputs,
+        target,
+        samples=samples,
+        metadata=metadata,
+        tolerance=tolerance,
+        quantizer=quantizer,
+        reference=reference,
+        layout=layout,
+    )
 
 
 def load_artifact(path: str | Path) -> Runner:
@@ -127,6 +188,18 @@ def load_artifact(path: str | Path) -> Runner:
 def run_artifact(path: str | Path, inputs: Arrays) -> list[NDArray[Any]]:
     """The artifact's outputs for `inputs` (an array or one per input, batch first); see `load_artifact`."""
     return load_artifact(path)(inputs)
+
+
+def read_metadata(path: str | Path) -> dict[str, str]:
+    """The metadata an artifact carries (preprocessing, labels, layout, probe …), text by key; empty for one of another kind.
+
+    Raises ExportError for a damaged file.
+    """
+    file = Path(path)
+    if file.suffix not in (".onnx", ".tflite"):
+        return {}
+    found: dict[str, str] = importlib.import_module(f"edgeprune.export{file.suffix}").read_metadata(file)
+    return found
 
 
 def _format(name: str) -> Format:

@@ -88,17 +88,6 @@ def test_profile_of_an_artifact_is_a_measurement(edgeprune: Command, here: Path,
     assert "predicted" in refused.message
 
 
-def test_evaluate(edgeprune: Command, here: Path) -> None:
-    import edgeprune as ep
-
-    expected = ep.evaluate(colour_net(), here / "data.npz")
-    done = edgeprune("evaluate", *NET, "--data", "data.npz")
-    assert done.out == f"{100 * expected.accuracy:.2f}% of 30 validation images right, loss {expected.loss:.4f}\n"
-    ep.export(colour_net(), torch.zeros(1, 3, 8, 8), here / "net.onnx")
-    found = json.loads(edgeprune("evaluate", "net.onnx", "--data", "data.npz", "--json").out)
-    assert (found["accuracy"], found["images"]) == (expected.accuracy, 30)
-
-
 @pytest.mark.parametrize(("command", "names"), [("criteria", ["l1", "nuclear_norm"]), ("allocators", ["uniform", "global", "knapsack"])])
 def test_registries(edgeprune: Command, command: str, names: list[str]) -> None:
     done = edgeprune(command)

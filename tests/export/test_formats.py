@@ -54,8 +54,8 @@ class Outside:
 def test_an_outsiders_format(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     point = EntryPoint("outside", f"{__name__}:Outside", "edgeprune.formats")
     monkeypatch.setattr(sys.modules["edgeprune.export"], "entry_points", lambda group: EntryPoints([point]).select(group=group))
-    assert formats() == ("onnx", "outside")
-    with pytest.raises(ExportError, match=r"model\.out \['metadata', 'samples', 'tolerance'\]"):
+    assert formats() == ("onnx", "tflite", "outside")
+    with pytest.raises(ExportError, match=r"model\.out \['layout', 'metadata', 'quantizer', 'reference', 'samples', 'tolerance'\]"):
         export(nn.ReLU(), X, tmp_path, format="outside")
     assert run_artifact(tmp_path / "model.out", X.numpy()) == [b"x"]
 

@@ -1,0 +1,145 @@
+"""Commands that write artifacts, run them on data, and check them from the files alone."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from edgeprune.cli.options import (
+    AsJson,
+    DataOption,
+    Factory,
+    Model,
+    Numbers,
+    Shape,
+    TrustPickle,
+    load,
+    must_be_writable,
+    numbers_of,
+    shape_of,
+)
+from edgeprune.errors import EdgepruneError, ExportError, GateError, ModelError, UsageError
+from edgeprune.terminal import print_json, print_table, progress_bars, say
+
+if TYPE_CHECKING:
+    from edgeprune.data import Data
+
+PARITY_SAMPLES = 32
+
+
+def export(
+    path: Model,
+    formats: Annotated[str, typer.Option("--format", help="artifact formats, comma-separated: onnx, tflite")] = "onnx",
+    data: DataOption = None,
+    factory: Factory = None,
+    input_shape: Shape = None,
+    mean: Numbers = None,
+    std: Numbers = None,
+    layout: Annotated[str | None, typer.Option(help="of images in .tflite files: NHWC (no transposes, the default) or NCHW")] = None,
+    quantize: Annotated[str, typer.Option(help="none: weights and activations stay fp32")] = "none",
+    out: Annotated[Path | None, typer.Option(help="folder for the artifacts (default: runs/<model>-export)")] = None,
+    trust_pickle: TrustPickle = False,
+    as_json: AsJson = False,
+) -> None:
+    """Artifacts of a network as it is, each compared with it on real images (--data) before it is written."""
+    from edgeprune.export import formats as known
+    from edgeprune.run import default_folder
+
+    asked = [f.strip() for f in formats.split(",")]
+    if unknown := [f for f in asked if f not in known()]:
+        raise UsageError(f"unknown artifact format {unknown[0]!r}; there is: {', '.join(known())}.")
+    if layout not in (None, "NHWC", "NCHW"):
+        raise UsageError(f"--layout must be NHWC or NCHW, got {layout!r}.")
+    if quantize != "none":
+        raise UsageError(f"--quantize {quantize!r} is not there yet: this version writes fp32 artifacts (--quantize none).")
+    if out:
+        must_be_writable(out)
+
+    from edgeprune import export as write
+    from edgeprune.data import load_data
+    from edgeprune.export.verify import keep_samples, write_list
+
+    shape = shape_of(input_shape)
+    size = (shape[2], shape[3]) if shape and len(shape) == 4 and data and Path(data).is_dir() else None
+    source = load_data(data, size=size, mean=numbers_of(mean), std=numbers_of(std)) if data else None
+    loaded = load(path, factory, shape, trust_pickle, sample=source.sample_shape if source else None)
+    folder = out or default_folder(loaded.name, "export")
+    folder.mkdir(parents=True, exist_ok=True)
+    samples = next(iter(source.val.batches(PARITY_SAMPLES, limit=PARITY_SAMPLES)))[0] if source else loaded.example_inputs
+    metadata: dict[str, Any] = {"preprocessing": source.preprocessing.to_json() if source else None}
+    if source and source.classes:
+        metadata["labels"] = list(source.classes)
+    artifacts = []
+    for form in asked:
+        say(f"exporting {form} …")
+        options = {"layout": layout} if form == "tflite" else {}
+        artifacts.append(write(loaded.model, loaded.example_inputs, folder, format=form, samples=samples, metadata=metadata, **options))
+    keep_samples(folder, loaded.model, samples)
+    listed = write_list(folder, artifacts)
+    if as_json:
+        return print_json({"folder": str(folder), "artifacts": listed})
+    rows = [[a.path.name, f"{a.size_bytes:,}", f"{a.parity_relative:.2g}", f"{a.parity_sqnr_db:.0f}", a.samples] for a in artifacts]
+    print_table(["artifact", "bytes", "largest error / largest output", "signal to error, dB", "inputs compared"], rows)
+    typer.echo(f"\nThe files are in {folder}; `edgeprune verify {folder}` checks them again.")
+
+
+def evaluate(
+    path: Annotated[Path, typer.Argument(help="a model, or an artifact (.onnx, .tflite)")],
+    data: Annotated[str, typer.Option("--data", help="see compress")],
+    factory: Factory = None,
+    input_shape: Shape = None,
+    mean: Numbers = None,
+    std: Numbers = None,
+    trust_pickle: TrustPickle = False,
+    as_json: AsJson = False,
+) -> None:
+    """Top-1 accuracy on the validation images; an artifact is run by its own runtime, with the preprocessing it carries."""
+    from edgeprune import api
+
+    artifact = path.suffix in (".onnx", ".tflite")
+    source = _images(path, data, mean, std)
+    model: Any = path if artifact else load(path, factory, shape_of(input_shape), trust_pickle, sample=source.sample_shape).model
+    with progress_bars() as progress:
+        found = api.evaluate(model, source, progress=progress)
+    if as_json:
+        print_json({"accuracy": found.accuracy, "loss": found.loss, "images": found.images})
+    else:
+        typer.echo(f"{100 * found.accuracy:.2f}% of {found.images:,} validation images right, loss {found.loss:.4f}")
+
+
+def _images(path: Path, data: str, mean: str | None, std: str | None) -> Data:
+    """The images, prepared as the user said, else as the artifact says it was exported for; floats come as they are."""
+    import json
+
+    from edgeprune.data import load_data
+    from edgeprune.export import read_metadata
+
+    carried = json.loads(read_metadata(path).get("preprocessing", "null")) if path.is_file() else None
+    size = tuple(carried["size"]) if carried and Path(data).is_dir() else None
+    source = load_data(data, size=size, mean=numbers_of(mean), std=numbers_of(std))
+    if carried and carried["mean"] and mean is None and source.preprocessing.mean is not None:
+        return load_data(data, size=size, mean=carried["mean"], std=carried["std"])
+    return source
+
+
+def verify(
+    path: Annotated[Path, typer.Argument(help="a folder of compress or export, or an artifact (.onnx, .tflite)")],
+    as_json: AsJson = False,
+) -> None:
+    """Checksums, parity, bit plan and budget once more, from the files alone; exit 1, 5 or 6 says what failed first."""
+    from dataclasses import asdict
+
+    from edgeprune.export.verify import verify as checks_of
+
+    checks = checks_of(path)
+    failed = [check for check in checks if not check.passed]
+    if as_json:
+        print_json({"path": str(path), "passed": not failed, "checks": [asdict(check) for check in checks]})
+    else:
+        print_table(["check", "", "found"], [[c.name, "ok" if c.passed else "FAILED", c.found] for c in checks])
+    if failed:
+        kinds: dict[int, type[EdgepruneError]] = {1: GateError, 5: ExportError, 6: ModelError}
+        more = f" ({len(failed) - 1} more failed)" if len(failed) > 1 else ""
+        raise kinds[failed[0].exit_code](f"{path} does not pass: {failed[0].name}: {failed[0].found.rstrip('.')}{more}.")

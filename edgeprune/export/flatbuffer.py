@@ -1,0 +1,170 @@
+"""The inside of a .tflite file: its metadata with the hash of its own content, its operations, and tensors named like torch's layers.
+
+The schema comes with the LiteRT runtime, so a board that can run a file can also check it. The metadata is one JSON object in one
+named buffer; its `content_sha256` is the hash of the file with zeros in its own place.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import struct
+from collections import Counter
+from collections.abc import Mapping
+from functools import cache
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+
+from edgeprune.errors import ExportError
+from edgeprune.run import product_version
+
+NAME = b"edgeprune"  # of the metadata buffer
+_HASH = re.compile(rb'"content_sha256": "([0-9a-f]{64})"')
+_ZEROS = b"0" * 64
+_DAMAGE = (
+    struct.error,
+    IndexError,
+    ValueError,
+    TypeError,
+    AttributeError,
+    OverflowError,
+    MemoryError,
+)  # of the schema's readers on damaged bytes
+_MULTIPLYING = ("CONV_2D", "DEPTHWISE_CONV_2D", "FULLY_CONNECTED", "TRANSPOSE_CONV")
+
+
+def schema() -> ModuleType:
+    """The generated readers and writers of the format. Raises ExportError where the runtime is not installed."""
+    try:
+        from ai_edge_litert import schema_py_generated
+    except ImportError as error:
+        raise ExportError(
+            "reading and running .tflite files needs LiteRT, which is an extra: pip install 'edgeprune[tflite]' (on a board that only runs "
+            "them: pip install ai-edge-litert)."
+        ) from error
+    found: ModuleType = schema_py_generated
+    return found
+
+
+def unpacked(content: bytes) -> Any:
+    """The file as the schema's mutable objects (ModelT). Raises ExportError for bytes that are no such file."""
+    reader = schema().ModelT
+    if content[4:8] != b"TFL3":
+        raise ExportError("it does not begin like a TFLite flatbuffer")
+    try:
+        return reader.InitFromPackedBuf(content, 0)
+    except _DAMAGE as error:
+        raise ExportError(f"it is truncated or damaged ({type(error).__name__})") from error
+
+
+def packed(model: Any) -> bytes:
+    """The file of a ModelT; the data of every tensor begins at a multiple of 16 bytes, as the schema asks."""
+    import flatbuffers
+
+    class Aligned(flatbuffers.Builder):  # type: ignore[misc]  # no stubs
+        def StartVector(self, elemSize: int, numElems: int, alignment: int) -> Any:
+            return super().StartVector(elemSize, numElems, 16 if elemSize == 1 else alignment)
+
+    builder = Aligned(1024)
+    builder.Finish(model.Pack(builder), b"TFL3")
+    return bytes(builder.Output())
+
+
+def described(content: bytes, metadata: Mapping[str, str]) -> bytes:
+    """The same file with the metadata and the hash of everything in it."""
+    model = unpacked(content)
+    parts = schema()
+    model.description = f"edgeprune {product_version()}"
+    kept = [m for m in model.metadata or [] if m.name == b"min_runtime_version"]
+    text = json.dumps({**metadata, "edgeprune_version": product_version(), "content_sha256": _ZEROS.decode()}, sort_keys=True)
+    buffer, entry = parts.BufferT(), parts.MetadataT()
+    buffer.data = np.frombuffer(text.encode(), np.uint8)
+    entry.name, entry.buffer = NAME, len(model.buffers)
+    model.buffers.append(buffer)
+    model.metadata = [*kept, entry]
+    blank = packed(model)
+    return blank.replace(b'"content_sha256": "' + _ZEROS, b'"content_sha256": "' + hashlib.sha256(blank).hexdigest().encode())
+
+
+def changed(content: bytes) -> bool:
+    """Whether a file that carries a hash no longer matches it. Files of others carry none."""
+    found = _HASH.search(content)
+    return found is not None and hashlib.sha256(content.replace(found[1], _ZEROS)).hexdigest() != found[1].decode()
+
+
+def metadata_of(content: bytes) -> dict[str, str]:
+    """What `described` wrote, less nothing; empty for files of others."""
+    model = unpacked(content)
+    for entry in model.metadata or []:
+        if entry.name == NAME:
+            texts: dict[str, str] = json.loads(bytes(model.buffers[entry.buffer].data))
+            return texts
+    return {}
+
+
+def operations(content: bytes) -> Counter[str]:
+    """How often each operation occurs, by the schema's name (CONV_2D, TRANSPOSE …)."""
+    model = unpacked(content)
+    return Counter(_name(model, o) for graph in model.subgraphs for o in graph.operators)
+
+
+def stored_bits(content: bytes) -> dict[str, int]:
+    """In how many bits the weights of every layer are stored, by torch's name of the layer."""
+    model = unpacked(content)
+    types = schema().TensorType
+    widths = {types.FLOAT32: 32, types.FLOAT16: 16, types.INT8: 8, types.UINT8: 8, types.INT4: 4, types.INT2: 2}
+    names = {tensor.name.decode(): widths.get(tensor.type, 0) for graph in model.subgraphs for tensor in graph.tensors}
+    return {name.removesuffix(".weight"): bits for name, bits in names.items() if name.endswith(".weight")}
+
+
+def named_like_torch(content: bytes, tags: Mapping[str, str], inputs: list[str], outputs: list[str]) -> tuple[bytes, dict[str, str]]:
+    """The same file with readable tensor names, and torch's layer -> its weight tensor, for layers that are one operation here.
+
+    The converter names every tensor by the classes around it: hundreds of bytes each, with the paths of the user's code. `tags`: that
+    chain for a module -> torch's name of it. An operation's output gets its module's name, a weight the parameter's.
+    """
+    model = unpacked(content)
+    graph = model.subgraphs[0]
+    layers: dict[str, str] = {}
+    taken: Counter[str] = Counter()
+
+    def rename(tensor: Any, name: str) -> str:
+        taken[name] += 1
+        tensor.name = (name if taken[name] == 1 else f"{name}:{taken[name]}").encode()
+        return str(tensor.name.decode())
+
+    owners = [_owner(tensor.name.decode(), tags) for tensor in graph.tensors]
+    weights = {o.inputs[1] for o in graph.operators if _name(model, o) in _MULTIPLYING}
+    for index, tensor in enumerate(graph.tensors):
+        if index in weights and owners[index] and owners[index] not in layers:
+            layers[owners[index]] = rename(tensor, f"{owners[index]}.weight")
+        elif index in graph.inputs or index in graph.outputs:
+            position = list(graph.inputs if index in graph.inputs else graph.outputs).index(index)
+            rename(tensor, (inputs if index in graph.inputs else outputs)[position])
+        else:
+            rename(tensor, owners[index] or "constant")
+    for definition in model.signatureDefs or []:
+        for entries, names in ((definition.inputs, inputs), (definition.outputs, outputs)):
+            order = list(graph.inputs if entries is definition.inputs else graph.outputs)
+            for entry in entries:
+                entry.name = names[order.index(entry.tensorIndex)].encode()
+    return packed(model), layers
+
+
+def _owner(tag: str, tags: Mapping[str, str]) -> str:
+    """Torch's name of the module that the converter's name of a tensor ends with, "" where it names none."""
+    chain = [part for part in re.sub(r";\d*$", ";", tag).split(";") if part]
+    return tags.get(chain[-1], "") if chain else ""
+
+
+def _name(model: Any, operator: Any) -> str:
+    code = model.operatorCodes[operator.opcodeIndex]
+    return _operation_names().get(max(code.builtinCode, code.deprecatedBuiltinCode), "CUSTOM")
+
+
+@cache
+def _operation_names() -> dict[int, str]:
+    return {value: name for name, value in vars(schema().BuiltinOperator).items() if isinstance(value, int)}

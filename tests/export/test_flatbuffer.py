@@ -1,0 +1,98 @@
+from __future__ import annotations
+
+import struct
+from typing import Any
+
+import numpy as np
+import pytest
+
+from edgeprune.errors import ExportError
+from edgeprune.export.flatbuffer import changed, described, metadata_of, named_like_torch, operations, packed, schema, stored_bits, unpacked
+
+pytest.importorskip("ai_edge_litert", reason="LiteRT is not installed: pip install 'edgeprune[tflite]' (make test-tflite does)")
+
+TAG = "litert.Wrapper/torch.nn.modules.container.Sequential_wrapped/torch.nn.modules.linear.Linear_0;"
+
+
+def linear() -> bytes:
+    """x (1, 2) -> relu(2x), by hand: one FULLY_CONNECTED, one RELU."""
+    s = schema()
+
+    def tensor(name: str, shape: list[int], buffer: int) -> Any:
+        made = s.TensorT()
+        made.name, made.shape, made.buffer, made.type = name.encode(), np.array(shape, np.int32), buffer, s.TensorType.FLOAT32
+        return made
+
+    def operator(code: int, inputs: list[int], outputs: list[int]) -> Any:
+        made = s.OperatorT()
+        made.opcodeIndex, made.inputs, made.outputs = code, np.array(inputs, np.int32), np.array(outputs, np.int32)
+        return made
+
+    model, graph = s.ModelT(), s.SubGraphT()
+    codes = [s.BuiltinOperator.FULLY_CONNECTED, s.BuiltinOperator.RELU]
+    model.operatorCodes = [s.OperatorCodeT() for _ in codes]
+    for made, code in zip(model.operatorCodes, codes, strict=True):
+        made.builtinCode = made.deprecatedBuiltinCode = code
+        made.version = 1
+    empty, weight = s.BufferT(), s.BufferT()
+    weight.data = np.frombuffer((2 * np.eye(2, dtype=np.float32)).tobytes(), np.uint8)
+    graph.tensors = [tensor("args_0", [1, 2], 0), tensor(TAG, [2, 2], 1), tensor(TAG + "1", [1, 2], 0), tensor("out", [1, 2], 0)]
+    graph.operators = [operator(0, [0, 1, -1], [2]), operator(1, [2], [3])]
+    graph.operators[0].builtinOptionsType = s.BuiltinOptions.FullyConnectedOptions
+    graph.operators[0].builtinOptions = s.FullyConnectedOptionsT()
+    graph.inputs, graph.outputs = np.array([0], np.int32), np.array([3], np.int32)
+    model.version, model.subgraphs, model.buffers = 3, [graph], [empty, weight]
+    return packed(model)
+
+
+def run(content: bytes) -> Any:
+    from ai_edge_litert.interpreter import Interpreter
+
+    interpreter = Interpreter(model_content=content)
+    interpreter.allocate_tensors()
+    interpreter.set_tensor(0, np.array([[1.5, -1]], np.float32))
+    interpreter.invoke()
+    return interpreter.get_tensor(3).tolist()
+
+
+def test_metadata_and_hash_change_nothing_else() -> None:
+    plain = linear()
+    content = described(plain, {"layout": "NHWC", "labels": '["é"]'})
+    assert run(content) == run(plain) == [[3.0, 0.0]]
+    metadata = metadata_of(content)
+    assert {"layout": "NHWC", "labels": '["é"]'}.items() <= metadata.items()
+    assert metadata.keys() - {"layout", "labels"} == {"edgeprune_version", "content_sha256"}
+    assert not changed(content)
+    assert metadata_of(plain) == {} and not changed(plain)
+    again = described(content, {"layout": "NCHW"})
+    assert metadata_of(again)["layout"] == "NCHW" and not changed(again)
+
+
+@pytest.mark.parametrize("place", [b"NHWC", struct.pack("<f", 2.0)])
+def test_every_changed_byte_is_noticed(place: bytes) -> None:
+    content = described(linear(), {"layout": "NHWC"})
+    at = content.index(place)
+    assert changed(content[:at] + bytes([content[at] ^ 1]) + content[at + 1 :])
+
+
+def test_data_begins_at_multiples_of_sixteen() -> None:
+    content = linear()
+    assert content.index((2 * np.eye(2, dtype=np.float32)).tobytes()) % 16 == 0
+
+
+def test_names_of_torch() -> None:
+    named, layers = named_like_torch(linear(), {TAG.rstrip(";"): "0"}, ["input"], ["output"])
+    assert [t.name for t in unpacked(named).subgraphs[0].tensors] == [b"input", b"0.weight", b"0", b"output"]
+    assert layers == {"0": "0.weight"}
+    assert stored_bits(named) == {"0": 32}
+    assert run(named) == [[3.0, 0.0]]
+
+
+def test_operations() -> None:
+    assert operations(linear()) == {"FULLY_CONNECTED": 1, "RELU": 1}
+
+
+@pytest.mark.parametrize("content", [b"", b"no flatbuffer at all", linear()[:60]])
+def test_what_is_no_such_file(content: bytes) -> None:
+    with pytest.raises(ExportError):
+        unpacked(content)
