@@ -185,7 +185,7 @@ class _Writer:
         self._constants[packed.name] = packed
         shape = [1] * stored.ndim
         shape[layer.axis] = -1
-        factor = self._constant(f"{tensor}.scale", scale.reshape(shape))
+        factor = self._constant(f"{name}.step", scale.reshape(shape))
         self._nodes.append(helper.make_node("Cast", [packed.name], [f"{tensor}.whole"], to=TensorProto.FLOAT))
         self._nodes.append(helper.make_node("Mul", [f"{tensor}.whole", factor], [f"{tensor}.float"]))
         return f"{tensor}.float"
