@@ -4,7 +4,7 @@ BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint .ci/constraints.txt
 TORCH := torch==2.13.0
 
-.PHONY: demo test test-slow lint type setup bench-accuracy bench-cost bench-criteria bench-graph clean
+.PHONY: demo test test-slow lint type setup bench-accuracy bench-artifacts bench-cost bench-criteria bench-graph clean
 
 demo: .venv/.core  ## the main job on data that ships with the installation, under 3 minutes
 	$(BIN)/edgeprune demo
@@ -27,6 +27,10 @@ setup: .venv/.dev  ## everything for development
 bench-accuracy: .venv/.dev  ## ResNet-56 on CIFAR-10 to half the MACs (EDGEPRUNE_DATA; half an hour on 2 cores)
 	$(BIN)/python -m benchmarks.accuracy
 	$(BIN)/python -m benchmarks.accuracy --criteria l1 --recover reconstruct
+
+bench-artifacts: .venv/.dev  ## 25 networks as ONNX and TFLite against torch, then latency on this machine (EDGEPRUNE_DATA; goes on where it was; over an hour)
+	$(BIN)/python -m benchmarks.artifacts parity
+	$(BIN)/python -m benchmarks.artifacts latency
 
 bench-cost: .venv/.dev  ## refit every shipped latency constant from the public tables and print the errors
 	$(BIN)/python -m benchmarks.cost_models

@@ -73,7 +73,7 @@ def network(name: str) -> tuple[Any, Any]:
             torch.manual_seed(0)
             layers = [nn.Linear(3072, 512), nn.BatchNorm1d(512), nn.ReLU(), nn.Linear(512, 256), nn.ReLU(), nn.Linear(256, 10)]
             return nn.Sequential(nn.Flatten(), *layers).eval(), images
-        model = resnet20() if name == "cifar:resnet20" else resnet56()
+        model: Any = resnet20() if name == "cifar:resnet20" else resnet56()
         weights = torch.load(DATA / "weights" / CIFAR[name], map_location="cpu", weights_only=True)["state_dict"]
         model.load_state_dict({key.removeprefix("module."): value for key, value in weights.items()})
         return model.eval(), images

@@ -29,7 +29,7 @@ KEEP_MACS = 0.5
 ROUND_TO = 8
 THREADS = (1, 2)
 ROUNDS = 40
-BLOCK_SECONDS = 0.05
+BLOCK_SECONDS = 0.05  # of one session in one round
 FORMATS = {"onnx": "ONNX Runtime", "tflite": "LiteRT"}
 
 
@@ -108,18 +108,18 @@ def session(path: Path, threads: int) -> Callable[[], None]:
     return lambda: loaded.run(None, feed)
 
 
-def rounds(sessions: dict[str, Callable[[], None]]) -> dict[str, list[float]]:
-    """For every session the fastest inference of each round, in ms."""
+def rounds(sessions: dict[str, Callable[[], None]], *, total: int = ROUNDS, block_seconds: float = BLOCK_SECONDS) -> dict[str, list[float]]:
+    """For every session the fastest inference of each of `total` rounds, in ms."""
     counts = {}
     for key, run in sessions.items():
         for _ in range(3):
             run()
         started = time.perf_counter()
         run()
-        counts[key] = max(3, round(BLOCK_SECONDS / (time.perf_counter() - started)))
+        counts[key] = max(3, round(block_seconds / (time.perf_counter() - started)))
     order, shuffle = list(sessions), random.Random(0)
     found: dict[str, list[float]] = {key: [] for key in sessions}
-    for _ in range(ROUNDS):
+    for _ in range(total):
         shuffle.shuffle(order)
         for key in order:
             run = sessions[key]

@@ -17,8 +17,8 @@ from edgeprune.device.card import Device
 from edgeprune.device.card import device as find_device
 from edgeprune.device.cost import Cost, predict_graph
 from edgeprune.errors import DataError, EdgepruneError, TraceError, UsageError
-from edgeprune.export import formats as known_formats
 from edgeprune.export import load_artifact
+from edgeprune.export import require as require_formats
 from edgeprune.graph.running import evaluating, single_sample
 from edgeprune.graph.slim import slim
 from edgeprune.graph.trace import trace
@@ -161,8 +161,7 @@ def _check(job: Job) -> None:
         raise UsageError(f"recover must be one of {', '.join(RECOVERIES)}, got {job.recover!r}.")
     find("criteria", job.criterion, "criterion")
     find("allocate", job.allocator, "allocator")
-    if unknown := [f for f in job.formats if f not in known_formats()]:
-        raise UsageError(f"unknown artifact format {unknown[0]!r}; there is: {', '.join(known_formats())}.")
+    require_formats(job.formats)
     if not job.formats or job.calibration_images < 1:
         raise UsageError("at least one format and calibration_images of 1 or more are needed.")
     if job.recipe.epochs and (job.data is None or not len(job.data.train)):

@@ -44,12 +44,11 @@ def export(
     as_json: AsJson = False,
 ) -> None:
     """Artifacts of a network as it is, each compared with it on real images (--data) before it is written."""
-    from edgeprune.export import formats as known
+    from edgeprune.export import require
     from edgeprune.run import default_folder
 
     asked = [f.strip() for f in formats.split(",")]
-    if unknown := [f for f in asked if f not in known()]:
-        raise UsageError(f"unknown artifact format {unknown[0]!r}; there is: {', '.join(known())}.")
+    require(asked)
     if layout not in (None, "NHWC", "NCHW"):
         raise UsageError(f"--layout must be NHWC or NCHW, got {layout!r}.")
     if quantize != "none":
@@ -74,8 +73,8 @@ def export(
     artifacts = []
     for form in asked:
         say(f"exporting {form} …")
-        options = {"layout": layout} if form == "tflite" else {}
-        artifacts.append(write(loaded.model, loaded.example_inputs, folder, format=form, samples=samples, metadata=metadata, **options))
+        order = layout if form == "tflite" else None
+        artifacts.append(write(loaded.model, loaded.example_inputs, folder, format=form, samples=samples, metadata=metadata, layout=order))
     keep_samples(folder, loaded.model, samples)
     listed = write_list(folder, artifacts)
     if as_json:

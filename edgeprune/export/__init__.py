@@ -12,6 +12,7 @@ import importlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from importlib.metadata import entry_points
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -27,6 +28,7 @@ Runner = Callable[[Arrays], list[NDArray[Any]]]
 
 _BUILT_IN = {"onnx": "edgeprune.export.onnx:OnnxFormat", "tflite": "edgeprune.export.tflite:TfliteFormat"}
 _GROUP = "edgeprune.formats"
+_NEEDS = {"tflite": ("litert_torch", "ai_edge_litert")}  # modules of the extra with the format's name
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,9 +94,17 @@ class Quantizer(Protocol):
     that was given to export as `reference` (default: the exported one), and `least_sqnr_db` takes the place of the tolerance.
     """
 
-    least_sqnr_db: float  # the parity gate: below it export raises ParityError
-    bits: Mapping[str, int | float]  # weight bits by layer (torch's names; 32 for fp32, a mean where channels differ): Artifact.bits
-    metadata: Mapping[str, Any]  # into the file beside the caller's: quantize, bits, calibration_sha256, calibration_images …
+    @property
+    def least_sqnr_db(self) -> float:
+        """The parity gate: below it export raises ParityError."""
+
+    @property
+    def bits(self) -> Mapping[str, int | float]:
+        """Weight bits by layer (torch's names; 32 for fp32, a mean where channels differ), read after the call: Artifact.bits."""
+
+    @property
+    def metadata(self) -> Mapping[str, Any]:
+        """Into the file beside the caller's, read after the call: quantize, bit plan, calibration_sha256, calibration_images …."""
 
     def __call__(self, draft: Draft) -> bytes:
         """The quantized file's content. Raises ExportError, UsageError for a format it cannot write."""
@@ -131,6 +141,18 @@ def formats() -> tuple[str, ...]:
     return (*_BUILT_IN, *added)
 
 
+def require(names: Sequence[str]) -> None:
+    """What can be known before hours are spent: raises UsageError for an unknown format, ExportError where its extra is missing."""
+    if unknown := [name for name in names if name not in formats()]:
+        raise UsageError(f"unknown artifact format {unknown[0]!r}; there is: {', '.join(formats())}.")
+    for name in names:
+        if missing := [module for module in _NEEDS.get(name, ()) if find_spec(module) is None]:
+            raise ExportError(
+                f"writing .{name} files needs {missing[0].replace('_', '-')}, which is an extra: pip install 'edgeprune[{name}]', or leave "
+                f"{name} out of the formats."
+            )
+
+
 def export(
     model: nn.Module,
     example_inputs: Tensor | Sequence[Tensor],
@@ -154,6 +176,7 @@ def export(
     Raises UsageError for an unknown format, ParityError above the tolerance, UnsupportedOp naming an operation the format
     has not, ExportError otherwise.
     """
+    require([format])
     writer = _format(format)
     target = Path(path)
     if target.is_dir() or not target.suffix:
@@ -208,7 +231,5 @@ def _format(name: str) -> Format:
         made: Format = getattr(importlib.import_module(module), attribute)()
         return made
     points = [point for point in entry_points(group=_GROUP) if point.name == name]
-    if not points:
-        raise UsageError(f"unknown artifact format {name!r}; there is: {', '.join(formats())}.")
     added: Format = points[0].load()()
     return added

@@ -154,6 +154,110 @@ def named_like_torch(content: bytes, tags: Mapping[str, str], inputs: list[str],
     return packed(model), layers
 
 
+def averaged_in_place(content: bytes) -> bytes:
+    """The same function without the transposes that stand before averages over images.
+
+    For `x.mean((2, 3))` the converter turns its NHWC tensor to NCHW and averages there; here the average runs over the NHWC tensor
+    itself, and a transpose that nothing else reads goes.
+    """
+    model = unpacked(content)
+    graph = model.subgraphs[0]
+    transposes = {int(o.outputs[0]): o for o in graph.operators if _name(model, o) == "TRANSPOSE"}
+    for mean in [o for o in graph.operators if _name(model, o) == "MEAN" and int(o.inputs[0]) in transposes]:
+        transpose = transposes[int(mean.inputs[0])]
+        order = _numbers(model, transpose.inputs[1])
+        axes = {axis % max(1, len(order)) for axis in _numbers(model, mean.inputs[1])}
+        stays = [source for axis, source in enumerate(order) if axis not in axes]
+        if order and axes and not mean.builtinOptions.keepDims and stays == sorted(stays):
+            fresh = _add_numbers(model, f"axes of {mean.outputs[0]}", sorted(order[axis] for axis in axes))
+            mean.inputs = np.array([transpose.inputs[0], fresh], np.int32)
+    read = {int(i) for o in graph.operators for i in o.inputs} | {int(i) for i in graph.outputs}
+    idle = {id(o) for output, o in transposes.items() if output not in read}
+    graph.operators = [o for o in graph.operators if id(o) not in idle]
+    return packed(model)
+
+
+def shuffled_in_place(content: bytes) -> bytes:
+    """The same function without the transposes around channel shuffles: each costs one transpose instead of three.
+
+    The converter turns an NHWC tensor to NCHW, splits its channels into groups, swaps, joins, and turns it back. What such a chain does
+    is found by running it on the positions of its input's elements.
+    """
+    model = unpacked(content)
+    graph = model.subgraphs[0]
+    readers: dict[int, list[Any]] = {int(i): [graph] for i in graph.outputs}
+    for o in graph.operators:
+        for i in {int(i) for i in o.inputs}:
+            readers.setdefault(i, []).append(o)
+    gone: set[int] = set()
+    for first in [o for o in graph.operators if _name(model, o) == "TRANSPOSE"]:
+        chain = [first]
+        while len(chain) < 5 and len(found := readers.get(int(chain[-1].outputs[0]), [])) == 1 and found[0] is not graph:
+            chain.append(found[0])
+        if [_name(model, o) for o in chain] == ["TRANSPOSE", "RESHAPE", "TRANSPOSE", "RESHAPE", "TRANSPOSE"] and (
+            groups := _groups_swapped(model, chain)
+        ):
+            _swap_groups(model, chain, groups)
+            gone |= {id(chain[0]), id(chain[-1])}
+    graph.operators = [o for o in graph.operators if id(o) not in gone]
+    return packed(model)
+
+
+def _groups_swapped(model: Any, chain: list[Any]) -> int:
+    """In how many groups a chain splits the last axis of its input to swap groups and members; 0 for anything else."""
+    tensors = model.subgraphs[0].tensors
+    shape = [int(n) for n in tensors[chain[0].inputs[0]].shape]
+    start = result = np.arange(np.prod(shape)).reshape(shape)
+    for o in chain:
+        after = [int(n) for n in tensors[o.outputs[0]].shape]
+        order = _numbers(model, o.inputs[1]) if _name(model, o) == "TRANSPOSE" else None
+        if order == [] or (order is None and np.prod(after) != result.size):
+            return 0
+        result = result.reshape(after) if order is None else result.transpose(order)
+    if result.shape != start.shape or len(shape) != 4:
+        return 0
+    for groups in range(2, shape[3]):
+        if shape[3] % groups == 0 and np.array_equal(result, start.reshape(*shape[:3], groups, -1).swapaxes(3, 4).reshape(shape)):
+            return groups
+    return 0
+
+
+def _swap_groups(model: Any, chain: list[Any], groups: int) -> None:
+    """Make the three inner operations of the chain do all of it on the NHWC tensor."""
+    tensors = model.subgraphs[0].tensors
+    _, split, swap, join, last = chain
+    n, h, w, c = (int(size) for size in tensors[chain[0].inputs[0]].shape)
+    shapes = [n, h, w, groups, c // groups], [n, h, w, c // groups, groups], [n, h, w, c]
+    join.outputs = last.outputs
+    for o, given, values, shape in (
+        (split, chain[0].inputs[0], shapes[0], shapes[0]),
+        (swap, swap.inputs[0], [0, 1, 2, 4, 3], shapes[1]),
+        (join, join.inputs[0], shapes[2], shapes[2]),
+    ):
+        o.inputs = np.array([given, _add_numbers(model, f"shape of {o.outputs[0]}", values)], np.int32)
+        tensors[o.outputs[0]].shape = np.array(shape, np.int32)
+        if o is not swap:
+            o.builtinOptions.newShape = np.array(values, np.int32)
+
+
+def _numbers(model: Any, index: int) -> list[int]:
+    """The values of a constant int32 tensor; empty for one that is computed."""
+    data = model.buffers[model.subgraphs[0].tensors[index].buffer].data
+    return [] if data is None else [int(v) for v in np.frombuffer(bytes(data), np.int32)]
+
+
+def _add_numbers(model: Any, name: str, values: list[int]) -> int:
+    """The index of a new constant int32 tensor."""
+    parts, graph = schema(), model.subgraphs[0]
+    tensor, buffer = parts.TensorT(), parts.BufferT()
+    buffer.data = np.frombuffer(np.array(values, np.int32).tobytes(), np.uint8)
+    tensor.name, tensor.type, tensor.buffer = name.encode(), parts.TensorType.INT32, len(model.buffers)
+    tensor.shape = np.array([len(values)], np.int32)
+    model.buffers.append(buffer)
+    graph.tensors.append(tensor)
+    return len(graph.tensors) - 1
+
+
 def _owner(tag: str, tags: Mapping[str, str]) -> str:
     """Torch's name of the module that the converter's name of a tensor ends with, "" where it names none."""
     chain = [part for part in re.sub(r";\d*$", ";", tag).split(";") if part]

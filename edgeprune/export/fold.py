@@ -2,7 +2,8 @@
 
 An inference batch norm is a scale and a shift per channel, so conv + norm is one conv with other weights: the artifact gets
 smaller and faster and computes the same. Which pairs exist is read off one real run, not off names: a norm is folded only
-when nothing else in that run read the conv's output, the conv's parameters or the norm's. What is not provably such a pair
+when nothing else in that run read the conv's output, the conv's parameters or the norm's. A norm with a forward of its own (timm's
+have their activation inside) counts where that run shows it to be the norm and then its children. What is not provably such a pair
 stays as it is.
 """
 
@@ -14,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils._pytree import tree_leaves
 
@@ -23,7 +25,7 @@ _CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
 def fold_batchnorm(model: nn.Module, example_inputs: Tensor | Sequence[Any]) -> nn.Module:
-    """A copy of `model` in eval mode with its foldable batch norms merged into the layers before them (nn.Identity in their place).
+    """A copy of `model` in eval mode with its foldable batch norms merged into the layers before them; their children stay in their place.
 
     Computes the same function up to rounding (the merged weights are computed in float64). `model` is not changed; it is run
     once on `example_inputs` (a tensor or a sequence of positional arguments), and errors of that run come through.
@@ -33,7 +35,7 @@ def fold_batchnorm(model: nn.Module, example_inputs: Tensor | Sequence[Any]) -> 
     for layer, norm in _pairs(folded, as_args(example_inputs)):
         _merge(layer, norm)
         parent, _, name = names[norm].rpartition(".")
-        setattr(folded.get_submodule(parent), name, nn.Identity())
+        setattr(folded.get_submodule(parent), name, _rest(norm))
     return folded
 
 
@@ -88,6 +90,7 @@ def _pairs(model: nn.Module, args: tuple[Any, ...]) -> list[tuple[nn.Module, _Ba
     modules = [m for m in model.modules() if _is_plain_layer(m) or _is_plain_norm(m)]
     readers = _Readers(modules)
     made: dict[int, tuple[nn.Module, Tensor]] = {}
+    other: set[nn.Module] = set()  # norms that do something else than their form says
     met: list[tuple[nn.Module, _BatchNorm, Tensor]] = []
 
     def before(module: nn.Module, inputs: tuple[Any, ...]) -> None:
@@ -97,7 +100,9 @@ def _pairs(model: nn.Module, args: tuple[Any, ...]) -> list[tuple[nn.Module, _Ba
             if layer is not None and output is inputs[0]:
                 met.append((layer, module, output))
 
-    def after(module: nn.Module, _: object, output: Tensor) -> None:
+    def after(module: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> None:
+        if isinstance(module, _BatchNorm) and not _has_plain_forward(module) and not _is_norm_then_rest(module, inputs, output):
+            other.add(module)
         readers.inside = None
         if not isinstance(module, _BatchNorm):
             readers.watch(output)
@@ -112,7 +117,9 @@ def _pairs(model: nn.Module, args: tuple[Any, ...]) -> list[tuple[nn.Module, _Ba
             handle.remove()
     readers.read(outputs)
     return [
-        (layer, norm) for layer, norm, output in met if _fits(layer, output) and readers.once((output, *_tensors(layer), *_tensors(norm)))
+        (layer, norm)
+        for layer, norm, output in met
+        if norm not in other and _fits(layer, output) and readers.once((output, *_tensors(layer), *_tensors(norm)))
     ]
 
 
@@ -127,8 +134,29 @@ def _is_plain_layer(module: nn.Module) -> bool:
 
 
 def _is_plain_norm(module: nn.Module) -> bool:
-    plain = isinstance(module, _BatchNorm) and type(module).forward is _BatchNorm.forward and not _is_altered(module)
-    return plain and module.running_mean is not None and module.running_var is not None
+    """Whether the norm may be what its type says; one with a forward of its own has to show it when it runs."""
+    known = (
+        isinstance(module, _BatchNorm) and not _is_altered(module) and (_has_plain_forward(module) or any(True for _ in module.children()))
+    )
+    return known and module.running_mean is not None and module.running_var is not None
+
+
+def _has_plain_forward(norm: _BatchNorm) -> bool:
+    return type(norm).forward is _BatchNorm.forward
+
+
+def _is_norm_then_rest(norm: _BatchNorm, inputs: tuple[Any, ...], output: Tensor) -> bool:
+    """Whether the norm just gave exactly what normalizing and then its children give."""
+    if len(inputs) != 1 or not isinstance(inputs[0], Tensor):
+        return False
+    normalized = functional.batch_norm(inputs[0], norm.running_mean, norm.running_var, norm.weight, norm.bias, False, 0.0, norm.eps)
+    return torch.equal(_rest(norm)(normalized), output)
+
+
+def _rest(norm: _BatchNorm) -> nn.Module:
+    """What is left of a norm once it is merged: its children in their order, such as the activation inside timm's norms."""
+    rest = [child for child in norm.children() if not isinstance(child, nn.Identity)]
+    return rest[0] if len(rest) == 1 else nn.Sequential(*rest) if rest else nn.Identity()
 
 
 def _is_altered(module: nn.Module) -> bool:

@@ -102,7 +102,7 @@ def export_onnx(
         layers = _layers(proto, network.lean)
         draft = Draft(format="onnx", content=proto.SerializeToString(), layers=layers, as_fed=lambda array: array)
         proto = onnx.load_model_from_string(quantizer(draft))
-    extra = {"layout": "NCHW", **(quantizer.metadata if quantizer else {}), **(metadata or {})}
+    extra = {"layout": "NCHW", "quantize": "none", **(quantizer.metadata if quantizer else {}), **(metadata or {})}
     if probe := probe_of(original, _runner(proto.SerializeToString(), target), network.args):
         extra["probe"] = probe
     _describe(proto, extra)

@@ -23,7 +23,7 @@ from torch.utils._pytree import tree_leaves
 
 from edgeprune.errors import ExportError, UsageError
 from edgeprune.export import Arrays, Artifact, Draft, Quantizer, Runner
-from edgeprune.export.flatbuffer import changed, described, metadata_of, named_like_torch, schema
+from edgeprune.export.flatbuffer import averaged_in_place, changed, described, metadata_of, named_like_torch, shuffled_in_place
 from edgeprune.export.fold import as_args, frozen_copy
 from edgeprune.export.parity import accept, compare, numbered, probe_of, texts, write_checked
 from edgeprune.export.prepare import NETWORK_ERRORS, explained, prepared
@@ -69,7 +69,7 @@ class TfliteFormat:
             content = quantizer(
                 Draft(format="tflite", content=content, layers=layers, as_fed=_images_last if last else lambda array: array)
             )
-        extra = {"layout": layout or "NHWC", **(quantizer.metadata if quantizer else {}), **(metadata or {})}
+        extra = {"layout": layout or "NHWC", "quantize": "none", **(quantizer.metadata if quantizer else {}), **(metadata or {})}
         if probe := probe_of(original, _runner(content, path, last=last), network.args):
             extra["probe"] = probe
         content = described(content, texts(extra))
@@ -136,15 +136,9 @@ class _ImagesLast(nn.Module):
 
 
 def _converter() -> ModuleType:
-    schema()
-    try:
-        with _silent(), warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of jax and torchao, about themselves
-            import litert_torch
-    except ImportError as error:
-        raise ExportError(
-            f"writing .tflite files needs the converter litert-torch, which is an extra ({error}): pip install 'edgeprune[tflite]'."
-        ) from error
+    with _silent(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of jax and torchao, about themselves
+        import litert_torch
     found: ModuleType = litert_torch
     return found
 
@@ -161,7 +155,9 @@ def _converted(converter: ModuleType, model: nn.Module, args: tuple[Tensor, ...]
             content: bytes = converter.convert(wrapped, fed).model_content()
     except _CONVERTER_ERRORS as error:
         raise explained(error, "TFLite") from error
-    return named_like_torch(content, _tags(wrapped), numbered("input", len(args)), numbered("output", outputs))
+    return named_like_torch(
+        shuffled_in_place(averaged_in_place(content)), _tags(wrapped), numbered("input", len(args)), numbered("output", outputs)
+    )
 
 
 def _tags(wrapped: _ImagesLast) -> dict[str, str]:
@@ -171,7 +167,7 @@ def _tags(wrapped: _ImagesLast) -> dict[str, str]:
         if name.startswith("wrapped."):
             chain, module, steps = [_class(wrapped)], wrapped, name.split(".")
             for step in steps:
-                module = getattr(module, step)  # type: ignore[assignment]  # any module
+                module = getattr(module, step)
                 chain.append(f"{_class(module)}_{step}")
             tags["/".join(chain)] = name.removeprefix("wrapped.")
     return tags

@@ -11,7 +11,7 @@ from tests.cli.conftest import NET, QUICK, Command
 from tests.colours import colour_net
 
 needs_converter = pytest.mark.skipif(
-    find_spec("litert_torch") is None, reason="the converter is not installed: pip install 'edgeprune[tflite]' (make test-tflite does)"
+    find_spec("litert_torch") is None, reason="the converter is not installed: pip install 'edgeprune[tflite]' (make setup does)"
 )
 
 

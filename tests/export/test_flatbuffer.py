@@ -7,9 +7,21 @@ import numpy as np
 import pytest
 
 from edgeprune.errors import ExportError
-from edgeprune.export.flatbuffer import changed, described, metadata_of, named_like_torch, operations, packed, schema, stored_bits, unpacked
+from edgeprune.export.flatbuffer import (
+    _add_numbers,
+    averaged_in_place,
+    changed,
+    described,
+    metadata_of,
+    named_like_torch,
+    operations,
+    packed,
+    schema,
+    stored_bits,
+    unpacked,
+)
 
-pytest.importorskip("ai_edge_litert", reason="LiteRT is not installed: pip install 'edgeprune[tflite]' (make test-tflite does)")
+pytest.importorskip("ai_edge_litert", reason="LiteRT is not installed: pip install 'edgeprune[tflite]' (make setup does)")
 
 TAG = "litert.Wrapper/torch.nn.modules.container.Sequential_wrapped/torch.nn.modules.linear.Linear_0;"
 
@@ -86,6 +98,47 @@ def test_names_of_torch() -> None:
     assert layers == {"0": "0.weight"}
     assert stored_bits(named) == {"0": 32}
     assert run(named) == [[3.0, 0.0]]
+
+
+@pytest.mark.parametrize(
+    ("axes", "keep", "left"), [((2, 3), False, 0), ((-1, -2), False, 0), ((2, 3), True, 1), ((1,), False, 0), ((2,), False, 1)]
+)
+def test_averages_need_no_transpose(axes: tuple[int, ...], keep: bool, left: int) -> None:
+    """x (1, 2, 3, 2) NHWC -> NCHW -> mean over `axes`."""
+    from ai_edge_litert.interpreter import Interpreter
+
+    s = schema()
+    model, graph = s.ModelT(), s.SubGraphT()
+    model.operatorCodes = [s.OperatorCodeT(), s.OperatorCodeT()]
+    for made, code in zip(model.operatorCodes, (s.BuiltinOperator.TRANSPOSE, s.BuiltinOperator.MEAN), strict=True):
+        made.builtinCode = made.deprecatedBuiltinCode = code
+        made.version = 1
+    model.buffers, graph.tensors, graph.operators = [s.BufferT()], [], []
+    model.version, model.subgraphs = 3, [graph]
+    x = np.arange(12, dtype=np.float32).reshape(1, 2, 3, 2) ** 2
+    expected = x.transpose(0, 3, 1, 2).mean(axes, keepdims=keep)
+    for shape in (x.shape, (1, 2, 2, 3), expected.shape):
+        tensor = s.TensorT()
+        tensor.name, tensor.shape, tensor.type = b"t", np.array(shape, np.int32), s.TensorType.FLOAT32
+        graph.tensors.append(tensor)
+    for inputs, output, values in ((0, 1, [0, 3, 1, 2]), (1, 2, list(axes))):
+        operator = s.OperatorT()
+        operator.opcodeIndex, operator.inputs = output - 1, np.array([inputs, _add_numbers(model, "c", values)], np.int32)
+        operator.outputs = np.array([output], np.int32)
+        graph.operators.append(operator)
+    graph.operators[0].builtinOptionsType, graph.operators[0].builtinOptions = s.BuiltinOptions.TransposeOptions, s.TransposeOptionsT()
+    graph.operators[1].builtinOptionsType, graph.operators[1].builtinOptions = s.BuiltinOptions.ReducerOptions, s.ReducerOptionsT()
+    graph.operators[1].builtinOptions.keepDims = keep
+    graph.inputs, graph.outputs = np.array([0], np.int32), np.array([2], np.int32)
+
+    content = averaged_in_place(packed(model))
+
+    assert operations(content)["TRANSPOSE"] == left
+    interpreter = Interpreter(model_content=content)
+    interpreter.allocate_tensors()
+    interpreter.set_tensor(0, x)
+    interpreter.invoke()
+    np.testing.assert_allclose(interpreter.get_tensor(2), expected)
 
 
 def test_operations() -> None:

@@ -114,6 +114,39 @@ class ChannelsFromAnotherAxis(nn.Module):
         return self.norm(self.linear(x.mean(3)))
 
 
+class NormWithActivation(nn.BatchNorm2d):
+    """In the manner of timm: the activation is a child of the norm."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__(channels)
+        self.drop, self.act = nn.Identity(), nn.ReLU(inplace=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.act(self.drop(super().forward(x)))
+
+
+class NormThatAdds(NormWithActivation):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) + 1
+
+
+def test_a_norm_with_its_activation_inside_leaves_the_activation() -> None:
+    model = settle(nn.Sequential(nn.Conv2d(3, 4, 3), NormWithActivation(4), nn.Conv2d(4, 5, 1)).double())
+    x = torch.randn(2, 3, 12, 12, dtype=torch.float64)
+    folded = fold_batchnorm(model, x)
+    assert [type(m) for m in folded] == [nn.Conv2d, nn.ReLU, nn.Conv2d]  # type: ignore[attr-defined]
+    assert torch.allclose(folded(x), model(x), rtol=1e-12)
+
+
+class OddNorm(Kept):
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = NormThatAdds(4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.norm(self.conv(x))
+
+
 UNSAFE: tuple[Callable[[], nn.Module], ...] = (
     ReadByFunction,
     ReturnedToo,
@@ -125,6 +158,7 @@ UNSAFE: tuple[Callable[[], nn.Module], ...] = (
     OwnForward,
     Parametrized,
     ChannelsFromAnotherAxis,
+    OddNorm,
 )
 
 

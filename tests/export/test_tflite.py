@@ -20,7 +20,7 @@ from edgeprune.export.tflite import TfliteFormat, read_metadata
 from tests.export.export_nets import Headed, Plain, conv_bn, settle
 
 needs_converter = pytest.mark.skipif(
-    find_spec("litert_torch") is None, reason="the converter is not installed: pip install 'edgeprune[tflite]' (make test-tflite does)"
+    find_spec("litert_torch") is None, reason="the converter is not installed: pip install 'edgeprune[tflite]' (make setup does)"
 )
 X = torch.rand(1, 3, 12, 12, generator=torch.Generator().manual_seed(0))
 
@@ -127,6 +127,29 @@ def test_inputs_it_does_not_take(written: tuple[nn.Module, Artifact]) -> None:
         run(np.zeros((1, 4, 12, 12), np.float32))
 
 
+class Shuffled(Headed):
+    """A channel shuffle in three groups, and a swap that is none."""
+
+    def __init__(self) -> None:
+        super().__init__(6)
+        self.stem, self.body_conv = conv_bn(3, 6), conv_bn(6, 6, 1)
+
+    def body(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        n, c, h, w = x.shape
+        x = self.body_conv(x.view(n, 3, c // 3, h, w).transpose(1, 2).reshape(n, c, h, w))
+        return self.body_conv(x.transpose(2, 3))
+
+
+@needs_converter
+def test_a_channel_shuffle_costs_one_transpose(tmp_path: Path) -> None:
+    model = settle(Shuffled())
+    artifact = export(model, X, tmp_path / "m.tflite", format="tflite", samples=torch.rand(3, 3, 12, 12))
+    assert artifact.parity_relative < 1e-5
+    found = operations(artifact.path.read_bytes())
+    assert found["RESHAPE"] == 2 and found["TRANSPOSE"] == 2
+
+
 class Bessel(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return torch.special.bessel_j0(x)
@@ -148,7 +171,7 @@ class Noisy(nn.Module):
     [
         (Bessel, UnsupportedOp, r"TFLite has no operation for .*bessel_j0.* at .*test_tflite\.py:\d+ .*bessel_j0\(x\)"),
         (Branch, ExportError, r"test_tflite\.py:\d+ .*x\.sum"),
-        (Noisy, ExportError, ""),
+        (Noisy, ExportError, "rand_like"),
     ],
 )
 def test_a_failed_export_leaves_nothing(
@@ -206,7 +229,7 @@ MISSING = """
 import sys
 sys.modules[{hidden!r}] = None
 import torch
-from edgeprune.export import export, load_artifact
+from edgeprune.export import export, load_artifact, require
 from edgeprune.errors import ExportError
 try:
     {act}
@@ -219,6 +242,7 @@ except ExportError as error:
     ("hidden", "act", "words"),
     [
         ("litert_torch", "export(torch.nn.ReLU(), torch.ones(1, 3), 'm.tflite', format='tflite')", "pip install 'edgeprune[tflite]'"),
+        ("litert_torch", "require(['onnx', 'tflite'])", "needs litert-torch"),
         ("ai_edge_litert", "load_artifact('m.tflite')", "pip install 'edgeprune[tflite]'"),
     ],
 )

@@ -1,0 +1,54 @@
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from benchmarks.artifacts import NETWORKS, calibrate, table, written
+from benchmarks.artifacts_speed import rounds
+from benchmarks.artifacts_speed import table as speed_table
+from tests.export.export_nets import Plain, settle
+
+
+def test_the_list_has_25_networks() -> None:
+    assert len(set(NETWORKS)) == len(NETWORKS) == 25
+
+
+def test_a_row_holds_figures_or_the_users_error(tmp_path: Path) -> None:
+    class Bessel(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            made: torch.Tensor = torch.special.bessel_j0(x)
+            return made
+
+    x = torch.rand(4, 3, 12, 12)
+    row = written(settle(Plain()), x[:1], x, tmp_path / "m.onnx", "onnx")
+    assert row["relative"] < 1e-5 and row["operations"]["Conv"] == 2
+    failed = written(Bessel(), x[:1], x, tmp_path / "n.onnx", "onnx")
+    assert failed["exit"] == 5 and "bessel_j0" in failed["error"]
+    found: dict[str, Any] = {"network": "plain", "macs": 1, "macs_removed": 0.5}
+    text = table([found | {f"{k} {f}": row if f == "onnx" else failed for k in ("dense", "pruned") for f in ("onnx", "tflite")}])
+    assert "dense onnx 1, dense tflite 0" in text
+    assert "bessel_j0" in text.splitlines()[-1]
+    assert "killed" in table([{"network": "plain", "error": "killed"}])
+
+
+def test_calibration_sees_the_images_and_trains_nothing_else() -> None:
+    model = nn.Sequential(nn.BatchNorm2d(3), nn.Dropout(0.5)).eval()
+    images = torch.rand(8, 3, 4, 4) + 5
+    calibrate(model, images)
+    norm: Any = model[0]
+    assert torch.allclose(norm.running_mean, images.mean((0, 2, 3)))
+    assert not norm.training
+
+
+def test_speed_table() -> None:
+    ran: list[str] = []
+    found = rounds({"dense onnx 1": lambda: ran.append("d"), "pruned onnx 1": lambda: ran.append("p")}, total=3, block_seconds=0)
+    assert len(found["dense onnx 1"]) == len(found["pruned onnx 1"]) and {"d", "p"} == set(ran)
+    row = {"latency_ms": 2.0, "speedup": 1.8, "speedup_low": 1.7, "speedup_high": 1.9}
+    sizes = {"dense onnx": 4_000_000, "pruned onnx": 2_000_000}
+    network = {"network": "net", "macs_removed": 0.5, "size_bytes": sizes, "rows": {"dense onnx 1": row, "pruned onnx 1": row}}
+    text = speed_table({"machine": "m", "versions": {"torch": "2"}, "rounds": 3, "networks": [network]})
+    assert "| net | pruned fp32 | ONNX Runtime | 1 | 2.00 | 2.00 | 1.80 (1.70 to 1.90) | 50.0% | 0.90 |" in text
