@@ -20,11 +20,12 @@ from edgeprune.errors import DataError, EdgepruneError, TraceError, UsageError
 from edgeprune.export import load_artifact
 from edgeprune.export import require as require_formats
 from edgeprune.graph.running import evaluating, single_sample
-from edgeprune.graph.slim import slim
+from edgeprune.graph.slim import fingerprint, slim
 from edgeprune.graph.trace import trace
 from edgeprune.load import user_code
-from edgeprune.pipeline import Job, Pipeline, fingerprint
+from edgeprune.pipeline import Job, Pipeline
 from edgeprune.plan import Budget
+from edgeprune.quantize import check_way
 from edgeprune.registry import find
 from edgeprune.result import Findings, Result, facts
 from edgeprune.run import Run, default_folder, write_json
@@ -47,6 +48,7 @@ def compress(
     allocate: str = "knapsack",
     recipe: Recipe | None = None,
     recover: str | None = None,
+    quantize: str = "none",
     round_to: int = DEFAULT_RULES.round_to,
     min_channels: int = DEFAULT_RULES.min_channels,
     max_remove: float = DEFAULT_RULES.max_remove,
@@ -66,7 +68,8 @@ def compress(
     `model` is left as it was; `example_inputs` is a tensor or the forward's positional arguments. `data`: whatever `load_data` takes,
     or Data; None: no accuracy, no recalibration, no training, and only criteria that read weights. `criterion` None: reconstruction
     where there are training images, l1 otherwise. `recipe` None: three epochs where these have labels, none otherwise. `recover` None:
-    before training batch norms are recalibrated, without training every layer is refitted. `round_to`, `min_channels`, `max_remove`,
+    before training batch norms are recalibrated, without training every layer is refitted. `quantize`: none, int8 or mixed (int8 where
+    this machine runs it faster), calibrated on training images, else on validation ones. `round_to`, `min_channels`, `max_remove`,
     `keep_dense`: which widths a plan may choose, see WidthRules. `out`: the run folder (default runs/<name>-<device>); `resume` goes on
     with the run in it, and stages whose inputs are unchanged are read back.
     Raises BudgetError when no plan meets the budget, and the other errors of errors.py.
@@ -89,6 +92,7 @@ def compress(
         recover=recover or ("bn" if recipe.epochs else "reconstruct"),
         rules=WidthRules(round_to=round_to, min_channels=min_channels, max_remove=max_remove, keep_dense=keep_dense),
         formats=tuple(formats),
+        quantize=quantize,
         seed=seed,
         calibration_images=calibration_images,
         notes=tuple(notes),
@@ -135,6 +139,8 @@ def _stages(job: Job, run: Run, command: str, progress: Progress) -> Result:
     if curve:
         accuracies["after fine-tuning"] = stages.accuracy("after fine-tuning", final)
     artifacts = stages.exported(final, choice.plan)
+    if job.quantize != "none":
+        accuracies["after quantization"] = stages.accuracy("after quantization", artifacts[0])
     measurements = stages.measurements(artifacts[0])
     dense_cost, cost = stages.costs(choice)
     found = Findings(
@@ -159,6 +165,7 @@ def _check(job: Job) -> None:
     """What can be known to fail before hours are spent."""
     if job.recover not in RECOVERIES:
         raise UsageError(f"recover must be one of {', '.join(RECOVERIES)}, got {job.recover!r}.")
+    check_way(job.quantize, job.data)
     find("criteria", job.criterion, "criterion")
     find("allocate", job.allocator, "allocator")
     require_formats(job.formats)
@@ -185,6 +192,7 @@ def _asked(job: Job) -> dict[str, Any]:
         **job.rules.to_json(),
         "recipe": job.recipe.to_json(),
         "formats": list(job.formats),
+        "quantize": job.quantize,
         "seed": job.seed,
     }
 

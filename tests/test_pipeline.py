@@ -23,7 +23,7 @@ from edgeprune import pipeline
 from edgeprune.cli import main
 from edgeprune.device.measure import Measurement
 from edgeprune.errors import BudgetError, UsageError
-from edgeprune.pipeline import Job, Pipeline, fingerprint, widths
+from edgeprune.pipeline import Job, Pipeline, widths
 from edgeprune.plan import Scores
 from edgeprune.result import Result
 from edgeprune.run import Run

@@ -65,7 +65,7 @@ def compress(
     keep_dense: Annotated[
         list[str] | None, typer.Option(help="groups, layers or parameters that stay as they are; * and ? match, may be repeated")
     ] = None,
-    quantize: Annotated[str, typer.Option(help="none: weights and activations stay fp32")] = "none",
+    quantize: Annotated[str, typer.Option(help="none, int8, or mixed: int8 where it is faster on this machine; needs --data")] = "none",
     formats: Annotated[str, typer.Option("--format", help="artifact formats, comma-separated: onnx, tflite")] = "onnx",
     out: Annotated[Path | None, typer.Option(help="run folder (default: runs/<model>-<device>)")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="go on with the run in --out")] = False,
@@ -76,6 +76,7 @@ def compress(
     """A smaller network that meets the budget on the device, as an artifact with a report."""
     from edgeprune.device.card import device as find_device
     from edgeprune.plan import Budget
+    from edgeprune.quantize import check_way
 
     budget = Budget(
         latency_ms=latency_ms,
@@ -85,8 +86,7 @@ def compress(
         size_bytes=size_mb * 1e6 if size_mb is not None else None,
         peak_memory_bytes=peak_memory_mb * 1e6 if peak_memory_mb is not None else None,
     )
-    if quantize != "none":
-        raise UsageError(f"--quantize {quantize!r} is not there yet: this version writes fp32 artifacts (--quantize none).")
+    check_way(quantize, data)
     if resume and out is None:
         raise UsageError("--resume needs --out: name the run folder to go on with.")
     target = find_device(device)
@@ -118,6 +118,7 @@ def compress(
                 epochs=api.default_epochs(source) if epochs is None else epochs, distill=distill, lr=lr, batch_size=batch_size, flip=flip
             ),
             recover=recover,
+            quantize=quantize,
             round_to=round_to,
             min_channels=min_channels,
             max_remove=max_remove,

@@ -125,7 +125,7 @@ class BitQuantizer:
         tried = {name: make() for name, make in made.items() if name in self.variants}
         errors = self._errors(proto, tried) if len(tried) > 1 else dict.fromkeys(tried, 0.0)
         best = min(errors, key=lambda name: errors[name])
-        self.facts |= {"variant": best, "sqnr_db": {name: round(-10 * np.log10(max(e, 1e-12)), 2) for name, e in errors.items()}}
+        self.facts |= {"variant": best, "sqnr_db": {name: round(-10 * float(np.log10(max(e, 1e-12))), 2) for name, e in errors.items()}}
         return tried[best].SerializeToString(), plan
 
     def _calibrated(self, proto: onnx.ModelProto) -> tuple[Mapping[str, Any], Mapping[str, NDArray[np.float64]]]:
