@@ -41,7 +41,7 @@ def images() -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
 
 
 def efficientnet_lite0() -> nn.Module:
-    """timm's network of that name with the published weights, whose tensors come in the same order under other names."""
+    """Timm's network of that name with the published weights, whose tensors come in the same order under other names."""
     model: nn.Module = library_model("timm:tf_efficientnet_lite0")
     path = data_folder() / "weights" / "efficientnet-lite0-57934424.pth"
     published = list(torch.load(path, map_location="cpu", weights_only=True).values())

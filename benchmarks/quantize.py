@@ -100,17 +100,37 @@ def channels(name: str, seed: int, folder: Path) -> list[Row]:
     for mean in MEANS:
         artifact, plan = made({key: (mean,) * shape[0] for key, shape in shapes.items()})
         limit = transfer_bytes(artifact.path.read_bytes())
-        rows.append(_row(name, seed, mean, "uniform", artifact, plan.mean_bits(shapes), accuracy(artifact.path, data.val)))
+        rows.append(
+            _row(
+                name,
+                seed,
+                mean=mean,
+                how="uniform",
+                artifact=artifact,
+                mean_bits=plan.mean_bits(shapes),
+                right=accuracy(artifact.path, data.val),
+            )
+        )
         budget = float(mean)
         artifact, plan = made(channel_bits(proto, influence, budget))
         while (found := transfer_bytes(artifact.path.read_bytes())) > limit:
             budget -= max(0.02, 0.8 * budget * (found - limit) / found)
             artifact, plan = made(channel_bits(proto, influence, budget))
-        rows.append(_row(name, seed, mean, "influence", artifact, plan.mean_bits(shapes), accuracy(artifact.path, data.val)))
+        rows.append(
+            _row(
+                name,
+                seed,
+                mean=mean,
+                how="influence",
+                artifact=artifact,
+                mean_bits=plan.mean_bits(shapes),
+                right=accuracy(artifact.path, data.val),
+            )
+        )
     return rows
 
 
-def _row(name: str, seed: int, mean: int, how: str, artifact: Artifact, mean_bits: float, right: float) -> Row:
+def _row(name: str, seed: int, *, mean: int, how: str, artifact: Artifact, mean_bits: float, right: float) -> Row:
     return {
         "network": name,
         "seed": seed,
@@ -125,14 +145,25 @@ def _row(name: str, seed: int, mean: int, how: str, artifact: Artifact, mean_bit
 
 def tables(found: dict[str, list[Row]]) -> str:
     """Markdown."""
-    lines = ["### int8", "", "| network | images | fp32 | int8 | drop, points | file, kB | compressed, kB |", "|---|---|---|---|---|---|---|"]
+    lines = [
+        "### int8",
+        "",
+        "| network | images | fp32 | int8 | drop, points | file, kB | compressed, kB |",
+        "|---|---|---|---|---|---|---|",
+    ]
     for r in found["int8"]:
         sizes = [" → ".join(f"{b / 1e3:,.0f}" for b in r[key]) for key in ("bytes", "transfer_bytes")]
         lines.append(
             f"| {r['network']} | {r['images']:,} | {100 * r['fp32']:.2f}% | {100 * r['int8']:.2f}% | "
             f"{100 * (r['fp32'] - r['int8']):.2f} | {sizes[0]} | {sizes[1]} |"
         )
-    lines += ["", "### channels", "", "| network | bits of weights | mean bits | accuracy, 3 calibrations | compressed, kB |", "|---|---|---|---|---|"]
+    lines += [
+        "",
+        "### channels",
+        "",
+        "| network | bits of weights | mean bits | accuracy, 3 calibrations | compressed, kB |",
+        "|---|---|---|---|---|",
+    ]
     for name in sorted({r["network"] for r in found["channels"]}):
         for mean in MEANS:
             for how in ("uniform", "influence"):

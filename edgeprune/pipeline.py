@@ -14,7 +14,6 @@ from functools import cached_property
 from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from safetensors.numpy import load_file, save
 from torch import Tensor, nn
@@ -356,7 +355,9 @@ class Pipeline:
         def read(facts: Mapping[str, Any]) -> tuple[Artifact, ...]:
             return tuple(Artifact.from_json(a | {"path": self.run.folder / a["path"]}) for a in facts["artifacts"])
 
-        return self.run.cached("export", {"formats": list(job.formats), "quantize": job.quantize, "metadata": metadata}, compute, write=write, read=read)
+        return self.run.cached(
+            "export", {"formats": list(job.formats), "quantize": job.quantize, "metadata": metadata}, compute, write=write, read=read
+        )
 
     def measurements(self, artifact: Artifact) -> dict[str, Measurement]:
         """Dense and compressed network on the attached device, full protocol; empty where nothing is attached."""

@@ -23,6 +23,7 @@ from edgeprune import pipeline
 from edgeprune.cli import main
 from edgeprune.device.measure import Measurement
 from edgeprune.errors import BudgetError, UsageError
+from edgeprune.graph.slim import fingerprint
 from edgeprune.pipeline import Job, Pipeline, widths
 from edgeprune.plan import Scores
 from edgeprune.result import Result

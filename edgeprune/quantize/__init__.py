@@ -27,7 +27,9 @@ def check_way(way: str, data: object) -> None:
         raise DataError(f"quantizing to {way} calibrates on real images: give --data.")
 
 
-def quantizer_for(way: str, data: Data | None, *, threads: int = 1, latency_ms: float | None = None, seed: int = 0, images: int = 256) -> Any:
+def quantizer_for(
+    way: str, data: Data | None, *, threads: int = 1, latency_ms: float | None = None, seed: int = 0, images: int = 256
+) -> Any:
     """What `export(…, quantizer=)` takes for a way of WAYS: None for "none". Calibrates on training images, else on validation ones.
 
     mixed: chosen by timings of this machine with `threads`; `latency_ms` is the budget, None takes the fastest mix.

@@ -54,7 +54,5 @@ def _ends(bits: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]
     return np.where(bits < 8, -high - 1, -high), high
 
 
-def _rounded(
-    rows: NDArray[np.float64], scale: NDArray[np.float64], low: NDArray[np.int64], high: NDArray[np.int64]
-) -> NDArray[np.float64]:
+def _rounded(rows: NDArray[np.float64], scale: NDArray[np.float64], low: NDArray[np.int64], high: NDArray[np.int64]) -> NDArray[np.float64]:
     return np.asarray(np.clip(np.rint(rows / scale[:, None]), low[:, None], high[:, None]))

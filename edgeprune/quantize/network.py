@@ -19,7 +19,20 @@ from onnx import numpy_helper
 Floats = NDArray[np.float32]
 # They choose or move values and make none, so they work on 8-bit tensors as they are.
 MOVES = frozenset(
-    {"Reshape", "Flatten", "Squeeze", "Unsqueeze", "Transpose", "Slice", "Pad", "MaxPool", "Identity", "DepthToSpace", "SpaceToDepth", "Expand"}
+    {
+        "Reshape",
+        "Flatten",
+        "Squeeze",
+        "Unsqueeze",
+        "Transpose",
+        "Slice",
+        "Pad",
+        "MaxPool",
+        "Identity",
+        "DepthToSpace",
+        "SpaceToDepth",
+        "Expand",
+    }
 )
 # onnxruntime has 8-bit kernels for these, once all their inputs and their output are 8-bit.
 ARITHMETIC = frozenset({"Add", "Mul", "Concat", "AveragePool", "GlobalAveragePool", "LeakyRelu", "Sigmoid"})

@@ -153,7 +153,9 @@ class BitQuantizer:
 
         plan = self.plan or BitPlan(dict.fromkeys(draft.layers, "int8"))
         if not isinstance(plan, BitPlan):
-            raise UsageError("mixed precision is chosen by measuring ONNX files: put onnx before tflite in --format, or use --quantize int8.")
+            raise UsageError(
+                "mixed precision is chosen by measuring ONNX files: put onnx before tflite in --format, or use --quantize int8."
+            )
         batches = (draft.as_fed(images) for images, _ in self.images.batches())
         return quantized(draft.content, draft.layers, plan, batches), plan
 
