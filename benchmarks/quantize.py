@@ -1,11 +1,12 @@
 """What quantization costs in accuracy: int8 networks, and bits per channel by discriminant information against uniform bits.
 
-    python -m benchmarks.quantize [int8 | channels | table]      # goes on where it was; needs EDGEPRUNE_DATA
+    python -m benchmarks.quantize [int8 | channels | mixed | table]      # goes on where it was; needs EDGEPRUNE_DATA
 
 int8: ONNX artifacts, u8 activations and s8 weights, calibrated on 256 images. CIFAR-10: calibrated on training images, accuracy on the
 10,000 test images. EfficientNet-Lite0: calibrated on 200 of the 1,000 ImageNet images and evaluated on all of them (the same set: see
 imagenet.py). channels: ResNets with every layer int8 and weights of 4 or 5 bits: uniform, and by discriminant information at the
-largest mean whose compressed artifact is no larger than the uniform one's. Nothing is chosen on test images. Three calibration sets.
+largest mean whose compressed artifact is no larger than the uniform one's. Nothing is chosen on test images. Three calibration sets (seeds).
+mixed: the plan against both ends, timed in turns on one thread; MobileNetV3-small has random weights: only its times mean something.
 Writes benchmarks/results/quantize.json and quantize.md.
 """
 
@@ -25,13 +26,17 @@ import torch
 import edgeprune as ep
 from benchmarks.accuracy import DATA, RESULTS, WEIGHTS
 from benchmarks.cifar10 import datasets
+from benchmarks.graph import library_model
 from benchmarks.imagenet import MEAN, STD, efficientnet_lite0, images
 from edgeprune.data import Data, Split, load_data
 from edgeprune.export import Artifact, export, load_artifact
 from edgeprune.quantize.bits import BitPlan
+from edgeprune.quantize.calibrate import Ranges, observe
 from edgeprune.quantize.channels import CODEC, channel_bits, transfer_bytes
 from edgeprune.quantize.influence import influences
+from edgeprune.quantize.mixed import mixed_plan, time_ratio
 from edgeprune.quantize.network import Network
+from edgeprune.quantize.qdq import observed_tensors, write_qdq
 from edgeprune.quantize.quantizer import BitQuantizer, CalibrationImages
 
 SEEDS = (0, 1, 2)
@@ -130,6 +135,29 @@ def channels(name: str, seed: int, folder: Path) -> list[Row]:
     return rows
 
 
+def mixed(name: str, folder: Path) -> Row:
+    """What `--quantize mixed` chooses for a network, and its time over those of both ends."""
+    if name == "mobilenet_v3_small":
+        x, y = images()
+        model, train = library_model(name), load_data(((x[::5], y[::5]), (x[1::5], y[1::5])), mean=MEAN, std=STD).train
+    else:
+        model, _, train = network(name)
+    samples = next(iter(train.batches(8)))[0]
+    plain = export(model, samples[:1], folder / "fp32.onnx", samples=samples)
+    calibration = CalibrationImages(train, limit=64)
+    proto = onnx.load(plain.path)
+    layers, ranges = Network(proto), Ranges(observed_tensors(Network(proto)))
+    observe(proto, calibration.batches(), ranges)
+
+    def write(plan: BitPlan) -> onnx.ModelProto:
+        return write_qdq(proto, plan, ranges.found())
+
+    found = mixed_plan(proto, write, calibration.batches)
+    made = write(found.plan)
+    ends = {"fp32": proto, "int8": write(BitPlan(dict.fromkeys(layers.layers, "int8")))}
+    return {"network": name, "facts": dict(found.facts), "over": {end: time_ratio(made, other) for end, other in ends.items()}}
+
+
 def _row(name: str, seed: int, *, mean: int, how: str, artifact: Artifact, mean_bits: float, right: float) -> Row:
     return {
         "network": name,
@@ -161,7 +189,7 @@ def tables(found: dict[str, list[Row]]) -> str:
         "",
         "### channels",
         "",
-        "| network | bits of weights | mean bits | accuracy, 3 calibrations | compressed, kB |",
+        "| network | bits of weights | mean bits | accuracy (of each calibration) | compressed, kB |",
         "|---|---|---|---|---|",
     ]
     for name in sorted({r["network"] for r in found["channels"]}):
@@ -177,6 +205,17 @@ def tables(found: dict[str, list[Row]]) -> str:
                 lines.append(
                     f"| {name} | {word} | {np.mean([r['mean_bits'] for r in rows]):.2f} | {middle:.2f}% ({each}) | {kilobytes:.1f} |"
                 )
+    lines += [
+        "",
+        "### mixed",
+        "",
+        "| network | int8 layers | all-int8 / fp32 | mixed / fp32 | mixed / all-int8 | repairs |",
+        "|---|---|---|---|---|---|",
+    ]
+    for r in found["mixed"]:
+        f, over = r["facts"], r["over"]
+        ratios = " | ".join(f"{x:.2f}" for x in (f["int8_over_fp32"], over["fp32"], over["int8"]))
+        lines.append(f"| {r['network']} | {f['int8_layers']} of {f['layers']} | {ratios} | {f['repairs']} |")
     return "\n".join([*lines, "", f"Compressed with {CODEC}.", ""])
 
 
@@ -188,15 +227,19 @@ def _save(found: dict[str, list[Row]]) -> None:
 def main() -> None:
     """Run what is missing, write JSON and Markdown after every row."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("part", nargs="?", choices=("int8", "channels", "table"))
+    parser.add_argument("part", nargs="?", choices=("int8", "channels", "mixed", "table"))
     part = parser.parse_args().part
     file = RESULTS / "quantize.json"
-    found: dict[str, list[Row]] = {"int8": [], "channels": []} | (json.loads(file.read_text()) if file.exists() else {})
+    found: dict[str, list[Row]] = {"int8": [], "channels": [], "mixed": []} | (json.loads(file.read_text()) if file.exists() else {})
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
         for name in (*WEIGHTS, "efficientnet_lite0") if part in (None, "int8") else ():
             if name not in {r["network"] for r in found["int8"]}:
                 found["int8"].append(int8(name, Path(folder)))
+                _save(found)
+        for name in ("resnet56", "mobilenet_v3_small") if part in (None, "mixed") else ():
+            if name not in {r["network"] for r in found["mixed"]}:
+                found["mixed"].append(mixed(name, Path(folder)))
                 _save(found)
         for name in WEIGHTS if part in (None, "channels") else ():
             for seed in SEEDS:

@@ -62,7 +62,7 @@ def mixed_plan(
     """The precision of every layer; `write` gives the network with a plan, `batches` calibration batches, again at every call."""
     network = Network(proto)
     ends = {"fp32": proto, "int8": write(BitPlan(dict.fromkeys(network.layers, "int8")))}
-    ratio = _ratio(ends["int8"], ends["fp32"], threads)
+    ratio = time_ratio(ends["int8"], ends["fp32"], threads)
     faster = "int8" if ratio < 1 else "fp32"
     problem = _Problem.of(network, ends, influences(proto, batches()), batches, threads)
     best_ms = min(problem.milliseconds(set()), problem.milliseconds(set(problem.units)))
@@ -78,7 +78,7 @@ def mixed_plan(
     end = set(network.layers) if faster == "int8" else set()
 
     def measured() -> float:
-        return 1.0 if chosen == end else _ratio(write(_plan(chosen)), ends[faster], threads)
+        return 1.0 if chosen == end else time_ratio(write(_plan(chosen)), ends[faster], threads)
 
     over, repairs = measured(), 0
     while over > SLOWER:
@@ -260,7 +260,7 @@ def _profiled(proto: onnx.ModelProto, owners: Mapping[str, str], threads: int) -
     return {unit: statistics.median(found) for unit, found in times.items()}
 
 
-def _ratio(one: onnx.ModelProto, other: onnx.ModelProto, threads: int) -> float:
+def time_ratio(one: onnx.ModelProto, other: onnx.ModelProto, threads: int = 1) -> float:
     """How much longer `one` takes than `other`: median over pairs of neighbouring runs, so that a busy machine disturbs both alike."""
     sessions = [_session(proto, threads) for proto in (one, other)]
     for session, feed in sessions:

@@ -152,6 +152,8 @@ class BitQuantizer:
         from edgeprune.quantize.tflite import quantized
 
         plan = self.plan or BitPlan(dict.fromkeys(draft.layers, "int8"))
+        if not isinstance(plan, BitPlan) and self.bits:
+            plan = self.chosen  # for the ONNX file just before
         if not isinstance(plan, BitPlan):
             raise UsageError(
                 "mixed precision is chosen by measuring ONNX files: put onnx before tflite in --format, or use --quantize int8."

@@ -63,7 +63,7 @@ def test_a_plan_for_a_network_is_measured() -> None:
 
 def test_repair_ends_at_the_faster_end(monkeypatch: pytest.MonkeyPatch) -> None:
     calls = iter([1.5, *[2.0] * 20])  # int8 is slower than fp32, and every mix is slower still
-    monkeypatch.setattr(mixed, "_ratio", lambda *_: next(calls))
+    monkeypatch.setattr(mixed, "time_ratio", lambda *_: next(calls))
     monkeypatch.setattr(_Problem, "solved", lambda self, _: {"stem", "b", "point"})
     found = mixed_plan(proto(), write, batches)  # type: ignore[arg-type]
     assert found.plan == BitPlan({}) and found.facts["repairs"] == 2
