@@ -1,6 +1,7 @@
 """Tracing and slimming against Torch-Pruning: coverage over library networks, speed, and growth with depth.
 
     python -m benchmarks.graph coverage [NAME …]        # 50% uniform, 224² (320² for detectors), classifier kept
+    python -m benchmarks.graph more [NAME …]            # the same for networks of other kinds (networks.MORE), at their own sizes
     python -m benchmarks.graph speed [NAME …]           # CPU time and memory, beside Torch-Pruning (graph_speed.py)
     python -m benchmarks.graph depth                    # CIFAR ResNets of 20 to 1202 layers (graph_speed.py)
 
@@ -25,7 +26,9 @@ from typing import Any
 
 DATA = Path(os.environ.get("EDGEPRUNE_DATA", "../shared/data"))
 RESULTS = Path(__file__).parent / "results"
-DETECTORS = ("ssdlite", "retinanet", "fcos", "fasterrcnn")
+DETECTORS = ("ssd", "retinanet", "fcos", "rcnn")
+BACKBONES = (*DETECTORS, "deeplab", "lraspp", "fcn")
+VIDEO = ("r3d_18", "mc3_18", "r2plus1d_18", "s3d", "swin3d_t", "mvit_v1_b", "mvit_v2_s")
 LIMIT_SECONDS = 240
 
 
@@ -43,7 +46,7 @@ def library_model(name: str) -> Any:
     if name.startswith("timm:"):
         model = timm.create_model(name[5:])
     else:
-        extra = {"weights_backbone": None} if any(d in name for d in (*DETECTORS, "deeplab", "lraspp", "fcn")) else {}
+        extra = {"weights_backbone": None} if any(d in name for d in BACKBONES) else {}
         model = torchvision.models.get_model(name, weights=None, **extra)
     if hasattr(model, "transform_input"):
         setattr(model, "transform_input", False)  # noqa: B010  GoogLeNet and Inception; a plain assignment fails the type checker
@@ -58,6 +61,19 @@ def library_model(name: str) -> Any:
     return model.eval()
 
 
+def example_of(name: str, model: Any, samples: int) -> tuple[Any, ...]:
+    """Noise of the shape a network takes: 320² for detectors, 16 frames for video, the size a network is bound to, else 224²."""
+    import torch
+
+    if any(d in name for d in DETECTORS):
+        return ([torch.rand(3, 320, 320)],)
+    if name in VIDEO:
+        return (torch.randn(samples, 3, 16, *((224, 224) if "mvit" in name else (112, 112))),)
+    config = getattr(model, "pretrained_cfg", None) or {}
+    bound = config.get("min_input_size") or (config.get("fixed_input_size") and config.get("input_size"))
+    return (torch.randn(samples, *(bound or (3, 224, 224))),)
+
+
 def examine(name: str) -> dict[str, Any]:
     """Trace one network, slim it to half the widths, prove it, and count."""
     warnings.simplefilter("ignore")
@@ -69,14 +85,14 @@ def examine(name: str) -> dict[str, Any]:
     torch.set_num_threads(1)
     model = library_model(name)
     detector = any(d in name for d in DETECTORS)
-    example: Any = ([torch.rand(3, 320, 320)],) if detector else (torch.randn(2, 3, 224, 224),)
+    example = example_of(name, model, 2)
     if not detector:
         norms = [m for m in model.modules() if isinstance(m, torch.nn.modules.batchnorm._BatchNorm)]
         for norm in norms:
             norm.reset_running_stats()
             norm.train()  # these alone: some networks run other branches when they train
         with torch.no_grad():
-            model(torch.randn(4, 3, 224, 224))
+            model(*example_of(name, model, 4))
         model.eval()
     with torch.no_grad():
         model(*example)
@@ -111,11 +127,18 @@ def examine(name: str) -> dict[str, Any]:
     }
 
 
-def coverage(names: list[str], seconds: int) -> None:
-    """One fresh process per network; rows are kept as they come, and a network that has one is run again only when it is named."""
+def coverage(names: list[str], seconds: int, part: str = "coverage") -> None:
+    """One fresh process per network; rows are kept as they come, and a network that has one is run again only when it is named.
+
+    `part` "coverage": the networks that the peer was tried on; "more": networks.MORE, which it was not.
+    """
     with (DATA / "peers" / "torch_pruning_coverage.csv").open() as file:
         peer = {r["model"]: r for r in csv.DictReader(file) if r["hints"] != "True"}
-    path = RESULTS / "graph_coverage.json"
+    if part == "more":
+        from benchmarks.networks import MORE  # which imports torch
+
+        peer = {name: {} for name in MORE}
+    path = RESULTS / f"graph_{part}.json"
     rows = {row["network"]: row for row in json.loads(path.read_text())} if path.is_file() else {}
     for name in names or [name for name in peer if name not in rows]:
         rows[name] = row = _in_a_process(name, seconds) | {"torch_pruning": _of_peer(peer.get(name, {}))}
@@ -124,7 +147,7 @@ def coverage(names: list[str], seconds: int) -> None:
         ordered = [rows[n] for n in [*peer, *(n for n in rows if n not in peer)] if n in rows]
         RESULTS.mkdir(exist_ok=True)
         path.write_text(json.dumps(ordered, indent=2) + "\n")
-        path.with_suffix(".md").write_text(coverage_table(ordered, len(peer)))
+        path.with_suffix(".md").write_text(coverage_table(ordered, len(peer), part))
 
 
 def _in_a_process(name: str, seconds: int) -> dict[str, Any]:
@@ -148,16 +171,17 @@ def _of_peer(row: dict[str, str]) -> dict[str, Any]:
     return {"status": "ok", "macs_removed": removed[0] if removed else None}
 
 
-def coverage_table(rows: list[dict[str, Any]], total: int) -> str:
+def coverage_table(rows: list[dict[str, Any]], total: int, part: str = "coverage") -> str:
     """The results as Markdown."""
     good = [r for r in rows if r["status"] == "ok"]
     smaller = [r for r in good if r["macs_removed"] > 0]
     theirs = [r for r in rows if r["torch_pruning"]["status"] == "ok"]
+    beside = f" Torch-Pruning ends without one on {len(theirs)} of the same {len(rows)}." if part == "coverage" else ""
     lines = [
-        "# Library networks cut to half of every width",
+        "# Library networks cut to half of every width" if part == "coverage" else "# Further library networks cut to half of every width",
         "",
         f"{len(rows)} of {total} networks run; {len(good)} end without an error; {len(smaller)} are smaller, with outputs of the "
-        f"same shapes. Torch-Pruning ends without one on {len(theirs)} of the same {len(rows)}. `python -m benchmarks.graph coverage`.",
+        f"same shapes.{beside} `python -m benchmarks.graph {part}`.",
         "",
         "Error: largest difference between the slim network and the masked dense one, as a share of the output's range. *Kept only*: the",
         "norms and sums over channels that the dense one computes over the kept channels alone. CPU-seconds of tracing and slimming.",
@@ -183,7 +207,7 @@ def coverage_table(rows: list[dict[str, Any]], total: int) -> str:
 def main() -> None:
     """Run the asked part."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("part", choices=("coverage", "speed", "depth", "one"))
+    parser.add_argument("part", choices=("coverage", "more", "speed", "depth", "one"))
     parser.add_argument("names", nargs="*")
     parser.add_argument("--seconds", type=int, default=LIMIT_SECONDS, help="wall-clock limit for one network")
     options = parser.parse_args()
@@ -197,7 +221,7 @@ def main() -> None:
         table = graph_speed.speed_table(result) if options.part == "speed" else graph_speed.depth_table(result)
         graph_speed.write(options.part, result, table)
         return
-    coverage(options.names, options.seconds)
+    coverage(options.names, options.seconds, options.part)
 
 
 if __name__ == "__main__":

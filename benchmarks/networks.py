@@ -12,6 +12,21 @@ from torch.nn import functional
 
 WIDTHS = (16, 32, 64)
 
+# Library networks of further kinds, beside those of the peer's list (`python -m benchmarks.graph more`).
+MORE = (
+    "timm:halonet26t timm:lambda_resnet26t timm:coatnet_pico_rw_224 timm:davit_tiny timm:gcresnet33ts timm:inception_v4 "
+    "timm:inception_resnet_v2 timm:nextvit_small timm:twins_svt_small timm:volo_d1_224 timm:tresnet_m timm:legacy_seresnext26_32x4d "
+    "timm:dla60_res2next timm:xcit_nano_12_p16_224 timm:mixer_s32_224 timm:resmlp_12_224 timm:focalnet_tiny_srf timm:mvitv2_tiny "
+    "timm:resnetv2_50x1_bit timm:nf_resnet50 keypointrcnn_resnet50_fpn maskrcnn_resnet50_fpn fcos_resnet50_fpn ssd300_vgg16 r3d_18 "
+    "s3d mvit_v2_s swin_v2_t shufflenet_v2_x0_5 timm:pnasnet5large timm:nasnetalarge timm:repghostnet_050 timm:repvit_m0_9 "
+    "timm:resnest26d timm:selecsls60 timm:starnet_s2 timm:xception65 timm:mobileone_s2 timm:fastvit_sa12 timm:efficientformerv2_s1 "
+    "timm:ese_vovnet39b timm:hrnet_w18_small_v2 timm:botnet26t_256 timm:eca_halonext26ts timm:bat_resnext26ts timm:visformer_tiny "
+    "timm:convit_tiny timm:pit_xs_224 timm:coat_lite_tiny timm:rdnet_tiny timm:mambaout_femto timm:sequencer2d_s timm:nest_tiny "
+    "timm:gcvit_xxtiny timm:crossvit_tiny_240 timm:hiera_tiny_224 timm:ghostnetv3_100 timm:shvit_s1 timm:convmixer_768_32 "
+    "timm:gmlp_s16_224 timm:efficientnet_cc_b0_4e timm:efficientvit_b1 timm:dm_nfnet_f0 timm:skresnext50_32x4d timm:regnety_008 "
+    "timm:edgenext_xx_small timm:swinv2_cr_tiny_224 timm:tnt_s_legacy_patch16_224 timm:lamhalobotnet50ts_256 "
+).split()
+
 
 class Block(nn.Module):
     """Two 3x3 convolutions and a shortcut; where the width doubles, the shortcut takes every second pixel and pads with zeros."""

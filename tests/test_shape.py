@@ -29,6 +29,7 @@ BROAD_EXCEPTS = {
     "edgeprune/graph/slim.py": "the user's forward and deepcopy may raise anything",
     "edgeprune/graph/exported.py": "the user's forward, and what torch.export makes of it, may raise anything",
     "edgeprune/graph/rehearse.py": "the user's forward may raise anything",
+    "edgeprune/graph/symbolic.py": "the user's forward may raise anything when torch.fx calls it without tensors",
     "edgeprune/load.py": "the user's factory, and torch's readers on damaged bytes, may raise anything",
     "edgeprune/pt2.py": "torch's reader on damaged bytes may raise anything",
 }
@@ -46,6 +47,7 @@ TESTED_ELSEWHERE: dict[str, str] = {
     "edgeprune/graph/kinds.py": "tests/graph/test_rules.py",
     "edgeprune/graph/rehearse.py": "tests/graph/test_trace.py",
     "edgeprune/graph/moves.py": "tests/graph/test_rules.py",
+    "edgeprune/graph/places.py": "tests/graph/test_rules.py",
     "edgeprune/images.py": "tests/test_data.py",
     "edgeprune/sources.py": "tests/test_data.py",
     "edgeprune/train/__init__.py": "tests/train/test_recipe.py",

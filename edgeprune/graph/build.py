@@ -10,8 +10,21 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from edgeprune.graph.channels import Activation, ChannelGraph, ChannelGroup, ExportedSizes, Member, Mixing, Op, Read, SizedAxis, Tap
-from edgeprune.graph.labels import Labels
+from edgeprune.graph.channels import (
+    Activation,
+    ChannelGraph,
+    ChannelGroup,
+    ExportedSizes,
+    Member,
+    Mixing,
+    Op,
+    Read,
+    SizedAxis,
+    Tap,
+    WrittenAxis,
+    WrittenSizes,
+)
+from edgeprune.graph.labels import Labels, Place
 
 
 class Trace(Protocol):
@@ -40,7 +53,10 @@ class _Rows:
 
 
 def build(tracer: Trace) -> ChannelGraph:
-    """Classes of labels → groups; label counts of every tensor → sizes as linear functions of the groups' widths."""
+    """Classes of labels → groups; label counts of every tensor → sizes as linear functions of the groups' widths.
+
+    The nodes of `written` are still the dispatched operations (Place.key).
+    """
     classes, reasons = tracer.book.resolve()
     keys = list(tracer.axes)
     order = {key: i for i, key in enumerate(keys)}
@@ -62,7 +78,9 @@ def build(tracer: Trace) -> ChannelGraph:
         if why or any(group_of[c] < 0 for c in stays):
             frozen[f"{key[0]}[{key[1]}]"] = why or "its channels are tied to one another: all would have to go at once"
     wide = np.array([group.channels for group, _ in groups], dtype=np.int64)
-    activations = _activations(tracer.sizes, group_of[classes], wide)
+    offsets = np.cumsum([0, *wide])
+    number = np.where(group_of < 0, -1, offsets[group_of] + channel_of)[classes]  # of every label, over all groups
+    activations = _activations(tracer.sizes, number, offsets)
     return ChannelGraph(
         groups=tuple(g for g, _ in groups),
         frozen=frozen,
@@ -74,7 +92,8 @@ def build(tracer: Trace) -> ChannelGraph:
         input_activations=tuple(tracer.inputs),
         output_activations=tuple(tracer.outputs),
         mixing=tuple(_mixing(tracer.book, classes, group_of, channel_of)),
-        exported=_exported_sizes(tracer, classes, group_of, channel_of, groups),
+        written=_written_sizes(tracer.book.places, number),
+        exported=_exported_sizes(tracer, number),
     )
 
 
@@ -85,19 +104,17 @@ def _mixing(book: Labels, classes: NDArray[np.int64], group_of: NDArray[np.int64
             yield Mixing(op, ordinal, tuple(Read(a, d, group_of[m], channel_of[m]) for a, d, m in members), output_axes)
 
 
-def _exported_sizes(
-    tracer: Trace,
-    classes: NDArray[np.int64],
-    group_of: NDArray[np.int64],
-    channel_of: NDArray[np.int64],
-    groups: list[tuple[ChannelGroup, NDArray[np.int64]]],
-) -> ExportedSizes | None:
+def _written_sizes(places: list[Place], number: NDArray[np.int64]) -> WrittenSizes | None:
+    axes = [WrittenAxis(p.key, p.axis, number[p.labels.numpy()], p.bounds, p.silent) for p in places]
+    can_go = tuple(axis for axis in axes if (axis.channels >= 0).any())
+    return WrittenSizes(None, (), can_go) if can_go else None
+
+
+def _exported_sizes(tracer: Trace, number: NDArray[np.int64]) -> ExportedSizes | None:
     if tracer.exported is None:
         return None
     inputs, axes = tracer.exported
-    offsets = np.cumsum([0, *(group.channels for group, _ in groups)])
-    number = np.where(group_of < 0, -1, offsets[group_of] + channel_of)
-    return ExportedSizes(inputs, tuple(SizedAxis(node, axis, number[classes[labels.numpy()]]) for node, axis, labels in axes))
+    return ExportedSizes(inputs, tuple(SizedAxis(node, axis, number[labels.numpy()]) for node, axis, labels in axes))
 
 
 def _rows(roots: list[NDArray[np.int64]], blocked: NDArray[np.bool_]) -> _Rows:
@@ -151,24 +168,37 @@ def _groups(rows: _Rows, keys: list[tuple[str, int]], producers: NDArray[np.int6
 
 
 def _activations(
-    sizes: list[tuple[tuple[int, ...], Tensor, int | Tensor]], group_of_label: NDArray[np.int64], widths: NDArray[np.int64]
+    sizes: list[tuple[tuple[int, ...], Tensor, int | Tensor]], number: NDArray[np.int64], offsets: NDArray[np.int64]
 ) -> tuple[Activation, ...]:
     """Most tensors share the labels of another one (a norm and its input, say): those are counted once.
 
-    `sizes`: shape, labels, and how often each of them stands: one number for all, or one for each.
+    `sizes`: shape, labels, and how often each of them stands: one number for all, or one for each. `number` of every label: its
+    channel over all groups, or -1; `offsets`: the first channel of each group.
     """
-    counts: dict[tuple[int, int, tuple[int, ...]], dict[int, int]] = {}
+    counts: dict[tuple[int, int, tuple[int, ...]], tuple[int, list[tuple[int, float]], bool]] = {}
     activations = []
     for shape, flat, repeat in sizes:
         key = (flat.data_ptr(), len(flat), flat.stride())
         if key not in counts:
-            group, where = np.unique(group_of_label[flat.numpy()], return_inverse=True)
-            count = np.bincount(where, weights=None if isinstance(repeat, int) else repeat.numpy()).astype(np.int64)
-            counts[key] = dict(zip(group.tolist(), count.tolist(), strict=True))
-        found, times = counts[key], float(repeat) if isinstance(repeat, int) else 1.0
-        per_channel = tuple((g, n * times / int(widths[g])) for g, n in found.items() if g >= 0)
-        activations.append(Activation(shape, found.get(-1, 0) * times, per_channel))
+            counts[key] = _counted(number[flat.numpy()], None if isinstance(repeat, int) else repeat.numpy(), offsets)
+        (fixed, per_channel, even), times = counts[key], float(repeat) if isinstance(repeat, int) else 1.0
+        activations.append(Activation(shape, fixed * times, tuple((g, n * times) for g, n in per_channel), even))
     return tuple(activations)
+
+
+def _counted(
+    channels: NDArray[np.int64], weights: NDArray[np.int64] | None, offsets: NDArray[np.int64]
+) -> tuple[int, list[tuple[int, float]], bool]:
+    """Elements that stay, elements per channel of each group, and whether these are the same for all its channels."""
+    count = np.bincount(channels + 1, weights=weights, minlength=1).astype(np.int64)
+    fixed, count = int(count[0]), np.pad(count[1:], (0, max(0, int(offsets[-1]) - len(count) + 1)))
+    starts, widths = offsets[:-1], np.diff(offsets)
+    if not len(starts):
+        return fixed, [], True
+    total = np.add.reduceat(count, starts)
+    found = np.flatnonzero(total)
+    even = np.array_equal(np.maximum.reduceat(count, starts)[found] * widths[found], total[found])
+    return fixed, [(int(g), total[g] / int(widths[g])) for g in found], even
 
 
 def _taps(

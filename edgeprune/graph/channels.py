@@ -103,11 +103,15 @@ class Mixing(NamedTuple):
 
 @dataclass(frozen=True)
 class Activation:
-    """Size of one tensor of the traced run: elements = fixed + sum over groups of per_channel[g] * kept channels of g."""
+    """Size of one tensor of the traced run: elements = fixed + sum over groups of per_channel[g] * kept channels of g.
+
+    Exact where `even`: all channels of a group have as many elements. Elsewhere, as in the first part of a split, the mean.
+    """
 
     shape: tuple[int, ...]
     fixed: float
     per_channel: tuple[tuple[int, float], ...]  # (group number, elements per kept channel)
+    even: bool = True
 
 
 @dataclass(frozen=True)
@@ -146,6 +150,31 @@ class SizedAxis(NamedTuple):
     channels: NDArray[np.int64]
 
 
+class WrittenAxis(NamedTuple):
+    """An axis that node `node` of the user's code, as torch.fx writes it, cuts, pads, splits or fills at `bounds`.
+
+    `channels` as in SizedAxis; a negative `axis` counts from the last one; `silent`: a wrong number could go unnoticed.
+    """
+
+    node: str
+    axis: int
+    channels: NDArray[np.int64]
+    bounds: tuple[int, ...]
+    silent: bool
+
+
+@dataclass(frozen=True, eq=False)
+class WrittenSizes:
+    """Numbers of channels in the user's code that torch.fx can change: the modules whose forward holds one, and the numbers.
+
+    `inputs`: example inputs, as running.described says.
+    """
+
+    inputs: Any
+    opened: tuple[str, ...]
+    axes: tuple[WrittenAxis, ...]
+
+
 @dataclass(frozen=True, eq=False)
 class ExportedSizes:
     """What it takes to slim a network through torch.export: example inputs to export it with (running.described) and its numbers."""
@@ -160,8 +189,9 @@ class ChannelGraph:
 
     `shapes` holds the dense shape of every parameter and buffer; `output_activations` index the network's outputs;
     `taps[group.name]` says where its feature maps appear in a run; `mixing` lists the norms and sums over channels that removal changes.
-    `exported` is None where the user's own code takes fewer channels; where it holds their number as a fixed number, the exported
-    network is slimmed instead.
+    `written` is None where the user's own code takes fewer channels everywhere; where it holds their number as a fixed number and a
+    plan removes some of these, its forward is written down with other numbers. Where that cannot be, `exported` says how the
+    exported network is slimmed.
     """
 
     groups: tuple[ChannelGroup, ...]
@@ -174,6 +204,7 @@ class ChannelGraph:
     input_activations: tuple[int, ...]
     output_activations: tuple[int, ...]
     mixing: tuple[Mixing, ...] = ()
+    written: WrittenSizes | None = None
     exported: ExportedSizes | None = None
 
     @cached_property

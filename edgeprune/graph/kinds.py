@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from edgeprune.graph import moves, norms  # noqa: F401  they register their rules
+from edgeprune.graph import moves, norms, places  # noqa: F401  they register their rules
 from edgeprune.graph.rules import RULES
 
 KINDS = {

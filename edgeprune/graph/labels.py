@@ -31,15 +31,35 @@ class Mixed(NamedTuple):
     output_axes: tuple[int, ...]
 
 
+class Place(NamedTuple):
+    """Where an operation cuts, pads, splits or fills an axis with channels, and the code may hold a number for it.
+
+    `labels`: (n,) along `axis` of what it reads, or makes where it pads or fills; `bounds`: the positions on it. `silent`: a wrong
+    number could go unnoticed, because the sizes may agree all the same.
+    """
+
+    op: str
+    ordinal: int
+    axis: int
+    labels: Tensor
+    bounds: tuple[int, ...]
+    silent: bool
+
+    @property
+    def key(self) -> str:
+        """Names the operation: its name, and how many of this name ran before it."""
+        return f"{self.op} {self.ordinal}"
+
+
 class Labels:
     """Hands out labels and collects what is tied, what is frozen, and which operations compute over the set of channels.
 
-    `may_cut`: whether a cut through channels takes its channels with it or freezes them. `cuts`: the labels of what was cut.
+    `may_cut`: whether a cut through channels takes its channels with it or freezes them.
     """
 
     def __init__(self, *, may_cut: bool = True) -> None:
         self.may_cut = may_cut
-        self.cuts: list[Tensor] = []
+        self.places: list[Place] = []
         self.mixed: list[Mixed] = []
         self._count = 1
         self._left: list[Tensor] = []
@@ -86,13 +106,6 @@ class Labels:
     def balance(self, parts: Sequence[Tensor]) -> None:
         """As many channels of every part, (n,) each, must stay; which of them is free."""
         self._equal.append(tuple(parts))
-
-    def cuts_removable(self) -> bool:
-        """Whether anything was cut that can go."""
-        if not self.cuts:
-            return False
-        classes, reasons = self.resolve()
-        return not np.isin(classes[torch.cat(self.cuts).numpy()], list(reasons)).all()
 
     def resolve(self) -> tuple[NDArray[np.int64], dict[int, str]]:
         """The class of every label, (labels,), and the reason of every class that is frozen (the first one given)."""

@@ -5,14 +5,15 @@ Sizes are checked later: whether a cut or a split was computed from the tensor o
 
 from __future__ import annotations
 
+import itertools
 import math
 from dataclasses import replace
 from typing import Any
 
 import torch
 
-from edgeprune.graph.labels import compact, core, varies
-from edgeprune.graph.rules import Call, Weight, along, core_view, give_up, meet, rule
+from edgeprune.graph.labels import compact, varies
+from edgeprune.graph.rules import Call, Fill, Weight, along, as_tensor, axis_labels, core_view, give_up, meet, rule
 
 FIXED_SIZE = "the network's code cuts or pads its channels at fixed positions"
 
@@ -26,7 +27,10 @@ def same(call: Call) -> Any:
 @rule(*"zeros ones full new_zeros new_ones new_full".split())
 def fill(call: Call) -> Any:
     """The same value everywhere: any position can go, so each axis may follow what it meets."""
-    return Weight(tuple(call.book.fresh(n) for n in call.shape))
+    made = Fill(tuple(call.book.fresh(n) for n in call.shape))
+    for axis, labels in enumerate(made.axes):
+        call.place(axis, labels, (), silent=False)
+    return made
 
 
 @rule(*"new_empty new_empty_strided empty eye arange linspace rand randn scalar_tensor".split())
@@ -136,6 +140,7 @@ def cat(call: Call) -> Any:
     shape = call.shape
     dim = call.argument(1, "dim", 0) % len(shape)
     parts = [p for p, t in zip(call.labels[0], call.args[0], strict=True) if t.numel() or t.ndim > 1]
+    parts = [_filled(p, dim, parts, call) if isinstance(p, Fill) else p for p in parts]
     if any(isinstance(p, Weight) for p in parts):
         return give_up(call, "parameters concatenated")
     if any(varies(p, d) for p in parts for d in range(p.ndim) if d != dim) and not any(varies(p, dim) for p in parts):
@@ -146,6 +151,14 @@ def cat(call: Call) -> Any:
         if d != dim and all(not varies(p, d) for p in parts):
             parts = [p.narrow(d, 0, 1) for p in parts]
     return torch.cat(parts, dim).expand(shape)
+
+
+def _filled(fill: Fill, dim: int, parts: list[Any], call: Call) -> Any:
+    """Filled channels beside others are channels; elsewhere they follow the channels of what they stand beside."""
+    others = [p for p in parts if isinstance(p, torch.Tensor)]
+    if any(varies(p, d) for p in others for d in range(p.ndim) if d != dim):
+        return as_tensor(fill, others, call.book)
+    return fill.axes[dim].view(*(-1 if d == dim else 1 for d in range(len(fill.axes)))).expand(fill.shape)
 
 
 @rule("stack")
@@ -170,10 +183,11 @@ def split(call: Call) -> Any:
     if varies(labels, dim) and (call.name == "unbind" or not (equal or call.book.may_cut)):
         return give_up(call, FIXED_SIZE)
     parts = call.func(labels, *call.args[1:], **call.kwargs)
-    if varies(labels, dim) and equal:
-        call.book.balance([along(part, dim, call.book) for part in parts])
-    elif varies(labels, dim):
-        call.book.cuts.append(core(labels)[0])
+    if varies(labels, dim):
+        ends = itertools.accumulate(part.shape[dim] for part in call.out)
+        call.place(dim, axis_labels(labels, dim), (0, *ends), silent=not equal)
+        if equal:
+            call.book.balance([along(part, dim, call.book) for part in parts])
     return parts
 
 
@@ -202,6 +216,8 @@ def gated(call: Call) -> Any:
 def cut(call: Call) -> Any:
     """Along axes without channels anything goes; a slice through the channels takes its channels with it, other cuts fix them."""
     labels = call.labels[0]
+    if isinstance(labels, Fill) and call.name in ("slice", "select", "narrow"):
+        return _part_of_fill(call, labels)
     if isinstance(labels, Weight):
         return give_up(call, "parameter sliced")
     dims = call.argument(2, "dims", ()) if call.name == "roll" else [call.argument(1, "dim", 0)]
@@ -210,62 +226,34 @@ def cut(call: Call) -> Any:
     if any(varies(labels, d % labels.ndim) for d in dims) or not dims:
         if not call.book.may_cut or call.name not in ("slice", "narrow") or call.argument(4, "step", 1) != 1:
             return give_up(call, FIXED_SIZE)
-        call.book.cuts.append(core(labels)[0])
+        dim = dims[0] % labels.ndim
+        first = slice(call.argument(2, "start"), None).indices(labels.shape[dim])[0]
+        call.place(dim, axis_labels(labels, dim), (first, first + call.shape[dim]))
     elif call.name == "roll":
         return labels
     return call.func(labels, *call.args[1:], **call.kwargs)
 
 
-@rule("index", "gather", "sort", "topk", "argsort", "cummax", "cummin", "kthvalue", "take_along_dim")
-def look_up(call: Call) -> Any:
-    """Positions of axes without channels are picked or reordered."""
-    labels, shape = call.labels[0], call.shape
-    if call.name == "index":
-        return _indexed(call, labels)
-    position = 2 if call.name in ("topk", "kthvalue", "take_along_dim") else 1
-    dim = call.argument(position, "dim", -1)
-    if isinstance(labels, Weight) or isinstance(dim, bool) or not labels.ndim or varies(labels, dim % labels.ndim):
-        return give_up(call, f"{call.name} over the channels")
-    if call.name in ("gather", "take_along_dim") and any(varies(labels, d) and shape[d] != labels.shape[d] for d in range(labels.ndim)):
-        return give_up(call, FIXED_SIZE)
-    found = labels.narrow(dim, 0, 1)
-    found = (found if len(shape) == labels.ndim else found.squeeze(dim)).expand(shape)
-    return tuple(found for _ in call.out) if isinstance(call.out, tuple) else found
-
-
-def _indexed(call: Call, labels: Any) -> Any:
-    indices = call.args[1]
-    if any(i is not None and i.dtype in (torch.bool, torch.uint8) for i in indices):
-        return give_up(call, FIXED_SIZE)
-    if isinstance(labels, Weight):
-        for d in range(len(indices)):
-            if indices[d] is not None:
-                call.book.freeze(labels.axes[d], "a table that is looked up")
-        if indices[0] is None or any(i is not None for i in indices[1:]) or len(labels.axes) != 2:
-            return give_up(call, "a table that is looked up")
-        return labels.axes[1].expand(call.shape)
-    if any(i is not None and varies(labels, d) for d, i in enumerate(indices)):
-        return give_up(call, FIXED_SIZE)
-    ranks = max(i.ndim for i in indices if i is not None)
-    for d, i in enumerate(indices):
-        labels = labels if i is None else labels.narrow(d, 0, 1)
-    first = [None if i is None else torch.zeros([1] * ranks, dtype=torch.long) for i in indices]
-    return call.func(labels, first).expand(call.shape)
-
-
-@rule("embedding")
-def embedding(call: Call) -> Any:
-    """Rows are looked up; the columns are channels."""
-    table = call.labels[0]
-    if not isinstance(table, Weight):
-        return give_up(call, "a table that is looked up")
-    call.book.freeze(table.axes[0], "a table that is looked up")
-    return table.axes[1].expand(call.shape)
+def _part_of_fill(call: Call, fill: Fill) -> Fill:
+    """A window into which something will be written."""
+    dim = call.argument(1, "dim", 0) % len(fill.axes)
+    if call.name == "select":
+        return Fill((*fill.axes[:dim], *fill.axes[dim + 1 :]))
+    size, n = len(fill.axes[dim]), call.shape[dim]
+    start, step = call.argument(2, "start"), call.argument(4, "step", 1) if call.name == "slice" else 1
+    first = slice(start, None).indices(size)[0]
+    if n == size:
+        return fill
+    if step == 1 and call.book.may_cut:
+        call.place(dim, fill.axes[dim], (first, first + n))
+    else:
+        call.book.freeze(fill.axes[dim], FIXED_SIZE)
+    return Fill((*fill.axes[:dim], fill.axes[dim][first::step][:n], *fill.axes[dim + 1 :]))
 
 
 @rule("constant_pad_nd")
 def pad(call: Call) -> Any:
-    """Spatial padding keeps the labels; padding on the channel axis moves them, and the padded positions stay."""
+    """Spatial padding keeps the labels; padding on the channel axis moves them, and the padded positions go with what they meet."""
     labels, amounts = call.labels[0], call.args[1]
     for i in range(0, len(amounts), 2):
         dim, before, after = labels.ndim - 1 - i // 2, amounts[i], amounts[i + 1]
@@ -276,19 +264,15 @@ def pad(call: Call) -> Any:
             return give_up(call, FIXED_SIZE)
         elif before or after:
             thin = core_view(labels)
-            fixed = [call.book.frozen((*thin.shape[:dim], n, *thin.shape[dim + 1 :]), FIXED_SIZE) for n in (before, after)]
-            labels = torch.cat([fixed[0], thin, fixed[1]], dim).expand(sizes)
+            padded = call.book.fresh(1 + before + after)[1:]  # a label of its own even where it is one position
+            if not call.book.may_cut:
+                call.book.freeze(padded, FIXED_SIZE)
+            front, back = (p.view(-1, *[1] * (thin.ndim - 1 - dim)) for p in padded.split([before, after]))
+            ends = [p.expand(*thin.shape[:dim], -1, *thin.shape[dim + 1 :]) for p in (front, back)]
+            inside = torch.zeros(labels.shape[dim], dtype=torch.long)  # how many of these stay is the pad's input, no number of its own
+            call.place(dim - labels.ndim, torch.cat([padded[:before], inside, padded[before:]]), (before, before + len(inside)))
+            labels = torch.cat([ends[0], thin, ends[1]], dim).expand(sizes)
     return labels
-
-
-@rule("grid_sampler", "grid_sampler_2d", "grid_sampler_3d")
-def sampled(call: Call) -> Any:
-    """All channels are looked at in the same places."""
-    maps, grid = call.labels[:2]
-    if isinstance(maps, Weight) or isinstance(grid, Weight):
-        return give_up(call, "parameter in grid_sample")
-    call.book.freeze(grid, "places to look at")
-    return along(maps, 1, call.book).view(-1, *[1] * (len(call.shape) - 2)).expand(call.shape)
 
 
 @rule("im2col")

@@ -20,6 +20,7 @@ from edgeprune.errors import ModelError
 from edgeprune.graph.exported import Exported, opened
 from edgeprune.graph.running import made_up
 from edgeprune.graph.slim import aliases_of, named_tensors, resize, slim
+from edgeprune.graph.symbolic import Symbolic
 from edgeprune.graph.trace import trace
 from edgeprune.plan import Plan
 from edgeprune.pt2 import load_exported_program, save_program
@@ -41,7 +42,7 @@ def save(module: nn.Module, path: str | Path, *, plan: Plan | None = None, examp
     recipe = {"format": FORMAT, "edgeprune": product_version(), "class": f"{type(module).__module__}.{type(module).__qualname__}"}
     if plan is not None:
         recipe["plan"] = json.dumps(plan.to_json())
-    if isinstance(module, Exported):
+    if isinstance(module, (Exported, Symbolic)):
         recipe["exported"] = json.dumps(module.meta["slimmed"])
     tensors = {name: t.detach().cpu().contiguous().clone() for name, t in named_tensors(module)}
     write_atomic(path, to_bytes(tensors, metadata=recipe))
@@ -77,7 +78,7 @@ def load(path: str | Path, *, model: nn.Module | None = None) -> nn.Module:
 
 def _slimmed_again(model: nn.Module, steps: list[dict[str, Any]], tensors: Mapping[str, Tensor]) -> nn.Module:
     """A copy; where an exported network was saved, exported and slimmed by the same plans, unless the model is that network."""
-    is_it = isinstance(model, Exported) and all(n in tensors and t.shape == tensors[n].shape for n, t in named_tensors(model))
+    is_it = isinstance(model, (Exported, Symbolic)) and all(n in tensors and t.shape == tensors[n].shape for n, t in named_tensors(model))
     if is_it or not steps:
         return copy.deepcopy(model)
     for step in steps:

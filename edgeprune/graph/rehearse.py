@@ -22,7 +22,7 @@ from edgeprune.graph.duplicate import duplicate
 from edgeprune.graph.exported import Exported
 from edgeprune.graph.running import Observer, evaluating, tensors_in
 from edgeprune.graph.sizes import Stuck
-from edgeprune.graph.slim import borrowed, named_tensors, removed_positions, resize, slim_exported
+from edgeprune.graph.slim import borrowed, named_tensors, removed_positions, resize, slim_exported, with_numbers
 from edgeprune.plan import Plan
 
 # Rough figures of one core of a desktop: they only decide which of two ways to the same answer is tried first.
@@ -41,13 +41,16 @@ class Misfit(NamedTuple):
 
 
 def misfit(model: nn.Module, graph: ChannelGraph, inputs: tuple[Any, ...]) -> Misfit | None:
-    """The first operation that does not fit when channels are gone; None when all fit, or when the network cannot be copied."""
+    """The first operation that does not fit when channels are gone; None when all fit, or when the network cannot be copied.
+
+    Raises symbolic.Unwritable where the numbers of `graph.written` cannot be changed.
+    """
     plan = _fewer(graph)
     widths = {name: len(channels) for name, channels in plan.keep.items()}
     sizes = {}
     for op in graph.ops:
         made = graph.activations[op.output]
-        if made.per_channel:  # sizes that do not depend on channels may depend on the data
+        if made.per_channel and made.even:  # sizes that do not depend on channels may depend on the data
             sizes[op.call] = round(made.fixed + sum(n * widths[graph.groups[g].name] for g, n in made.per_channel))
     if not graph.groups:
         return None
@@ -82,7 +85,7 @@ def _fits_without_values(model: nn.Module, graph: ChannelGraph, plan: Plan, inpu
     """
     watch = _Watch(sizes)
     try:
-        hollow = _hollow(model, removed_positions(graph, plan))
+        hollow = with_numbers(_hollow(model, removed_positions(graph, plan)), graph, plan)
         _run(hollow, tree_map(lambda t: t.to("meta") if isinstance(t, Tensor) else t, inputs), watch)
     except _DoesNotRun:
         return False

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from edgeprune.graph.labels import NEUTRAL, Labels, Mixed, compact, varies
+from edgeprune.graph.labels import NEUTRAL, Labels, Mixed, Place, compact, varies
 
 
 @dataclass(frozen=True)
@@ -27,6 +27,10 @@ class Weight:
     def shape(self) -> tuple[int, ...]:
         """The dense shape."""
         return tuple(len(a) for a in self.axes)
+
+
+class Fill(Weight):
+    """The same value everywhere: any position can go, so each axis may follow what it meets."""
 
 
 Labelled = Tensor | Weight
@@ -48,6 +52,10 @@ class Call:
     def mix(self, *reads: tuple[int, int, Tensor], output_axes: tuple[int, ...] = ()) -> None:
         """It computes over the set of channels: (argument, axis, labels along it) of all it reads; the result may keep the first ones."""
         self.book.mixed.append(Mixed(self.name, self.ordinal, reads, output_axes))
+
+    def place(self, axis: int, labels: Tensor, bounds: tuple[int, ...], *, silent: bool = True) -> None:
+        """It cuts, pads, splits or fills an axis with channels: labels.Place."""
+        self.book.places.append(Place(self.name, self.ordinal, axis, labels, bounds, silent))
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -257,7 +265,7 @@ def pointwise(call: Call) -> Any:
     shape = call.shape
     if (weight := _as_parameter(call, shape)) is not None:
         return weight
-    operands = [_as_tensor(item, call.labels, call.book) for item in _flat(call.labels)]
+    operands = [as_tensor(item, call.labels, call.book) for item in _flat(call.labels)]
     operands = [o for o in operands if o.ndim]
     full = []
     for i, labels in enumerate(operands):
@@ -314,7 +322,7 @@ def _varies_at(labels: Tensor, dim: int) -> bool:
     return -dim <= labels.ndim and varies(labels, dim % labels.ndim)
 
 
-def _as_tensor(item: Labelled, operands: Any, book: Labels) -> Tensor:
+def as_tensor(item: Labelled, operands: Any, book: Labels) -> Tensor:
     """A parameter with several long axes meets channels along the one axis where the other operand has labels."""
     if isinstance(item, Tensor):
         return item

@@ -30,6 +30,7 @@ _RESULT = {
 }
 _NORMS = ("layer_norm", "rms_norm")  # the sizes of the last axes stand second
 _CUTS = ("split", "split_with_sizes", "chunk", "slice", "narrow")  # the argument is a place on an axis of what is read
+_PADS = ("pad", "constant_pad_nd")  # amounts from the last axis on, before and after
 _GROUPS = {"conv1d": 6, "conv2d": 6, "conv3d": 6, "conv_transpose1d": 6, "conv_transpose2d": 6, "conv_transpose3d": 6, "convolution": 8}
 
 
@@ -93,6 +94,9 @@ class _Reader(fx.Interpreter):
             self.sized.append((n.name, (self._tracing.labels_of(result), None)))
         elif name in _NORMS and isinstance(normed := self._tracing.labels_of(result), Tensor):
             self.sized.append((n.name, (normed[(0,) * (normed.ndim - len(args[1]))], None)))
+        elif name in _PADS:
+            for axis in range(1, 1 + len(args[1]) // 2):
+                self.sized.append((n.name, (self._tracing.labels_of(result), -axis)))
         elif name in _CUTS:
             dim = cut_axis(n, name) % args[0].ndim
             self.sized.append((n.name, (self.reads[n.name][0], dim)))
@@ -113,11 +117,13 @@ def cut_axis(node: fx.Node, name: str) -> int:
 
 def _axes(name: str, sizes: tuple[Labelled, int | None]) -> list[tuple[str, int, Tensor]]:
     labels, only = sizes
+    ndim = len(labels.shape)
     if isinstance(labels, Weight):
         long = [d for d, along in enumerate(labels.axes) if len(along) > 1]
     else:
-        long = [d for d in range(labels.ndim) if varies(labels, d)]
-    return [(name, d, axis_labels(labels, d)) for d in long if only in (None, d)]
+        long = [d for d in range(ndim) if varies(labels, d)]
+    asked = long if only is None else [only]
+    return [(name, d, axis_labels(labels, d % ndim)) for d in asked if d % ndim in long]
 
 
 def rewrite(network: Exported, kept: Mapping[tuple[str, int], Kept]) -> None:
@@ -144,6 +150,9 @@ def _rewrite_node(node: fx.Node, name: str, axes: Mapping[int, Kept]) -> None:
         lengths: list[Any] = list(node.args[1])  # type: ignore[arg-type]  # a list of sizes
         node.update_arg(1, [int(axes[i].sum()) if i in axes else n for i, n in enumerate(lengths)])
         return
+    if name in _PADS:
+        _rewrite_pad(node, axes)
+        return
     ((axis, stays),) = axes.items()
     if name in _GROUPS:
         node.update_arg(_GROUPS[name], int(stays.sum()))
@@ -165,6 +174,16 @@ def _resized(node: fx.Node, sizes: list[Any], axes: Mapping[int, Kept]) -> list[
         else:
             raise Stuck(node.name, str(node.target))
     return sizes
+
+
+def _rewrite_pad(node: fx.Node, axes: Mapping[int, Kept]) -> None:
+    """What is in front of an axis and behind it; the axis itself brings its size along."""
+    amounts: list[Any] = list(node.args[1])  # type: ignore[arg-type]  # a list of sizes
+    for axis, stays in axes.items():
+        at = 2 * (-axis - 1)
+        before, after = amounts[at : at + 2]
+        amounts[at : at + 2] = int(stays[:before].sum()), int(stays[len(stays) - after :].sum())
+    node.update_arg(1, amounts)
 
 
 def _rewrite_cut(node: fx.Node, name: str, axis: int, stays: Kept) -> None:

@@ -26,25 +26,28 @@ from edgeprune.graph.channels import ChannelGraph
 from edgeprune.graph.duplicate import duplicate
 from edgeprune.graph.exported import Exported, Unexportable, assembled, copy_graph, exported, is_exported
 from edgeprune.graph.mixing import Kept, compute_over_kept
-from edgeprune.graph.running import evaluating, first_line, fresh, made_up, single_sample, tensors_in
+from edgeprune.graph.running import evaluating, few_collections, first_line, fresh, made_up, single_sample, tensors_in
 from edgeprune.graph.sizes import Stuck, rewrite
+from edgeprune.graph.symbolic import Symbolic, Unwritable, renumber, symbolic
 from edgeprune.plan import Plan
 
 _EXPORTED: MutableMapping[ChannelGraph, tuple[fx.Graph, dict[str, Tensor], dict[str, Any]]] = WeakKeyDictionary()
 
 
+@few_collections()
 def slim(model: nn.Module, graph: ChannelGraph, plan: Plan) -> nn.Module:
     """A new network without the channels the plan leaves out; `model` is untouched.
 
-    Same class and forward signature, same output shapes, trainable further; where the network's code holds numbers of channels
-    (`graph.exported`), the exported network with other numbers, which computes what the code computes in eval mode. Raises SlimError
-    when the plan does not belong to this graph or the network cannot be copied.
+    Same class and forward signature, same output shapes, trainable further. Where the network's code holds numbers of channels and the
+    plan removes some of these, its layers under a forward with other numbers (`graph.written`), or the exported network with other
+    numbers, which computes what the code computes in eval mode (`graph.exported`). Raises SlimError when the plan does not belong to
+    this graph or the network cannot be copied.
     """
     if graph.exported is None:
-        small = _copied(model, _resized(model, graph, plan))
-        for layer in small.modules():
-            _remember_sizes(layer)
-        return small
+        try:
+            return _slim_own(model, graph, plan)
+        except Unwritable as problem:
+            raise SlimError(f"the numbers of channels in the network's code cannot be changed: {problem}. Trace it again.") from problem
     try:
         small = slim_exported(recall(graph, model), graph, plan)
     except (Stuck, Unexportable) as problem:
@@ -55,11 +58,36 @@ def slim(model: nn.Module, graph: ChannelGraph, plan: Plan) -> nn.Module:
 
 
 def borrowed(model: nn.Module, graph: ChannelGraph, plan: Plan) -> nn.Module:
-    """What `slim` makes of the user's own module, to run once: parameters are the model's own, or views of them where they can be."""
-    small = _copied(model, _resized(model, graph, plan, borrow=True))
+    """What `slim` makes of the user's own module, to run once: parameters are the model's own, or views of them where they can be.
+
+    Raises symbolic.Unwritable where its code does not take other numbers.
+    """
+    return _slim_own(model, graph, plan, borrow=True)
+
+
+def _slim_own(model: nn.Module, graph: ChannelGraph, plan: Plan, *, borrow: bool = False) -> nn.Module:
+    small = _copied(model, _resized(model, graph, plan, borrow=borrow))
     for layer in small.modules():
         _remember_sizes(layer)
-    return small
+    return with_numbers(small, graph, plan)
+
+
+def with_numbers(small: nn.Module, graph: ChannelGraph, plan: Plan) -> nn.Module:
+    """A slim network with the numbers in its code changed; itself where the plan removes nothing that they count.
+
+    Raises symbolic.Unwritable where the code does not take them.
+    """
+    if graph.written is None:
+        return small
+    kept = _kept_of_all(graph, plan)
+    cut = [(axis, stays) for axis in graph.written.axes if not (stays := kept[axis.channels]).all()]
+    if not cut:
+        return small
+    steps = small.meta.get("slimmed", ()) if isinstance(small, Symbolic) else ()
+    network = symbolic(small, graph.written.opened)
+    renumber(network, cut)
+    network.meta["slimmed"] = [*steps, {"inputs": graph.written.inputs, **plan.to_json()}]
+    return network
 
 
 def slim_exported(network: Exported, graph: ChannelGraph, plan: Plan, *, borrow: bool = False) -> Exported:
@@ -70,13 +98,8 @@ def slim_exported(network: Exported, graph: ChannelGraph, plan: Plan, *, borrow:
     assert graph.exported is not None
     small = _copied(network, _resized(network, graph, plan, borrow=borrow))
     assert isinstance(small, Exported)
-    numbers = np.cumsum([0, *(g.channels for g in graph.groups)])
-    stays = np.ones(numbers[-1] + 1, dtype=bool)  # the last one is for positions that always stay: their channel is -1
-    for group, first in zip(graph.groups, numbers, strict=False):
-        if group.name in plan.keep:
-            stays[first : first + group.channels] = False
-            stays[first + np.asarray(plan.keep[group.name], dtype=np.int64)] = True
-    rewrite(small, {(name, axis): stays[channels] for name, axis, channels in graph.exported.axes})
+    kept = _kept_of_all(graph, plan)
+    rewrite(small, {(name, axis): kept[channels] for name, axis, channels in graph.exported.axes})
     small.meta["slimmed"] = [*small.meta.get("slimmed", ()), {"inputs": graph.exported.inputs, **plan.to_json()}]
     return small
 
@@ -134,6 +157,11 @@ def mask(model: nn.Module, graph: ChannelGraph, plan: Plan) -> nn.Module:
     return zeroed
 
 
+def _kept_of_all(graph: ChannelGraph, plan: Plan) -> NDArray[np.bool_]:
+    """Whether each channel of all groups stays; the last one is for positions that always do: their channel is -1."""
+    return np.append(_keep_vector(graph, plan), True)
+
+
 def _keep_vector(graph: ChannelGraph, plan: Plan) -> NDArray[np.bool_]:
     keeps = [np.isin(np.arange(g.channels), plan.keep.get(g.name, range(g.channels))) for g in graph.groups]
     return np.concatenate([*keeps, np.zeros(0, dtype=np.bool_)])
@@ -145,7 +173,7 @@ def kept_positions(graph: ChannelGraph, keep: NDArray[np.bool_]) -> dict[tuple[s
     `keep`: bool, all channels of all groups in the order of `graph.groups`.
     """
     offsets = np.cumsum([0, *(g.channels for g in graph.groups)])
-    kept = np.append(keep, True)  # the last one stands for positions that always stay
+    kept = np.append(keep, True)  # the last one stands for positions that always stay, whose channel is -1
     found: dict[tuple[str, int], Kept] = {}
     for mixing in graph.mixing:
         stays = [kept[np.where(r.groups < 0, len(kept) - 1, offsets[r.groups] + r.channels)] for r in mixing.reads]

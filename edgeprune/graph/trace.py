@@ -20,7 +20,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from edgeprune.errors import TraceError
 from edgeprune.graph.build import build
-from edgeprune.graph.channels import ChannelGraph, Op
+from edgeprune.graph.channels import ChannelGraph, Op, WrittenSizes
 from edgeprune.graph.exported import Exported, Unexportable, exported, is_exported
 from edgeprune.graph.kinds import KINDS
 from edgeprune.graph.labels import Labels, core, counted, varies
@@ -39,6 +39,7 @@ from edgeprune.graph.running import (
 )
 from edgeprune.graph.sizes import read
 from edgeprune.graph.slim import remember
+from edgeprune.graph.symbolic import Unwritable, located
 
 # Beside convs and linears: the weights that make channels, as (argument, axis).
 _PRODUCING = {"embedding": ((0, 1),), "mkldnn_rnn_layer": ((1, 0), (2, 0))}
@@ -64,19 +65,34 @@ def trace(model: nn.Module, example_inputs: Any) -> ChannelGraph:
         raise TraceError("a TorchScript network cannot be pruned: its code is compiled. Give the nn.Module that it was made from.")
     inputs = single_sample(example_inputs)
     tracer = _run(model, inputs, Labels())
-    graph = build(tracer)
-    if not is_exported(model) and not tracer.book.cuts_removable() and misfit(model, graph, fresh(inputs)) is None:
-        return graph
-    # Where the code cuts channels, sizes do not show whether it cuts at a fixed number: the exported network has the answer.
+    if not is_exported(model) and (found := _of_own_code(model, build(tracer), inputs)) is not None:
+        return found
     try:
         return _of_exported(exported(model, inputs), model, tracer, inputs)
     except Unexportable as error:
         reason = f"the network's code holds their number as a fixed number and cannot be exported ({error})"
     tracer = _run(model, inputs, Labels(may_cut=False))
-    graph = build(tracer)
+    graph = replace(build(tracer), written=None)
     while (found := misfit(model, graph, fresh(inputs))) is not None and tracer.hold(found, graph, reason):
-        graph = build(tracer)
+        graph = replace(build(tracer), written=None)
     return graph
+
+
+def _of_own_code(model: nn.Module, graph: ChannelGraph, inputs: tuple[Any, ...]) -> ChannelGraph | None:
+    """The graph where the user's own code takes fewer channels, as it is or with other numbers written into it; else None."""
+    places, plain = graph.written, replace(graph, written=None)
+    # Where the code cuts channels, sizes do not show whether it cuts at a fixed number.
+    if not (places and any(axis.silent for axis in places.axes)) and misfit(model, plain, fresh(inputs)) is None:
+        return plain
+    if places is None:
+        return None
+    try:
+        opened, nodes = located(model, fresh(inputs), {axis.node for axis in places.axes})
+        axes = tuple(axis._replace(node=nodes[axis.node]) for axis in places.axes)
+        graph = replace(graph, written=WrittenSizes(described(inputs), opened, axes))
+        return graph if misfit(model, graph, fresh(inputs)) is None else None
+    except Unwritable:
+        return None
 
 
 def _run(model: nn.Module, inputs: tuple[Any, ...], book: Labels) -> _Tracer:
@@ -108,7 +124,7 @@ def _of_exported(network: Exported, model: nn.Module, tracer: _Tracer, inputs: t
     tracer.book.mixed[:] = mixed  # the dense twin runs the user's own code
     tracer.exported, removable = (described(inputs), reading.axes), -1
     while True:
-        graph = build(tracer)
+        graph = replace(build(tracer), written=None)
         problem = stuck(network, graph, fresh(inputs))
         if problem is None:
             remember(graph, network, model)
@@ -199,10 +215,7 @@ class _Tracer(Observer):
     def _look(self, tensor: Tensor) -> _Seen:
         seen: _Seen | None = self.seen.get(tensor)
         if seen is not None and isinstance(seen.labels, Weight) and seen.written:  # filled with a number, then written piece by piece
-            reason = "written piece by piece"
-            for axis in seen.labels.axes:
-                self.book.freeze(axis, reason)
-            self._remember(tensor, self.book.frozen(tuple(tensor.shape), reason))
+            self._remember(tensor, self._pieces(tuple(tensor.shape), seen.labels, seen.written))
             return self.seen[tensor]
         if seen is not None:
             return seen
@@ -212,6 +225,18 @@ class _Tracer(Observer):
         else:
             self.seen[tensor] = _Seen(self._parameter(name), parameter=name)
         return self.seen[tensor]
+
+    def _pieces(self, shape: tuple[int, ...], fill: Weight, written: list[int]) -> Tensor:
+        """The labels of what was written into a filled tensor: channels where all pieces have theirs along the same axis of it."""
+        found = [self.varying[number] for number in written]
+        axes = {d for piece in found if piece for d, own in enumerate(fill.axes) if len(own) > 1 and bool(torch.isin(piece[1], own).all())}
+        if len(axes) == 1:
+            dim = axes.pop()
+            return fill.axes[dim].view(*(-1 if d == dim else 1 for d in range(len(shape)))).expand(shape)
+        reason = "written piece by piece"
+        for axis in fill.axes:
+            self.book.freeze(axis, reason)
+        return self.book.frozen(shape, reason)
 
     def _labelled(self, args: Iterable[Any], read: list[_Seen]) -> tuple[Any, ...]:
         """The arguments with labels in place of tensors; what is known about each of these is appended to `read`."""

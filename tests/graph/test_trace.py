@@ -61,7 +61,7 @@ def test_tracing_leaves_the_model_alone(name: str) -> None:
 EXPECTED: dict[str, dict[str, int]] = {
     "plain": {"body.0.0": 8, "body.2.0": 12, "body.3.0": 6},
     "residual": {"body.0.0": 8, "body.1.a.0": 8, "body.2.a.0": 8},
-    "option_a": {"body.stem.0": 8, "body.a.0": 16},
+    "option_a": {"body.stem.0": 8, "body.a.0": 16, "body.b.0": 8},
     "mobile": {"body.0.0": 8, "body.1.a.0": 16, "body.2.a.0": 12},
     "squeeze_excite": {"body.0.0": 8, "body.1.a.0": 16, "body.1.se.down": 4},
     "dense": {"body.0.0": 6, "body.1.conv": 4, "body.2.conv": 4, "body.4.0": 7},
@@ -267,6 +267,16 @@ class Recurrent(Net):
 
     def forward(self, x: Tensor) -> Any:
         return self.fc(self.rnn(self.a(x).flatten(2).transpose(1, 2))[0][:, -1])
+
+
+def test_a_recurrent_layer_reads_fewer_channels_and_keeps_its_width() -> None:
+    torch.manual_seed(0)
+    model, x = Recurrent(nn.LSTM).eval(), torch.randn(1, 3, 6, 6)  # float32: one operation for the layer
+    graph = trace(model, x)
+    assert {graph.frozen[f"rnn.weight_{part}_l0[0]"] for part in ("ih", "hh")} == {"the width of a recurrent layer stays"}
+    assert [m[:2] for m in graph.groups[0].members if m.parameter.startswith("rnn.")] == [("rnn.weight_ih_l0", 1)]
+    plan = Plan({g.name: (0, 3) for g in graph.groups})
+    assert prove(model, graph, plan, slim(model, graph, plan), x).max_relative_error < 1e-10
 
 
 class SelfAttention(Net):
@@ -507,12 +517,49 @@ class Written(nn.Module):
         return out
 
 
-@pytest.mark.parametrize(("channels", "groups"), [(True, {"c"}), (False, {"a", "b", "c"})])
-def test_what_is_written_piece_by_piece_is_data(channels: bool, groups: set[str]) -> None:
+class Gathered(nn.Module):
+    """Rows of two branches put into a tensor of zeros by their numbers, as detectors put together regions of several maps."""
+
+    def __init__(self, way: str) -> None:
+        super().__init__()
+        self.way = way
+        self.a, self.b = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(3, 8, 3, padding=1)
+        self.c, self.d = nn.Conv2d(8, 6, 3), nn.Linear(6, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        a, b = torch.relu(self.a(x)), torch.relu(self.b(x))
+        n, first, second = x.shape[0], torch.arange(0, x.shape[0]), torch.arange(x.shape[0], 2 * x.shape[0])
+        h = a.new_zeros(2 * n, a.shape[1], *a.shape[2:])
+        if self.way == "index_put":
+            h[first], h[second] = a, b
+        elif self.way == "index_copy":
+            h.index_copy_(0, first, a).index_add_(0, second, b)
+        elif self.way == "scatter":
+            for rows, values in ((first, a), (second, b)):
+                h.scatter_(0, rows.view(-1, 1, 1, 1).expand_as(values), values)
+        else:
+            h[:n], h[n:] = a, b
+        rows: Tensor = self.d(torch.relu(self.c(h)).mean((2, 3)))
+        return rows[:n] + rows[n:]
+
+
+@pytest.mark.parametrize("way", ["index_put", "index_copy", "scatter", "slices"])
+def test_channels_that_are_written_row_by_row_are_channels(way: str) -> None:
+    torch.manual_seed(0)
+    model, x = Gathered(way).double().eval(), torch.randn(1, 3, 6, 6, dtype=torch.float64)
+    graph = trace(model, x)
+    assert {g.name: g.channels for g in graph.groups} == {"a": 8, "c": 6}
+    assert {"a.weight", "b.weight", "c.weight"} <= {m.parameter for m in graph.groups[0].members}, "both branches and their reader"
+    plan = Plan({"a": (1, 2, 6), "c": (0, 5)})
+    assert prove(model, graph, plan, slim(model, graph, plan), x).max_relative_error < 1e-10
+
+
+@pytest.mark.parametrize("channels", [True, False])
+def test_channels_that_are_written_piece_by_piece_are_channels_and_data_is_data(channels: bool) -> None:
     torch.manual_seed(0)
     model, x = Written(channels=channels).double().eval(), torch.randn(2, 3, 6, 6, dtype=torch.float64)
     graph = trace(model, x)
-    assert {g.name for g in graph.groups} == groups
+    assert {g.name: g.channels for g in graph.groups} == {"a": 4, "b": 4, "c": 6}
     assert {op.weight for op in graph.ops if op.weight} == {f"{n}.weight" for n in "abcd"}
     plan = Plan.uniform(graph, 0.5)
     assert prove(model, graph, plan, slim(model, graph, plan), x).max_relative_error < 1e-10
