@@ -25,6 +25,10 @@ TABLES = {
         "seconds": ("criteria_cost.md", ""),
         "sparsity": ("sparsity.md", ""),
     },
+    "docs/quantization.md": {
+        "int8": ("quantize.md", "### int8"),
+        "channels": ("quantize.md", "### channels"),
+    },
 }
 
 

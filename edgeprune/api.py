@@ -22,11 +22,12 @@ from edgeprune.errors import DataError, EdgepruneError, TraceError, UsageError
 from edgeprune.export import load_artifact
 from edgeprune.export import require as require_formats
 from edgeprune.graph.running import evaluating, single_sample
-from edgeprune.graph.slim import slim
+from edgeprune.graph.slim import fingerprint, slim
 from edgeprune.graph.trace import trace
 from edgeprune.load import user_code
-from edgeprune.pipeline import Job, Pipeline, fingerprint
+from edgeprune.pipeline import Job, Pipeline
 from edgeprune.plan import Budget
+from edgeprune.quantize import check_way
 from edgeprune.registry import find
 from edgeprune.result import Findings, Result, comparison, facts
 from edgeprune.rounds import after, last_round, overall
@@ -51,6 +52,7 @@ def compress(
     allocate: str = "knapsack",
     recipe: Recipe | None = None,
     recover: str | None = None,
+    quantize: str = "none",
     round_to: int | None = None,
     min_channels: int = DEFAULT_RULES.min_channels,
     max_remove: float = DEFAULT_RULES.max_remove,
@@ -73,7 +75,8 @@ def compress(
     folder inside `out` for each (`parts` of the result, in their order; the result itself is that of the first, its report compares all).
     `data`: whatever `load_data` takes, or Data; None: no accuracy, no recalibration, no training, and only criteria that read weights.
     `criterion` None: reconstruction where there are training images, l1 otherwise. `recipe` None: the preset quick where these have
-    labels, no training otherwise. `recover` None: see default_recover. `round_to`, `min_channels`, `max_remove`, `keep_dense`: which
+    labels, no training otherwise. `recover` None: see default_recover. `quantize`: none, int8 or mixed
+    (int8 where this machine runs it faster), calibrated on training images, else on validation ones. `round_to`, `min_channels`, `max_remove`, `keep_dense`: which
     widths a plan may choose, see WidthRules (`round_to` None: what the device's staircase or card says). `search`: options of the
     allocator, such as search_minutes, jobs and cluster. `rounds`: how often to prune and recover, see rounds.py. `out`: the run folder
     (default runs/<name>-<device>); `resume` goes on with the run in it, and stages whose inputs are unchanged are read back.
@@ -97,6 +100,7 @@ def compress(
         recover=recover or default_recover(recipe),
         rules=WidthRules(round_to=_multiple(target, round_to), min_channels=min_channels, max_remove=max_remove, keep_dense=keep_dense),
         formats=tuple(formats),
+        quantize=quantize,
         seed=seed,
         calibration_images=calibration_images,
         notes=tuple(notes),
@@ -195,6 +199,8 @@ def _stages(first: Pipeline, command: str) -> Result:
         accuracies["after fine-tuning"] = stages.accuracy("after fine-tuning", final)
     choice = overall(first, stages, choice)
     artifacts = first.exported(final, choice.plan)
+    if job.quantize != "none":
+        accuracies["after quantization"] = first.accuracy("after quantization", artifacts[0])
     measurements = first.measurements(artifacts[0])
     dense_cost, cost = first.costs(choice)
     found = Findings(
@@ -227,6 +233,7 @@ def _check(job: Job) -> None:
     """What can be known to fail before hours are spent."""
     if job.recover not in RECOVERIES:
         raise UsageError(f"recover must be one of {', '.join(RECOVERIES)}, got {job.recover!r}.")
+    check_way(job.quantize, job.data)
     find("criteria", job.criterion, "criterion")
     find("allocate", job.allocator, "allocator")
     require_formats(job.formats)
@@ -257,6 +264,7 @@ def _asked(job: Job) -> dict[str, Any]:
         "search": dict(job.search),
         "recipe": job.recipe.to_json(),
         "formats": list(job.formats),
+        "quantize": job.quantize,
         "seed": job.seed,
         "rounds": job.rounds,
     }

@@ -8,13 +8,11 @@ from __future__ import annotations
 
 import hashlib
 import json
-import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from typing import Any, TypeVar
 
-import torch
 from safetensors.numpy import load_file, save
 from torch import Tensor, nn
 
@@ -26,18 +24,19 @@ from edgeprune.device.cost import Cost, predict_graph
 from edgeprune.device.measure import FULL, QUICK, Measurement, measure
 from edgeprune.device.session import energy_of, need_sensor
 from edgeprune.errors import DataError
-from edgeprune.export import Artifact, export
+from edgeprune.export import Artifact, export, load_artifact
 from edgeprune.export.verify import ARTIFACTS, SAMPLES, keep_samples, write_list
 from edgeprune.graph import ChannelGraph, portable
-from edgeprune.graph.slim import Proof, named_tensors, prove
+from edgeprune.graph.slim import Proof, fingerprint, prove
 from edgeprune.graph.trace import trace
 from edgeprune.origin import Origin
 from edgeprune.plan import Budget, Plan, Scores
+from edgeprune.quantize import quantizer_for
 from edgeprune.run import Run, write_atomic, write_json
 from edgeprune.train import Epoch, Progress, Recipe
 from edgeprune.train.augment import augment_of
 from edgeprune.train.distill import features_to_learn
-from edgeprune.train.evaluate import Accuracy, batch_norms, evaluate, recalibrate, settled
+from edgeprune.train.evaluate import Accuracy, accuracy_of, batch_norms, evaluate, recalibrate, settled
 from edgeprune.train.finetune import finetune
 from edgeprune.train.reconstruct import reconstruct
 from edgeprune.widths import WidthRules
@@ -66,6 +65,7 @@ class Job:
     formats: tuple[str, ...]
     seed: int
     calibration_images: int
+    quantize: str = "none"
     notes: tuple[str, ...] = ()
     rounds: int = 1
     origin: Origin | None = None
@@ -127,14 +127,19 @@ class Pipeline:
         """Scoring and refitting see images as training does: a network knows its training images, as they are, too well."""
         return augment_of(self.job.recipe, self.job.data.preprocessing.size if self.job.data else (0, 0))
 
-    def accuracy(self, stage: str, model: nn.Module) -> Accuracy | None:
-        """Accuracy of a network on all validation images; None without labelled data."""
+    def accuracy(self, stage: str, model: nn.Module | Artifact) -> Accuracy | None:
+        """Accuracy of a network, or of an artifact by its runtime, on all validation images; None without labelled data."""
         data = self.job.data
         if data is None or not data.val.labelled:
             return None
 
+        def told(_: str, done: int, total: int) -> None:
+            self.progress(f"accuracy, {stage}", done, total)
+
         def compute() -> Accuracy:
-            return evaluate(model, data.val, progress=lambda _, done, total: self.progress(f"accuracy, {stage}", done, total))
+            if isinstance(model, Artifact):
+                return accuracy_of(load_artifact(model.path), data.val, progress=told)
+            return evaluate(model, data.val, progress=told)
 
         inputs = {"data": data.fingerprint}
         return self._cached(f"accuracy {stage}", inputs, compute, asdict, lambda facts: Accuracy(**facts))
@@ -212,7 +217,10 @@ class Pipeline:
 
     def measured(self, name: str, model: nn.Module, *, quick: bool) -> Measurement:
         """Latency of a network's ONNX artifact on the attached device (a throw-away file)."""
-        artifact = export(model, self.job.example_inputs, self.run.path(f"checkpoints/{name}.onnx"))
+        # how fast int8 runs does not depend on its ranges: few images do; a mixed plan is chosen for the finished network only
+        way = "int8" if self.job.quantize == "int8" and name != "dense" else "none"
+        quantizer = quantizer_for(way, self.job.data, images=8)
+        artifact = export(model, self.job.example_inputs, self.run.path(f"checkpoints/{name}.onnx"), quantizer=quantizer)
         return measure(artifact.path, self.job.device, **(QUICK if quick else FULL))
 
     def proof(self, small: nn.Module, plan: Plan) -> Proof:
@@ -294,9 +302,13 @@ class Pipeline:
             portable.save(model, self.run.path("model.safetensors"), plan=plan)
             batch = next(iter(job.data.val.batches(PARITY_SAMPLES, limit=PARITY_SAMPLES)))[0] if job.data else None
             artifacts = []
+            quantizer = quantizer_for(job.quantize, job.data, threads=job.device.threads, latency_ms=job.budget.latency_ms, seed=job.seed)
             for number, name in enumerate(job.formats):
                 self.progress(f"exporting {name}", number, len(job.formats))
-                artifacts.append(export(model, job.example_inputs, self.run.folder, format=name, samples=batch, metadata=metadata))
+                options: dict[str, Any] = {"samples": batch, "metadata": metadata, "quantizer": quantizer}
+                artifacts.append(export(model, job.example_inputs, self.run.folder, format=name, **options))
+                if quantizer is not None:
+                    write_json(self.run.path("bitplan.json"), quantizer.chosen.to_json() | {"facts": quantizer.facts})
             keep_samples(self.run.folder, model, job.example_inputs if batch is None else batch)
             self.progress("exporting", len(job.formats), len(job.formats))
             return tuple(artifacts)
@@ -308,7 +320,9 @@ class Pipeline:
         def read(facts: Mapping[str, Any]) -> tuple[Artifact, ...]:
             return tuple(Artifact.from_json(a | {"path": self.run.folder / a["path"]}) for a in facts["artifacts"])
 
-        return self.run.cached("export", {"formats": list(job.formats), "metadata": metadata}, compute, write=write, read=read)
+        return self.run.cached(
+            "export", {"formats": list(job.formats), "quantize": job.quantize, "metadata": metadata}, compute, write=write, read=read
+        )
 
     def measurements(self, artifact: Artifact) -> dict[str, Measurement]:
         """Dense and compressed network on the attached device, full protocol; empty where nothing is attached."""
@@ -344,13 +358,3 @@ class Pipeline:
         device = self.job.device
         dense = predict_graph(self.graph, None, device, correction=choice.correction)
         return dense, predict_graph(self.graph, widths(self.graph, choice.plan), device, correction=choice.correction)
-
-
-def fingerprint(model: nn.Module) -> str:
-    """Hash of a network's class, its layers as they describe themselves (strides, activations), and its tensors' names and values."""
-    layers = re.sub(r"\bat 0x[0-9a-f]+", "", repr(model))
-    digest = hashlib.sha256(f"{type(model).__qualname__} {layers}".encode())
-    for name, tensor in named_tensors(model):
-        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
-        digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes() if tensor.numel() else b"")
-    return digest.hexdigest()

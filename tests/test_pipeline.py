@@ -25,7 +25,8 @@ from edgeprune.choice import CLOSE_ENOUGH, Choice, widths
 from edgeprune.cli import main
 from edgeprune.device.measure import Measurement
 from edgeprune.errors import BudgetError, DataError, UsageError
-from edgeprune.pipeline import Job, Pipeline, fingerprint
+from edgeprune.graph.slim import fingerprint
+from edgeprune.pipeline import Job, Pipeline
 from edgeprune.plan import Scores
 from edgeprune.result import Result
 from edgeprune.run import Run

@@ -38,21 +38,21 @@ def export(
     mean: Numbers = None,
     std: Numbers = None,
     layout: Annotated[str | None, typer.Option(help="of images in .tflite files: NHWC (no transposes, the default) or NCHW")] = None,
-    quantize: Annotated[str, typer.Option(help="none: weights and activations stay fp32")] = "none",
+    quantize: Annotated[str, typer.Option(help="none, int8, or mixed: int8 where it is faster on this machine; needs --data")] = "none",
     out: Annotated[Path | None, typer.Option(help="folder for the artifacts (default: runs/<model>-export)")] = None,
     trust_pickle: TrustPickle = False,
     as_json: AsJson = False,
 ) -> None:
     """Artifacts of a network as it is, each compared with it on real images (--data) before it is written."""
     from edgeprune.export import require
+    from edgeprune.quantize import check_way, quantizer_for
     from edgeprune.run import default_folder
 
     asked = [f.strip() for f in formats.split(",")]
     require(asked)
     if layout not in (None, "NHWC", "NCHW"):
         raise UsageError(f"--layout must be NHWC or NCHW, got {layout!r}.")
-    if quantize != "none":
-        raise UsageError(f"--quantize {quantize!r} is not there yet: this version writes fp32 artifacts (--quantize none).")
+    check_way(quantize, data)
     if out:
         must_be_writable(out)
 
@@ -71,10 +71,12 @@ def export(
     if source and source.classes:
         metadata["labels"] = list(source.classes)
     artifacts = []
+    quantizer = quantizer_for(quantize, source)
     for form in asked:
         say(f"exporting {form} …")
         order = layout if form == "tflite" else None
-        artifacts.append(write(loaded.model, loaded.example_inputs, folder, format=form, samples=samples, metadata=metadata, layout=order))
+        options: dict[str, Any] = {"samples": samples, "metadata": metadata, "layout": order, "quantizer": quantizer}
+        artifacts.append(write(loaded.model, loaded.example_inputs, folder, format=form, **options))
     keep_samples(folder, loaded.model, samples)
     listed = write_list(folder, artifacts)
     if as_json:

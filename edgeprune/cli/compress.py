@@ -86,7 +86,7 @@ def compress(
     search_minutes: Annotated[float | None, typer.Option(help="stop searching after so many minutes, for allocators that search")] = None,
     jobs: Annotated[int | None, typer.Option(help="processes that judge candidates, -1: one per core (default: 1)")] = None,
     cluster: Annotated[str | None, typer.Option(help="judge candidates on ray://host:port or dask://host:port")] = None,
-    quantize: Annotated[str, typer.Option(help="none: weights and activations stay fp32")] = "none",
+    quantize: Annotated[str, typer.Option(help="none, int8, or mixed: int8 where it is faster on this machine; needs --data")] = "none",
     formats: Annotated[str, typer.Option("--format", help="artifact formats, comma-separated: onnx, tflite")] = "onnx",
     out: Annotated[Path | None, typer.Option(help="run folder (default: runs/<model>-<device>)")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="go on with the run in --out")] = False,
@@ -98,12 +98,12 @@ def compress(
     """A smaller network that meets the budget on the device, as an artifact with a report."""
     from edgeprune.device.card import device as find_device
     from edgeprune.plan import Budget
+    from edgeprune.quantize import check_way
 
     limits = {"latency_ms": latency_ms, "energy_mj": energy_mj, "macs": macs, "params": params}
     limits |= {"size_bytes": size_mb, "peak_memory_bytes": peak_memory_mb}
     budgets = [Budget(**found) for found in limits_of(limits)]
-    if quantize != "none":
-        raise UsageError(f"--quantize {quantize!r} is not there yet: this version writes fp32 artifacts (--quantize none).")
+    check_way(quantize, data)
     if resume and out is None:
         raise UsageError("--resume needs --out: name the run folder to go on with.")
     target = find_device(device, host=host)
@@ -137,6 +137,7 @@ def compress(
             allocate=allocator,
             recipe=recipe,
             recover=recover,
+            quantize=quantize,
             round_to=round_to,
             min_channels=min_channels,
             max_remove=max_remove,

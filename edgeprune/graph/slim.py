@@ -7,7 +7,9 @@ everything the removed channels own set to zero. Both must compute the same func
 from __future__ import annotations
 
 import copy
+import hashlib
 import math
+import re
 from collections.abc import Iterator, Mapping, MutableMapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -364,3 +366,13 @@ def _copied(model: nn.Module, instead: dict[int, Any] | None = None) -> nn.Modul
         return duplicate(model, instead)
     except Exception as error:  # a user's module may raise anything while it is copied
         raise SlimError(f"the network cannot be copied ({type(error).__name__}: {error}); it must survive copy.deepcopy.") from error
+
+
+def fingerprint(model: nn.Module) -> str:
+    """Hash of a network's class, its layers as they describe themselves (strides, activations), and its tensors' names and values."""
+    layers = re.sub(r"\bat 0x[0-9a-f]+", "", repr(model))
+    digest = hashlib.sha256(f"{type(model).__qualname__} {layers}".encode())
+    for name, tensor in named_tensors(model):
+        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
+        digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes() if tensor.numel() else b"")
+    return digest.hexdigest()

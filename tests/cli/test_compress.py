@@ -160,7 +160,7 @@ EARLY: list[tuple[list[str], int, str]] = [
     ([*QUICK, "--macs", "0.5", "--allocate", "best"], 2, "'best'"),
     ([*QUICK, "--macs", "0.5", "--recover", "magic"], 2, "'magic'"),
     ([*QUICK, "--macs", "0.5", "--format", "tflight"], 2, "'tflight'"),
-    ([*QUICK, "--macs", "0.5", "--quantize", "int8"], 2, "int8"),
+    ([*QUICK, "--macs", "0.5", "--quantize", "int9"], 2, "int9"),
     ([*QUICK, "--macs", "0.5", "--round-to", "0"], 2, "round_to"),
     ([*QUICK, "--macs", "0.5", "--min-channels", "0"], 2, "min_channels"),
     ([*QUICK, "--macs", "0.5", "--max-remove", "70"], 2, "max_remove"),

@@ -1,0 +1,59 @@
+"""From fp32 to few bits: which layer and which channel gets how many, calibrated on real images, written for the runtimes.
+
+bits.py is the plan; network.py reads an ONNX network; calibrate.py sees its activations; grid.py rounds weights; preparation.py makes
+ranges and biases fit; influence.py says what rounding costs, channels.py and mixed.py decide with it; qdq.py and tflite.py write the
+files; quantizer.py is what export() takes. Nothing heavy is imported here.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from edgeprune.errors import DataError, UsageError
+from edgeprune.quantize.bits import BitPlan, Precision
+
+if TYPE_CHECKING:
+    from edgeprune.data import Data
+    from edgeprune.quantize.quantizer import BitQuantizer
+
+WAYS = ("none", "int8", "mixed")
+
+
+def check_way(way: str, data: object) -> None:
+    """Raises UsageError for what is not one of WAYS, DataError where calibration would have no images."""
+    if way not in WAYS:
+        raise UsageError(f"quantize must be one of {', '.join(WAYS)}, got {way!r}.")
+    if way != "none" and data is None:
+        raise DataError(f"quantizing to {way} calibrates on real images: give --data.")
+
+
+def quantizer_for(
+    way: str, data: Data | None, *, threads: int = 1, latency_ms: float | None = None, seed: int = 0, images: int = 256
+) -> Any:
+    """What `export(…, quantizer=)` takes for a way of WAYS: None for "none". Calibrates on training images, else on validation ones.
+
+    mixed: chosen by timings of this machine with `threads`; `latency_ms` is the budget, None takes the fastest mix.
+    """
+    check_way(way, data)
+    if way == "none" or data is None:
+        return None
+    from edgeprune.quantize.quantizer import BitQuantizer, CalibrationImages
+
+    split = data.train if len(data.train) else data.val
+    calibration = CalibrationImages(split, limit=images, seed=seed)
+    if way == "int8":
+        return BitQuantizer(calibration)
+    from edgeprune.quantize.mixed import mixed_plan
+
+    quantizer: BitQuantizer = BitQuantizer(calibration)
+
+    def choose(proto: Any, write: Any, shown: CalibrationImages) -> BitPlan:
+        found = mixed_plan(proto, write, shown.batches, threads=threads, latency_ms=latency_ms)
+        quantizer.facts |= {"mixed": dict(found.facts)}
+        return found.plan
+
+    quantizer.plan = choose
+    return quantizer
+
+
+__all__ = ["WAYS", "BitPlan", "Precision", "check_way", "quantizer_for"]
