@@ -10,7 +10,7 @@ demo: .venv/.core  ## the main job on data that ships with the installation, und
 	$(BIN)/edgeprune demo
 
 test: lint type  ## what CI runs
-	$(BIN)/python -m pytest -m "not slow and not board"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m "not slow and not board"  # two workers of one thread each
 
 test-slow: .venv/.dev  ## browser, real CIFAR-10 weights, library models
 	$(BIN)/python -m pytest -m slow

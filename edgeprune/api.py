@@ -75,11 +75,11 @@ def compress(
     folder inside `out` for each (`parts` of the result, in their order; the result itself is that of the first, its report compares all).
     `data`: whatever `load_data` takes, or Data; None: no accuracy, no recalibration, no training, and only criteria that read weights.
     `criterion` None: reconstruction where there are training images, l1 otherwise. `recipe` None: the preset quick where these have
-    labels, no training otherwise. `recover` None: see default_recover. `quantize`: none, int8 or mixed
-    (int8 where this machine runs it faster), calibrated on training images, else on validation ones. `round_to`, `min_channels`, `max_remove`, `keep_dense`: which
-    widths a plan may choose, see WidthRules (`round_to` None: what the device's staircase or card says). `search`: options of the
-    allocator, such as search_minutes, jobs and cluster. `rounds`: how often to prune and recover, see rounds.py. `out`: the run folder
-    (default runs/<name>-<device>); `resume` goes on with the run in it, and stages whose inputs are unchanged are read back.
+    labels, no training otherwise. `recover` None: see default_recover. `quantize`: none, int8 or mixed (int8 where this machine runs it
+    faster), calibrated on training images, else on validation ones. `round_to`, `min_channels`, `max_remove`, `keep_dense`: which widths
+    a plan may choose, see WidthRules (`round_to` None: what the device's staircase or card says). `search`: options of the allocator,
+    such as search_minutes, jobs and cluster. `rounds`: how often to prune and recover, see rounds.py. `out`: the run folder (default
+    runs/<name>-<device>); `resume` goes on with the run in it, and stages whose inputs are unchanged are read back.
     Raises BudgetError when no plan meets the budget, and the other errors of errors.py.
     """
     budgets = _budgets(budget)

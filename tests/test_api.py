@@ -20,6 +20,7 @@ from edgeprune import pipeline
 from edgeprune.device.measure import Schedule
 from edgeprune.errors import BudgetError, DataError, ModelError, UnknownDevice, UsageError
 from edgeprune.export import load_artifact
+from edgeprune.graph.slim import fingerprint
 from edgeprune.report import quantity
 from edgeprune.result import Result
 from tests.colours import SIDE, ColourNet, arrays, colour_data, colour_net, images, same, weights
@@ -155,7 +156,7 @@ def test_predicted_latency_with_data(trained: Result) -> None:
 
 def test_what_went_in_is_in_the_manifest(trained: Result, model: ColourNet) -> None:
     manifest = read(trained, "run.json")
-    assert manifest["inputs"] == {"model": pipeline.fingerprint(model), "data": colour_data().fingerprint}
+    assert manifest["inputs"] == {"model": fingerprint(model), "data": colour_data().fingerprint}
     asked = manifest["asked"]
     assert (asked["criterion"], asked["device"], asked["seed"], asked["recipe"]["epochs"]) == ("nuclear_norm", "rpi4-ort", 0, 1)
     assert set(manifest["versions"]) >= {"python", "edgeprune", "torch"}

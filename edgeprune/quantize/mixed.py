@@ -25,7 +25,7 @@ import numpy as np
 import onnx
 import onnxruntime
 from numpy.typing import NDArray
-from scipy.sparse import csr_array
+from scipy.sparse import coo_array, csr_array
 from scipy.sparse.csgraph import breadth_first_order, maximum_flow
 
 from edgeprune.quantize.bits import BitPlan
@@ -161,7 +161,7 @@ class _Problem:
                 arcs[arc] = arcs.get(arc, 0.0) + cost
         ends = np.array(list(arcs), np.int32).reshape(-1, 2)
         whole = np.minimum(np.rint(list(arcs.values())), _LARGEST / max(1, len(arcs))).astype(np.int32)
-        graph = csr_array((whole, (ends[:, 0], ends[:, 1])), shape=(len(place) + 1, len(place) + 1), dtype=np.int32)
+        graph: Any = csr_array(coo_array((whole, (ends[:, 0], ends[:, 1])), shape=(len(place) + 1, len(place) + 1)))
         left = (graph - maximum_flow(graph, 0, 1).flow).tocsr()
         left.eliminate_zeros()
         reached = set(breadth_first_order(left, 0, return_predecessors=False).tolist())
@@ -224,7 +224,7 @@ def _maker(network: Network, tensor: str, unit_of: Mapping[int, str]) -> str:
 
 def _owners(network: Network, unit_of: Mapping[int, str]) -> dict[str, str]:
     """What the runtime may call a kernel -> unit: its node's name, or that of the tensor it makes, activation included."""
-    owners = {}
+    owners: dict[str, str] = {}
     for node in network.nodes:
         if unit := unit_of.get(id(node), ""):
             clip = network.clipped(node.output[0])

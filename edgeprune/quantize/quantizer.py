@@ -119,7 +119,10 @@ class BitQuantizer:
         if not isinstance(plan, BitPlan):
             plan = plan(proto, lambda tried: write(proto, tried, bias=True), self.images)
         balanced = equalized(proto) if "equalized" in self.variants else proto
-        made = {"plain": lambda: write(proto, plan, bias=False), "bias": lambda: write(proto, plan, bias=True)}
+        made: dict[str, Callable[[], Any]] = {
+            "plain": lambda: write(proto, plan, bias=False),
+            "bias": lambda: write(proto, plan, bias=True),
+        }
         if balanced is not proto:
             made["equalized"] = lambda: write(balanced, plan, bias=True)
         tried = {name: make() for name, make in made.items() if name in self.variants}

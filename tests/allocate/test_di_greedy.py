@@ -124,7 +124,7 @@ def test_what_it_needs_is_said() -> None:
         allocate(graph, scores, Budget(macs=0.5), method="di_greedy", round_to=1)
     for wrong in ({"layer_choice": "loss"}, {"share": 0.0}, {"rho": 0.0}):
         with pytest.raises(UsageError, match=next(iter(wrong))):
-            allocate(graph, scores, Budget(macs=0.5), method="di_greedy", model=model, data=unlabelled, round_to=1, **wrong)  # type: ignore[arg-type]
+            allocate(graph, scores, Budget(macs=0.5), method="di_greedy", model=model, data=unlabelled, round_to=1, **wrong)
     everything = allocate(
         graph, Scores("x", dict(scores.values)), Budget(macs=1.0), method="di_greedy", model=model, data=probe("residual").data
     )

@@ -12,7 +12,7 @@ def test_layers_carry_torchs_names_and_weights() -> None:
     assert list(layers) == ["stem", "a", "b", "depthwise", "point", "fc"]
     for name, layer in layers.items():
         module = net().get_submodule(name)
-        np.testing.assert_allclose(layer.weight, module.weight.detach().numpy(), rtol=1e-6)  # type: ignore[union-attr, operator]
+        np.testing.assert_allclose(layer.weight, module.weight.detach().numpy(), rtol=1e-6)  # type: ignore[operator]
         assert layer.bias is not None
         np.testing.assert_array_equal(layer.stored(layer.weight), Network(proto()).array(layer.node.input[1]))
 

@@ -30,8 +30,8 @@ def test_bias_correction_restores_mean_outputs() -> None:
     observe(proto(), batches(), means, ranges)
     fixed = corrected(proto(), plan, means.found())
     bias = Network(fixed).layers["stem"].bias
-    assert bias is not None and not np.allclose(bias, LAYERS["stem"].bias)  # type: ignore[arg-type]
-    np.testing.assert_array_equal(Network(fixed).layers["a"].bias, LAYERS["a"].bias)  # type: ignore[arg-type]
+    assert bias is not None and not np.allclose(bias, LAYERS["stem"].bias)  # type: ignore[arg-type]  # asserted above
+    np.testing.assert_array_equal(Network(fixed).layers["a"].bias, LAYERS["a"].bias)
 
     def mean(weights_of: object, bias_of: object) -> np.ndarray[tuple[int, ...], np.dtype[np.float64]]:
         import onnx
