@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import re
+import warnings
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -48,9 +49,11 @@ def quantized(content: bytes, layers: Mapping[str, str], plan: BitPlan, batches:
     previous = logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:
-        watch: Any = calibrator.Calibrator(content, num_threads=1, qsv_update_func=qsv_utils.min_max_update)
-        watch.calibrate({signature: images}, recipe)
-        made = Quantizer(content, recipe.get_quantization_recipe()).quantize(watch.get_model_qsvs(), enable_progress_report=False)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            watch: Any = calibrator.Calibrator(content, num_threads=1, qsv_update_func=qsv_utils.min_max_update)
+            watch.calibrate({signature: images}, recipe)
+            made = Quantizer(content, recipe.get_quantization_recipe()).quantize(watch.get_model_qsvs(), enable_progress_report=False)
     except (ValueError, RuntimeError, KeyError) as error:
         raise ExportError(f"litert-quantizer cannot quantize this network: {error}. Use the format onnx, or --quantize none.") from error
     finally:
