@@ -99,13 +99,11 @@ def compress(
     )
     _check(job)
     folder = Path(out) if out else default_folder(job.name, target.name)
-    words = list(command) or ["edgeprune.compress", job.name]
     new, ours = not folder.exists(), False
     try:
-        with Run.open(folder, asked=_asked(job), command=words, resume=resume) as run:
+        with Run.open(folder, asked=_asked(job), command=list(command) or ["edgeprune.compress", job.name], resume=resume) as run:
             ours = new
-            run.record("inputs", {"model": fingerprint(job.model), "data": source.fingerprint if source else None})
-            return _stages(job, run, shlex.join(words), progress)
+            return _stages(job, run, shlex.join(run.manifest["command"]), progress)
     except EdgepruneError:
         if ours and not (folder / "plan.json").exists():  # nothing worth going on from
             shutil.rmtree(folder, ignore_errors=True)
@@ -123,6 +121,7 @@ def default_criterion(data: Data | None) -> str:
 
 
 def _stages(job: Job, run: Run, command: str, progress: Progress) -> Result:
+    run.record("inputs", {"model": fingerprint(job.model), "data": job.data.fingerprint if job.data else None})
     stages = Pipeline(job, run, progress)
     graph = stages.graph
     job.rules.allowed(graph)  # a pattern that matches nothing is known before hours are spent
