@@ -224,7 +224,7 @@ def _maker(network: Network, tensor: str, unit_of: Mapping[int, str]) -> str:
 
 def _owners(network: Network, unit_of: Mapping[int, str]) -> dict[str, str]:
     """What the runtime may call a kernel -> unit: its node's name, or that of the tensor it makes, activation included."""
-    owners = {}
+    owners: dict[str, str] = {}
     for node in network.nodes:
         if unit := unit_of.get(id(node), ""):
             clip = network.clipped(node.output[0])
