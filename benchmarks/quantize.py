@@ -5,7 +5,7 @@
 int8: ONNX artifacts, u8 activations and s8 weights, calibrated on 256 images. CIFAR-10: calibrated on training images, accuracy on the
 10,000 test images. EfficientNet-Lite0: calibrated on 200 of the 1,000 ImageNet images and evaluated on all of them (the same set: see
 imagenet.py). channels: ResNets with every layer int8 and weights of 4 or 5 bits: uniform, and by discriminant information at the
-largest mean whose compressed artifact is no larger than the uniform one's. Nothing is chosen on test images. Three calibration sets.
+largest mean whose compressed artifact is no larger than the uniform one's. Nothing is chosen on test images. Three seeds.
 mixed: the plan against both ends, timed in turns on one thread; MobileNetV3-small has random weights: only its times mean something.
 Writes benchmarks/results/quantize.json and quantize.md.
 """

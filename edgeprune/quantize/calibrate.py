@@ -57,7 +57,7 @@ def observe(proto: onnx.ModelProto, batches: Iterable[Batch], *observers: Observ
         start = 0
         while start < len(images):
             part = slice(start, start + (at_once or 1))
-            values = {feed: images[part], **dict(zip(made, session.run(made, {feed: images[part]}), strict=True))}
+            values = {feed: images[part], **dict(zip(made, session.run(made, {feed: images[part]}) if made else [], strict=True))}
             for observer in observers:
                 for name in observer.tensors:
                     observer.see(name, values[name], labels[part])

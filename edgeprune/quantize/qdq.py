@@ -5,6 +5,8 @@ and is safe on ARM cores without dot product. A tensor that an int8 layer makes 
 values (pooling, padding, slicing, reshaping: these nodes work on the 8-bit tensor itself) and through arithmetic whose inputs
 are all 8-bit; clipping activations vanish into the tensor's own saturation. A float node gets a float tensor, an int8 layer an 8-bit
 one: each change of precision is one node that costs time, nothing else does.
+onnxruntime (1.31, seen) runs an fp32 conv in 8 bits all the same where its input and its clipped output are 8-bit: to keep a layer in
+floats, keep a neighbour too.
 Weights that only have to be small (fp16, int4) become constants that the runtime turns into floats when it loads the file.
 """
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import re
+import warnings
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -44,13 +45,15 @@ def quantized(content: bytes, layers: Mapping[str, str], plan: BitPlan, batches:
         recipe.add_quantization_config(f"^{re.escape(name)};", operations.ALL_SUPPORTED, algorithm_key=nothing)
     signature, taken = next(iter(Interpreter(model_content=content).get_signature_list().items()))
     feed = taken["inputs"][0]
-    images = ({feed: batch[i : i + 1]} for batch in batches for i in range(len(batch)))
     previous = logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:
-        watch: Any = calibrator.Calibrator(content, num_threads=1, qsv_update_func=qsv_utils.min_max_update)
-        watch.calibrate({signature: images}, recipe)
-        made = Quantizer(content, recipe.get_quantization_recipe()).quantize(watch.get_model_qsvs(), enable_progress_report=False)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            watch: Any = calibrator.Calibrator(content, num_threads=1, qsv_update_func=qsv_utils.min_max_update)
+            for batch in batches:  # a part at a time: it counts what it is given before it reads it
+                watch.calibrate({signature: [{feed: batch[i : i + 1]} for i in range(len(batch))]}, recipe)
+            made = Quantizer(content, recipe.get_quantization_recipe()).quantize(watch.get_model_qsvs(), enable_progress_report=False)
     except (ValueError, RuntimeError, KeyError) as error:
         raise ExportError(f"litert-quantizer cannot quantize this network: {error}. Use the format onnx, or --quantize none.") from error
     finally:
