@@ -19,6 +19,7 @@ import torch
 from torch import nn
 
 import edgeprune as ep
+from edgeprune import choice as choice_module
 from edgeprune import pipeline
 from edgeprune.cli import main
 from edgeprune.device.measure import Measurement
@@ -246,7 +247,7 @@ def test_the_loop_ends_inside_the_budget(loop: Callable[[Scripted, float], pipel
     assert choice.rounds[0].high_ms > 6.0
     assert [r.round for r in choice.rounds] == list(range(1, len(choice.rounds) + 1))
     assert max(fitting) == pytest.approx(1.01 * 1.5 * 10.0 * share)
-    assert not [high for high in fitting[:-1] if high >= pipeline.CLOSE_ENOUGH * 6.0]
+    assert not [high for high in fitting[:-1] if high >= choice_module.CLOSE_ENOUGH * 6.0]
 
 
 def test_the_loop_keeps_what_fitted(loop: Callable[[Scripted, float], pipeline.Choice]) -> None:
