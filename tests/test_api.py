@@ -186,7 +186,7 @@ def test_this_machine_is_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     """No word about speed: either the upper end of what was measured fits, or the answer is no."""
     monkeypatch.setattr(pipeline, "QUICK", BRIEF)
     monkeypatch.setattr(pipeline, "FULL", BRIEF)
-    monkeypatch.setattr(pipeline, "ROUNDS", 2)
+    monkeypatch.setattr("edgeprune.choice.ROUNDS", 2)
     model, example = colour_net(), torch.zeros(1, 3, 64, 64)
     dense = ep.measure(ep.export(model, example, tmp_path / "dense.onnx").path, ep.device("host"), **BRIEF)
     asked = 0.8 * dense.latency_ms

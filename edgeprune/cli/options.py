@@ -109,7 +109,7 @@ def limits_of(given: Mapping[str, str | None]) -> list[dict[str, float]]:
         try:
             values = [scale * float(part) for part in text.split(",")] if text is not None else []
         except ValueError:
-            raise UsageError(f"{option} must be a number, or several with commas between them, got {text!r}.") from None
+            raise typer.BadParameter(f"{text!r} is no number, nor several with commas between them.", param_hint=f"'{option}'") from None
         if values:
             found[name] = values
     counts = {len(values) for values in found.values()} - {1}
