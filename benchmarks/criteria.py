@@ -254,7 +254,8 @@ def _cell(row: dict[str, Any]) -> Cell:
 def best_of_each(rows: list[dict[str, Any]], stage: str) -> list[dict[str, Any]]:
     """The best row of every criterion (its first seed), best criterion first."""
     found: dict[str, dict[str, Any]] = {}
-    for row in sorted((r for r in rows if r["seed"] == 0 and stage in r["validation"]), key=lambda r: -r["validation"][stage]):
+    first = (r for r in rows if r["seed"] == 0 and stage in r["validation"])
+    for row in sorted(first, key=lambda r: (-r["validation"][stage], r["allocation"])):
         found.setdefault(row["criterion"], row)
     return list(found.values())
 

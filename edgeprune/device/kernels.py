@@ -133,13 +133,23 @@ class Kernels:
         return np.array([op.positions if op.kind in ("conv", "linear") else 0.0 for op in self._main], dtype=np.float64)
 
     @cached_property
+    def _first_from(self) -> int:
+        """The number of axes from which on the channel is axis 1: 4, images; 3 where the network's convs run over signals."""
+        return 3 if any(op.kind == "conv" and len(op.kernel) == 1 for op in self.graph.ops) else 4
+
+    def _area(self, number: int) -> int:
+        """Positions per channel of an activation; the channel is the last axis of what has fewer axes than images."""
+        shape = self.graph.activations[number].shape
+        return max(math.prod(shape[2:]) if len(shape) >= self._first_from else math.prod(shape[:-1]), 1)
+
+    @cached_property
     def _input_area(self) -> Floats:
         """Positions per channel of the first input."""
-        return np.array([_area(self.graph, reads[0]) if reads else 1 for reads in self.reads], dtype=np.float64)
+        return np.array([self._area(reads[0]) if reads else 1 for reads in self.reads], dtype=np.float64)
 
     @cached_property
     def _output_area(self) -> Floats:
-        return np.array([_area(self.graph, write) for write in self.writes], dtype=np.float64)
+        return np.array([self._area(write) for write in self.writes], dtype=np.float64)
 
     @cached_property
     def _taps(self) -> Floats:
@@ -260,7 +270,7 @@ def _kind(graph: ChannelGraph, op: Op) -> str:
         broadcast = op.kind != "activation" and any(_dense(graph, a) < _dense(graph, op.output) for a in op.inputs)
         return "scale" if broadcast else "elementwise"
     if op.kind == "pool":
-        return "global_pool" if _area(graph, op.output) == 1 else "pool"
+        return "global_pool" if math.prod(graph.activations[op.output].shape[2:]) == 1 else "pool"
     if op.name == "constant_pad_nd":
         return "pad"
     return op.kind if op.kind in ("linear", "cat", "resize", "norm") else "other"
@@ -281,12 +291,6 @@ def _sources(graph: ChannelGraph) -> dict[int, int]:
             if first != op.output:
                 source[op.output] = first
     return source
-
-
-def _area(graph: ChannelGraph, number: int) -> int:
-    """Positions per channel, where the channel is axis 1 of images and the last axis of the rest."""
-    shape = graph.activations[number].shape
-    return max(math.prod(shape[2:]) if len(shape) == 4 else math.prod(shape[:-1]), 1)
 
 
 def _dense(graph: ChannelGraph, number: int) -> int:

@@ -205,7 +205,7 @@ def test_what_cannot_be_reached_or_sent_is_a_usage_error() -> None:
         with pytest.raises(UsageError, match=message):
             Workers(by, **wrong)
     model = by.model
-    model.generator = iter([1])  # type: ignore[assignment]
+    model.generator = (number for number in (1,))  # type: ignore[assignment]
     try:
         with pytest.raises(UsageError, match="cannot be sent to other processes"), Workers(by, jobs=2):
             pass
