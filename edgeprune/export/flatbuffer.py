@@ -120,11 +120,14 @@ def stored_bits(content: bytes) -> dict[str, int]:
     return {name.removesuffix(".weight"): bits for name, bits in names.items() if name.endswith(".weight")}
 
 
-def named_like_torch(content: bytes, tags: Mapping[str, str], inputs: list[str], outputs: list[str]) -> tuple[bytes, dict[str, str]]:
+def named_like_torch(
+    content: bytes, tags: Mapping[str, str], weights_of: Mapping[str, str], inputs: list[str], outputs: list[str]
+) -> tuple[bytes, dict[str, str]]:
     """The same file with readable tensor names, and torch's layer -> its weight tensor, for layers that are one operation here.
 
     The converter names every tensor by the classes around it: hundreds of bytes each, with the paths of the user's code. `tags`: that
-    chain for a module -> torch's name of it. An operation's output gets its module's name, a weight the parameter's.
+    chain for a module -> torch's name of it. An operation's output gets its module's name, a weight the parameter's. `weights_of`: the
+    SHA-256 of a weight's bytes as they lie here -> its layer, for modules whose chain is lost (a forward that torch.fx wrote).
     """
     model = unpacked(content)
     graph = model.subgraphs[0]
@@ -138,6 +141,9 @@ def named_like_torch(content: bytes, tags: Mapping[str, str], inputs: list[str],
 
     owners = [_owner(tensor.name.decode(), tags) for tensor in graph.tensors]
     weights = {o.inputs[1] for o in graph.operators if _name(model, o) in _MULTIPLYING}
+    for index in weights:
+        if not owners[index] and (data := model.buffers[graph.tensors[index].buffer].data) is not None:
+            owners[index] = weights_of.get(hashlib.sha256(bytes(data)).hexdigest(), "")
     for index, tensor in enumerate(graph.tensors):
         if index in weights and owners[index] and owners[index] not in layers:
             layers[owners[index]] = rename(tensor, f"{owners[index]}.weight")
@@ -173,8 +179,25 @@ def averaged_in_place(content: bytes) -> bytes:
             mean.inputs = np.array([transpose.inputs[0], fresh], np.int32)
     read = {int(i) for o in graph.operators for i in o.inputs} | {int(i) for i in graph.outputs}
     idle = {id(o) for output, o in transposes.items() if output not in read}
-    graph.operators = [o for o in graph.operators if id(o) not in idle]
+    _drop(model, idle)
     return packed(model)
+
+
+def _drop(model: Any, gone: set[int]) -> None:
+    """Takes operations (by id) out of the first graph, and the tensors that nothing names then: who reads all tensors stumbles there."""
+    graph = model.subgraphs[0]
+    graph.operators = [o for o in graph.operators if id(o) not in gone]
+    ends = [*graph.inputs, *graph.outputs]
+    named = {int(i) for o in graph.operators for i in (*o.inputs, *o.outputs)} | {int(i) for i in ends}
+    stay = [i for i in range(len(graph.tensors)) if i in named]
+    place = {-1: -1, **{old: new for new, old in enumerate(stay)}}
+    graph.tensors = [graph.tensors[i] for i in stay]
+    graph.inputs, graph.outputs = (np.array([place[int(i)] for i in side], np.int32) for side in (graph.inputs, graph.outputs))
+    for o in graph.operators:
+        o.inputs, o.outputs = (np.array([place[int(i)] for i in side], np.int32) for side in (o.inputs, o.outputs))
+    for definition in model.signatureDefs or []:
+        for entry in (*definition.inputs, *definition.outputs):
+            entry.tensorIndex = place[entry.tensorIndex]
 
 
 def shuffled_in_place(content: bytes) -> bytes:
@@ -199,7 +222,7 @@ def shuffled_in_place(content: bytes) -> bytes:
         ):
             _swap_groups(model, chain, groups)
             gone |= {id(chain[0]), id(chain[-1])}
-    graph.operators = [o for o in graph.operators if id(o) not in gone]
+    _drop(model, gone)
     return packed(model)
 
 

@@ -6,6 +6,7 @@ gets the network's own layout. The batch is 1. The converter is an extra and is 
 
 from __future__ import annotations
 
+import hashlib
 import os
 import sys
 import warnings
@@ -155,9 +156,19 @@ def _converted(converter: ModuleType, model: nn.Module, args: tuple[Tensor, ...]
             content: bytes = converter.convert(wrapped, fed).model_content()
     except _CONVERTER_ERRORS as error:
         raise explained(error, "TFLite") from error
-    return named_like_torch(
-        shuffled_in_place(averaged_in_place(content)), _tags(wrapped), numbered("input", len(args)), numbered("output", outputs)
-    )
+    ends = numbered("input", len(args)), numbered("output", outputs)
+    return named_like_torch(shuffled_in_place(averaged_in_place(content)), _tags(wrapped), _weights(model), *ends)
+
+
+def _weights(model: nn.Module) -> dict[str, str]:
+    """SHA-256 of every weight's bytes in the order of axes that the file has -> its layer."""
+    found: dict[str, str] = {}
+    for name, module in model.named_modules():
+        weight = getattr(module, "weight", None)
+        if isinstance(weight, Tensor) and weight.ndim in (2, 4):
+            order = (0, 1) if weight.ndim == 2 else (1, 2, 3, 0) if getattr(module, "groups", 1) > 1 else (0, 2, 3, 1)
+            found.setdefault(hashlib.sha256(weight.detach().permute(*order).contiguous().numpy().tobytes()).hexdigest(), name)
+    return found
 
 
 def _tags(wrapped: _ImagesLast) -> dict[str, str]:

@@ -6,6 +6,8 @@ that stay fp32 are named to it by the tensors their operations make. It is an ex
 
 from __future__ import annotations
 
+import contextlib
+import io
 import logging
 import re
 import warnings
@@ -48,7 +50,7 @@ def quantized(content: bytes, layers: Mapping[str, str], plan: BitPlan, batches:
     previous = logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), contextlib.redirect_stderr(io.StringIO()):  # its progress bars
             warnings.simplefilter("ignore")
             watch: Any = calibrator.Calibrator(content, num_threads=1, qsv_update_func=qsv_utils.min_max_update)
             for batch in batches:  # a part at a time: it counts what it is given before it reads it

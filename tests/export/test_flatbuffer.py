@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import hashlib
 import struct
 from typing import Any
 
@@ -94,11 +95,17 @@ def test_data_begins_at_multiples_of_sixteen() -> None:
 
 
 def test_names_of_torch() -> None:
-    named, layers = named_like_torch(linear(), {TAG.rstrip(";"): "0"}, ["input"], ["output"])
+    named, layers = named_like_torch(linear(), {TAG.rstrip(";"): "0"}, {}, ["input"], ["output"])
     assert [t.name for t in unpacked(named).subgraphs[0].tensors] == [b"input", b"0.weight", b"0", b"output"]
     assert layers == {"0": "0.weight"}
     assert stored_bits(named) == {"0": 32}
     assert run(named) == [[3.0, 0.0]]
+
+
+def test_a_layer_whose_chain_is_lost_is_known_by_its_weight() -> None:
+    weight = hashlib.sha256((2 * np.eye(2, dtype=np.float32)).tobytes()).hexdigest()
+    assert named_like_torch(linear(), {}, {weight: "fc"}, ["input"], ["output"])[1] == {"fc": "fc.weight"}
+    assert named_like_torch(linear(), {}, {}, ["input"], ["output"])[1] == {}
 
 
 @pytest.mark.parametrize(
@@ -137,9 +144,9 @@ def test_averages_need_no_transpose(axes: tuple[int, ...], keep: bool, left: int
     assert operations(content)["TRANSPOSE"] == left
     interpreter = Interpreter(model_content=content)
     interpreter.allocate_tensors()
-    interpreter.set_tensor(0, x)
+    interpreter.set_tensor(interpreter.get_input_details()[0]["index"], x)
     interpreter.invoke()
-    np.testing.assert_allclose(interpreter.get_tensor(2), expected)
+    np.testing.assert_allclose(interpreter.get_tensor(interpreter.get_output_details()[0]["index"]), expected)
 
 
 @pytest.mark.parametrize(("swap", "left"), [([0, 2, 1, 3, 4], 1), ([0, 1, 2, 4, 3], 3)])
@@ -176,9 +183,9 @@ def test_channel_shuffles_cost_one_transpose(swap: list[int], left: int) -> None
     assert operations(content)["TRANSPOSE"] == left
     interpreter = Interpreter(model_content=content)
     interpreter.allocate_tensors()
-    interpreter.set_tensor(0, x)
+    interpreter.set_tensor(interpreter.get_input_details()[0]["index"], x)
     interpreter.invoke()
-    assert np.array_equal(interpreter.get_tensor(5), values[-1])
+    assert np.array_equal(interpreter.get_tensor(interpreter.get_output_details()[0]["index"]), values[-1])
 
 
 def test_operations() -> None:
