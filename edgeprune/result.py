@@ -119,6 +119,7 @@ def facts(found: Findings, manifest: Mapping[str, Any], used: Mapping[str, bool]
             *_epochs(found),
             *([device.resolved] if device.resolved else []),
             *found.cost.notes,
+            *_float_only(found),
             *(f"measuring the {name} network: {problem}" for name, m in found.measurements.items() for problem in m.problems),
         ],
     }
@@ -149,6 +150,13 @@ def _point(part: Result) -> dict[str, Any]:
         "met": part.met,
         "artifacts": [f"{part.folder.name}/{a['path']}" for a in part.facts["artifacts"]],
     }
+
+
+def _float_only(found: Findings) -> list[str]:
+    """That predictions are for float kernels, where the artifact has others."""
+    if found.job.quantize == "none" or found.measurements:
+        return []
+    return ["latency, energy and memory are predicted for the network in fp32: no card has constants of int8 kernels yet"]
 
 
 def _rules(found: Findings) -> list[str]:

@@ -28,7 +28,7 @@ def _defaults_from(context: typer.Context, path: Path | None) -> Path | None:
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise UsageError(f"--config {path} is not valid TOML: {error}.") from error
     names = {
-        option.removeprefix("--"): parameter.name
+        option.removeprefix("--"): parameter
         for parameter in context.command.params
         for option in (*parameter.opts, *parameter.secondary_opts)
         if option.startswith("--") and option not in ("--config", "--help")
@@ -39,7 +39,8 @@ def _defaults_from(context: typer.Context, path: Path | None) -> Path | None:
             near = difflib.get_close_matches(key, names, n=1, cutoff=0.5)
             hint = f"did you mean {near[0]!r}?" if near else f"there is: {', '.join(sorted(names))}."
             raise UsageError(f"--config {path} sets {key!r}, which is no option of `edgeprune {context.command.name}`: {hint}")
-        defaults[str(names[key])] = value
+        several = isinstance(value, list) and not getattr(names[key], "multiple", False)  # latency-ms = [30, 20] is --latency-ms 30,20
+        defaults[str(names[key].name)] = ",".join(map(str, value)) if several else value
     context.default_map = {**(context.default_map or {}), **defaults}
     return path
 

@@ -317,6 +317,7 @@ def test_options_come_from_a_file_and_the_command_line_wins(edgeprune: Command, 
 @pytest.mark.parametrize(
     ("text", "words"),
     [
+        ("macs = [0.5, 0.4]\nparams = [0.5, 0.4, 0.3]", "must have equally many, got 2 and 3"),
         ("latncy-ms = 30", "which is no option of `edgeprune compress`: did you mean 'latency-ms'?"),
         ("[compress]\nmacs = 0.5", "sets 'compress', which is no option"),
         ("macs = ", "is not valid TOML"),
