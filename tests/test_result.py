@@ -140,3 +140,10 @@ def test_a_result_knows_whether_it_met_and_lists_its_files(tmp_path: Path) -> No
     names = ("checkpoints/score.safetensors", "model.onnx")
     assert result.to_json() == {**words, "met": False, "folder": str(tmp_path), "files": {name: str(tmp_path / name) for name in names}}
     assert Result(tmp_path, colour_net(), ep.Plan({}), {"budgets": [{"met": True}]}).met
+
+
+@pytest.mark.parametrize(("quantize", "said"), [("int8", True), ("none", False)])
+def test_predictions_for_a_quantized_network_are_said_to_be_for_fp32(quantize: str, said: bool) -> None:
+    here = found()
+    notes = facts(replace(here, job=replace(here.job, quantize=quantize)), MANIFEST, {"trace": False}, "edgeprune compress")["notes"]
+    assert any("predicted for the network in fp32" in note for note in notes) is said
