@@ -9,6 +9,7 @@ network computes: a file that is there was checked. Quantization goes through th
 from __future__ import annotations
 
 import importlib
+import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from importlib.metadata import entry_points
@@ -22,6 +23,8 @@ from edgeprune.errors import ExportError, UsageError
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
+
+os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")  # onnxruntime otherwise keeps a device id and a database in the user's cache folder
 
 Arrays = NDArray[Any] | Sequence[NDArray[Any]]
 Runner = Callable[[Arrays], list[NDArray[Any]]]
