@@ -1,7 +1,8 @@
 """The stages of compress, each read back from the run folder when nothing it depends on has changed.
 
-Order: dense accuracy, scores, plan (with a board attached: export, measure, correct, allocate again), slim and its proof, BN
-recalibration, fine-tuning, artifact, measurement. Figures come out as plain facts; result.py words them for people.
+Order: dense accuracy, scores, plan (choice.py: with a board attached it is measured and corrected), slim and its proof, recovery
+without training, fine-tuning, artifacts (quantized if asked), measurement. Several rounds: rounds.py. Figures come out as plain facts;
+result.py words them for people.
 """
 
 from __future__ import annotations

@@ -82,8 +82,9 @@ class Judge:
         if self.masked or self.graph.exported is not None:
             self._masked.reset()
             return self._masked.set(self._masked.keep_of(plan))
-        network: Any = settled(slim(self.model, self.graph, plan))
-        return network.to(memory_format=self._format)  # type: ignore[no-any-return]
+        network: Any = settled(slim(self.model, self.graph, plan))  # Any: torch types `to` without memory_format
+        moved: nn.Module = network.to(memory_format=self._format)
+        return moved
 
     @cached_property
     def _masked(self) -> Masked:
