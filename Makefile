@@ -6,7 +6,7 @@ TORCH := torch==2.13.0
 
 .PHONY: demo test test-slow test-board lint type setup bench-accuracy bench-allocation bench-artifacts bench-board bench-cost bench-criteria bench-graph bench-regression bench-training clean
 
-demo: .venv/.core  ## the main job on data that ships with the installation, under 3 minutes
+demo: .venv/.core  ## the main job on data that ships with the installation, three to four minutes
 	$(BIN)/edgeprune demo
 
 test: lint type  ## what CI runs
