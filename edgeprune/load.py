@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import math
 import pickle
 import re
 import sys
@@ -270,11 +271,18 @@ def _load_weights(model: nn.Module, state: State, what: str, notes: list[str]) -
             f"{len(keys)} {kind} ({', '.join(keys[:NAMED])}{', …' if len(keys) > NAMED else ''})" for kind, keys in found.items() if keys
         )
         raise ModelError(f"the weights of {what} do not fit together: {text}. Give the factory the network was trained with.")
-    if broken := next((key for key, value in state.items() if value.is_floating_point() and not value.isfinite().all()), None):
+    if broken := next((key for key, value in state.items() if value.is_floating_point() and not _finite(value)), None):
         raise ModelError(f"the weights of {what} hold NaN or infinite values (first in {broken}): take an earlier checkpoint.")
     model.load_state_dict(state, strict=False)
     if counters:
         notes.append(f"{len(counters)} batch counters (num_batches_tracked) are not in the file")
+
+
+def _finite(value: Tensor) -> bool:
+    """Whether a tensor holds neither NaN nor an infinity: both show in its extremes, which one pass finds."""
+    if value.element_size() == 1:  # torch compares no float8
+        value = value.float()
+    return not value.numel() or all(map(math.isfinite, torch.stack(value.detach().aminmax()).tolist()))
 
 
 def _configured_shape(model: nn.Module) -> tuple[int, ...] | None:

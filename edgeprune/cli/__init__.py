@@ -6,6 +6,7 @@ data; 130 interrupted. Errors are one paragraph on stderr; a traceback means a b
 
 from __future__ import annotations
 
+import gc
 import sys
 
 import typer
@@ -46,6 +47,7 @@ devices_app.command("check")(board.check)
 
 def main() -> None:
     """The command `edgeprune`: every error of ours becomes one paragraph and its exit code."""
+    gc.set_threshold(100_000, 50, 100)  # what torch and a network's library import stays: by default it is looked through dozens of times
     try:
         with quiet_unless_first():
             app()

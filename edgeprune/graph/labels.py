@@ -14,8 +14,6 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from scipy.sparse import coo_array
-from scipy.sparse.csgraph import connected_components
 from torch import Tensor
 
 NEUTRAL = 0
@@ -127,8 +125,18 @@ class Labels:
 
 
 def _components(left: NDArray[np.int64], right: NDArray[np.int64], n: int) -> NDArray[np.int64]:
-    ties = coo_array((np.ones(len(left), dtype=np.int8), (left, right)), shape=(n, n))
-    return connected_components(ties, directed=False)[1].astype(np.int64)
+    """The connected component of each of `n` labels, (n,), counted from 0: roots hook onto smaller ones until every tie joins equals.
+
+    SciPy has this too, but importing it takes as long as tracing a ResNet.
+    """
+    root = np.arange(n)
+    while (apart := root[left] != root[right]).any():
+        left, right = root[left[apart]], root[right[apart]]
+        np.minimum.at(root, np.maximum(left, right), np.minimum(left, right))
+        while (up := root[root]).tobytes() != root.tobytes():
+            root = up
+    classes: NDArray[np.int64] = np.unique(root, return_inverse=True)[1]
+    return classes
 
 
 def _balancing(parts: list[NDArray[np.int64]], blocked: NDArray[np.int64]) -> NDArray[np.int64]:
