@@ -10,7 +10,8 @@ training images that neither scores nor searches see; the loss is the divergence
 networks saw all training images in their own training. The 10,000 test images are seen once, at the end, by networks chosen on the others
 (--test).
 Random searches run with several seeds, all others with one. For ResNet-20 at half of the MACs also one short epoch of fine-tuning with
-the product's recipe. Seconds are CPU-seconds of one process and thread.
+the product's recipe. Seconds are CPU-seconds of one process and thread, or of the
+clock where several processes search (--jobs).
 One row per combination in benchmarks/results/allocation.json, written as it is measured, with the revision of the code that made its plan;
 allocation.md and runs/bench/allocation.html from them. Needs EDGEPRUNE_DATA with cifar10/ and weights/.
 """
@@ -18,6 +19,7 @@ allocation.md and runs/bench/allocation.html from them. Needs EDGEPRUNE_DATA wit
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 import math
 import platform
@@ -157,7 +159,7 @@ class Arena:
         return finetune(self.small(plan, "reconstructed"), bench.dense, chosen, None, ep.Recipe(epochs=1), seed=0)[0]
 
     def _logits(self, model: nn.Module) -> Tensor:
-        fast: Any = model.eval().to
+        fast: Any = copy.deepcopy(model).eval().to
         network = fast(memory_format=torch.channels_last)
         with torch.inference_mode():
             return torch.cat([F.log_softmax(network(x).double(), dim=1) for x, _ in self.held])
@@ -251,14 +253,16 @@ def learners(network: str, allocators: Sequence[str], seeds: int) -> Iterator[Le
                 yield Learner(network, allocator, seed)
 
 
-def run(arena: Arena, results: Results, wanted: Sequence[Learner], clock: Clock, *, budgets: Sequence[str], training: bool) -> None:
+def run(
+    arena: Arena, results: Results, wanted: Sequence[Learner], clock: Clock, *, budgets: Sequence[str], training: bool, jobs: int = 1
+) -> None:
     """Everything for one network that is not on disk yet."""
     dense = results.dense.setdefault(arena.bench.network, {})
     dense |= arena.figures(arena.bench.dense) if "accuracy" not in dense else {}
     for learner in wanted:
         if not results.of(learner):
             clock.check()
-            results.put(*arena.learn(learner))
+            results.put(*arena.learn(learner, jobs=jobs))
         for row in results.of(learner):
             for stage in ("recalibrated", "reconstructed") if row["budget"] in budgets else ():
                 if stage not in row["after"]:
@@ -305,6 +309,9 @@ def main() -> None:
     parser.add_argument("--budgets", help="that get figures (default: all)", default=",".join(BUDGETS))
     parser.add_argument("--evaluations", type=int, default=Sizes().evaluations, help="of every random search (default: %(default)s)")
     parser.add_argument("--seeds", type=int, default=3, help="of random searches (default: %(default)s)")
+    parser.add_argument(
+        "--jobs", type=int, default=1, help="processes of searches (default: %(default)s); their seconds are wall-clock then"
+    )
     parser.add_argument("--no-training", action="store_true", help="without the epoch of ResNet-20")
     parser.add_argument("--test", action="store_true", help="the test images, at the end")
     parser.add_argument("--limit-minutes", type=float, default=math.inf, help="start nothing after that")
@@ -317,7 +324,7 @@ def main() -> None:
             arena = Arena(load(network), Sizes(evaluations=options.evaluations))
             wanted = list(learners(network, allocators, options.seeds))
             training = network == "resnet20" and not options.no_training
-            run(arena, results, wanted, clock, budgets=options.budgets.split(","), training=training)
+            run(arena, results, wanted, clock, budgets=options.budgets.split(","), training=training, jobs=options.jobs)
             if options.test:
                 test(arena, results, clock)
     except OutOfTime:

@@ -20,7 +20,7 @@ def table(rows: Rows, dense: Dense) -> str:
         mine = [r for r in rows if (r["network"], r["budget"]) == (network, budget) and "recalibrated" in r["after"]]
         tuned = any("fine-tuned" in r["after"] for r in mine)
         heads = ["allocator", "seeds", "KL, recalibrated", "top-1", "KL, reconstructed", "top-1", *(["top-1, one short epoch"] * tuned)]
-        heads += ["MACs", "search, CPU-s", "candidates", "candidates/CPU-s"]
+        heads += ["MACs", "search, CPU-s", "candidates", "candidates/s"]
         limit = ", ".join(f"{name} {value:g}" for name, value in mine[0]["limit"].items())
         lines = [
             f"### {network}, {budget} ({limit}; dense: {dense[network]['accuracy']:.2f}%)\n",
@@ -67,21 +67,22 @@ def _mean_loss(mine: Rows, allocator: str, stage: str = "recalibrated") -> float
 
 
 def _line(name: str, rows: Rows, *, tuned: bool) -> str:
-    search = [r["search"] for r in rows]
-    seconds = statistics.mean(s["cpu_seconds"] for s in search)
-    candidates = [s["evaluations"] for s in search if s.get("evaluations")]
     cells = [name, str(len(rows))]
     for stage in list(STAGES)[:2]:
         cells += [_ranged(_values(rows, stage, "divergence"), 3), _ranged(_values(rows, stage, "accuracy"), 1)]
     cells += [_ranged(_values(rows, "fine-tuned", "accuracy"), 1)] * tuned
-    cells += [f"{statistics.mean(r['macs_share'] for r in rows):.1%}", f"{seconds:.1f}"]
-    own_process = all(s["jobs"] == 1 for s in search)
-    cells += (
-        [f"{statistics.mean(candidates):.0f}", f"{statistics.mean(candidates) / seconds:.2f}" if own_process else "-"]
-        if candidates
-        else ["-", "-"]
-    )
+    cells += [f"{statistics.mean(r['macs_share'] for r in rows):.1%}", *_speed([r["search"] for r in rows])]
     return f"| {' | '.join(cells)} |"
+
+
+def _speed(searches: list[dict[str, Any]]) -> list[str]:
+    """Seconds, candidates, and candidates per second: of CPU time, or of the clock where several processes searched."""
+    alone = [s for s in searches if s["jobs"] == 1] or searches
+    jobs = alone[0]["jobs"]
+    seconds = statistics.mean(s["cpu_seconds" if jobs == 1 else "seconds"] for s in alone)
+    candidates = statistics.mean(s.get("evaluations", 0) for s in alone)
+    told = f"{seconds:.1f}" + (f" on the clock, {jobs} processes" if jobs > 1 else "")
+    return [told, f"{candidates:.0f}", f"{candidates / seconds:.2f}"] if candidates else [told, "-", "-"]
 
 
 def _ranged(values: list[float], digits: int) -> str:
