@@ -32,9 +32,9 @@ from edgeprune.widths import DEFAULT_RULES, WidthRules
 
 NEEDS = ()
 PAPER = "after Shen et al., Structural Pruning via Latency-Saliency Knapsack, NeurIPS 2022"
-ROUNDS = 12
+GAPS = (1e-3,) * 4 + (1e-4,) * 4  # of the optimum, that the solver may leave in each round
 EXHAUSTIVE = 20_000  # up to so many choices all are tried
-SOLVER_SECONDS = 2.0
+NODES = 16  # of the solver's tree, for each program: a limit in seconds would let the machine's load choose the widths
 
 
 def allocate(
@@ -76,8 +76,8 @@ def _rounds(search: Search, values: tuple[Floats, ...], start: Widths) -> Widths
     """Solve, linearise there, solve again, until the choice repeats; the best fitting choice on the way."""
     best = levels = start
     seen = {tuple(start.tolist())}
-    for _ in range(ROUNDS):
-        levels = _solve(search, values, levels)
+    for gap in GAPS:
+        levels = _solve(search, values, levels, gap)
         fitting = search.fill(search.shrink(levels, lambda saved: saved))
         best = max(best, fitting, key=lambda choice: _total(values, choice))
         if tuple(levels.tolist()) in seen:
@@ -90,8 +90,8 @@ def _total(values: tuple[Floats, ...], levels: Widths) -> float:
     return float(sum(v[level] for v, level in zip(values, levels, strict=True)))
 
 
-def _solve(search: Search, values: tuple[Floats, ...], levels: Widths) -> Widths:
-    """The best levels under costs linearised around `levels`."""
+def _solve(search: Search, values: tuple[Floats, ...], levels: Widths, gap: float) -> Widths:
+    """The best levels under costs linearised around `levels`, to a share `gap` of their value."""
     sizes = [len(v) for v in values]
     choices = np.repeat(levels[None], sum(sizes), axis=0)
     group = np.repeat(np.arange(len(sizes)), sizes)
@@ -105,7 +105,7 @@ def _solve(search: Search, values: tuple[Floats, ...], levels: Widths) -> Widths
             integrality=np.ones(len(group), dtype=np.int64),
             bounds=Bounds(0, 1),
             constraints=[LinearConstraint(one_each, 1, 1), LinearConstraint(change, -np.inf, 1 - use[0])],
-            options={"time_limit": SOLVER_SECONDS, "mip_rel_gap": 1e-4},
+            options={"node_limit": NODES, "mip_rel_gap": gap},
         )
     if result.x is None:
         return levels

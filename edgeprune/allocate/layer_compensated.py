@@ -46,12 +46,7 @@ PAPER = "Chin et al., arXiv 1810.00518 (LcP; its search is reconstructed) and CV
 FORMS = ("affine", "additive")
 
 
-def allocate(graph: ChannelGraph, scores: Scores, budget: Budget, cost: CostModel | None, probe: Probe | None, **options: Any) -> Plan:
-    """The plan of a ranking learned for this one budget; options as for `learn`."""
-    return learn(graph, scores, budget, cost, probe, **options).plan(budget, cost)
-
-
-def learn(
+def allocate(
     graph: ChannelGraph,
     scores: Scores,
     budget: Budget,
@@ -60,6 +55,16 @@ def learn(
     *,
     rules: WidthRules = DEFAULT_RULES,
     normalise: str = "auto",
+    **options: Any,
+) -> Plan:
+    """The plan of a ranking learned for this one budget; other options as for `learn`."""
+    return learn(Search(graph, scores, budget, cost, rules=rules, normalise=normalise), probe, **options).plan(budget, cost)
+
+
+def learn(
+    search: Search,
+    probe: Probe | None,
+    *,
     form: str = "affine",
     per_cost: bool = True,
     start: Sequence[str] = ("knapsack", "global"),
@@ -69,7 +74,7 @@ def learn(
     evaluations: int = 400,
     batch: int = 8,
     images: int = 256,
-    recalibration_images: int = 256,
+    recalibration_images: int = 512,
     loss: str = "divergence",
     steps: int = 0,
     masked: bool = False,
@@ -79,12 +84,12 @@ def learn(
     cluster: str = "",
     progress: Progress = silent,
 ) -> Compensation:
-    """The compensation that lost least at this budget. Reproducible from the seed unless `search_minutes` cut the search short.
+    """The compensation that lost least at the budget of `search`. Reproducible from the seed, unless `search_minutes` cut it short.
 
     `steps`: training steps of every candidate before it is judged. `jobs`, `cluster`: see Workers; results do not depend on them.
     Raises BudgetError with the floor, UsageError for options out of range, DataError for missing images.
     """
-    search = Search(graph, scores, budget, cost, rules=rules, normalise=normalise)
+    began = time.monotonic()
     search.check()
     settings = Evolution(form, population, samples, mutation, evaluations, batch, seed, 60 * search_minutes)
     judge = judge_of(probe, images=images, recalibration_images=recalibration_images, loss=loss, steps=steps, masked=masked)
@@ -96,7 +101,7 @@ def learn(
         def lost(candidates: Sequence[Individual]) -> list[float]:
             return [v.loss for v in workers.verdicts([search.plan(ranking.widths(search, c)) for c in candidates])]
 
-        best, facts = settings.run(ranking, first, lost, progress)
+        best, facts = settings.run(ranking, first, lost, progress, began=began)
     about = {"form": form, "loss": loss, "images": len(judge.held[1]), "recalibration_images": len(judge.spare[1]), "start": list(start)}
     return Compensation(search, ranking, best, about | {"dense_accuracy": judge.dense.accuracy} | facts)
 
@@ -211,14 +216,20 @@ class Evolution:
             raise UsageError(f"layer_compensated cannot search with {wrong[0]} = {getattr(self, wrong[0])!r} (forms: {', '.join(FORMS)}).")
 
     def run(
-        self, ranking: Ranking, first: Sequence[Individual], lost: Callable[[Sequence[Individual]], list[float]], progress: Progress
+        self,
+        ranking: Ranking,
+        first: Sequence[Individual],
+        lost: Callable[[Sequence[Individual]], list[float]],
+        progress: Progress,
+        *,
+        began: float | None = None,
     ) -> tuple[Individual, dict[str, Any]]:
         """The best individual ever judged, and what the search says of itself.
 
         The identity is the youngest of the first generation, the given ones come before it; these are judged first, so that a search
-        that is cut short has them.
+        that is cut short has them. `began`: when the time that the search may take began, now without it.
         """
-        started = time.monotonic()
+        started = time.monotonic() if began is None else began
         rng = np.random.default_rng(self.seed)
         alive: deque[tuple[float, Individual]] = deque(maxlen=self.population)
         best: tuple[float, Individual] = (math.inf, ranking.identity)

@@ -26,7 +26,8 @@ def searching(name: str = "inception", budget: Budget | None = None, *, n: int =
     model, graph, scores = problem(name)
     probe = Probe(model, graph, [(images(name, n), torch.arange(n) % 5)])
     given: dict[str, Any] = {"evaluations": 24, "population": 8, "samples": 4, "images": 16, "recalibration_images": 8, **options}
-    return learn(graph, scores, budget or Budget(macs=0.5), None, probe, rules=RULES, **given)
+    search = Search(graph, scores, budget or Budget(macs=0.5), None, rules=RULES)
+    return learn(search, probe, **given)
 
 
 def ranking(search: Search, *, per_cost: bool = False) -> Ranking:
@@ -155,8 +156,9 @@ def test_it_learns_to_distrust_a_layer_that_shouts() -> None:
     rng = np.random.default_rng(0)
     scores = Scores("x", {g.name: (1000.0 if n == 1 else 1.0) * (1 + rng.random(g.channels)) for n, g in enumerate(graph.groups)})
     probe = Probe(model, graph, [(images("inception", 32), torch.arange(32) % 5)])
-    options: dict[str, Any] = {"per_cost": False, "start": (), "normalise": "none", "images": 24, "recalibration_images": 8}
-    found = learn(graph, scores, Budget(macs=0.4), None, probe, rules=RULES, evaluations=80, population=16, samples=8, **options)
+    options: dict[str, Any] = {"per_cost": False, "start": (), "images": 24, "recalibration_images": 8}
+    search = Search(graph, scores, Budget(macs=0.4), None, rules=RULES, normalise="none")
+    found = learn(search, probe, evaluations=80, population=16, samples=8, **options)
     losses = [loss for _, loss in found.facts["best_so_far"]]
     kept = widths(graph, found.plan(Budget(macs=0.4)))
     plain = widths(graph, allocate(graph, scores, Budget(macs=0.4), method="global", per_cost=False, round_to=1, normalise="none"))
