@@ -3,9 +3,9 @@
     rank = scale * importance + shift,   steps of channels go in ascending rank until the budget holds
 
 Scales and shifts come from regularised evolution: a population of 64, parents the best of 16 drawn with replacement, offspring that
-change a tenth of the groups, the oldest dies. They are learned once, at the smallest of several budgets, and serve all of them. What is
-best of all that was ever judged comes back, so the result is never worse, to the judge, than plain global ranking, which the identity
-individual stands for.
+change a tenth of the groups, the oldest dies. They are learned once, at the smallest of several budgets, and serve all of them: at the
+others the best few are judged again. What is best of all that was ever judged comes back, so the result is never worse, to the judge,
+than plain global ranking, which the identity individual stands for.
 form="additive": rank = importance + shift. Published (LcP): one latent scalar per layer; how it was found is reconstructed as the search
 of LeGR. form="affine": scale > 0 too (LeGR).
 We differ in: one pair per group instead of per layer, because scores are per group (a residual stream is one group whose importance
@@ -44,6 +44,7 @@ from edgeprune.widths import DEFAULT_RULES, WidthRules
 NEEDS = ("images",)
 PAPER = "Chin et al., arXiv 1810.00518 (LcP; its search is reconstructed) and CVPR 2020 (LeGR)"
 FORMS = ("affine", "additive")
+BEST = 4  # individuals that are judged again at other budgets
 
 
 def allocate(
@@ -94,16 +95,16 @@ def learn(
     settings = Evolution(form, population, samples, mutation, evaluations, batch, seed, 60 * search_minutes)
     judge = judge_of(probe, images=images, recalibration_images=recalibration_images, loss=loss, steps=steps, masked=masked)
     ranking = Ranking.of(search, per_cost=per_cost)
-    others = [_plan_of(name, search) for name in start]
-    first = [ranking.giving(levels, form) for levels in others]
-    with Workers(judge, jobs=jobs, cluster=cluster) as workers:
+    first = [ranking.giving(_levels_of(name, search), form) for name in start]
+    workers = Workers(judge, jobs=jobs, cluster=cluster)
+    with workers:
 
         def lost(candidates: Sequence[Individual]) -> list[float]:
             return [v.loss for v in workers.verdicts([search.plan(ranking.widths(search, c)) for c in candidates])]
 
         best, facts = settings.run(ranking, first, lost, progress, began=began)
     about = {"form": form, "loss": loss, "images": len(judge.held[1]), "recalibration_images": len(judge.spare[1]), "start": list(start)}
-    return Compensation(search, ranking, best, about | {"dense_accuracy": judge.dense.accuracy} | facts)
+    return Compensation(search, ranking, best, tuple(start), workers, about | {"dense_accuracy": judge.dense.accuracy} | facts)
 
 
 @dataclass(frozen=True, eq=False)
@@ -182,18 +183,33 @@ def _between(steps: Floats, level: int) -> float:
 
 @dataclass(frozen=True, eq=False)
 class Compensation:
-    """What was learned; reads plans for any budget. `facts`: evaluations, seconds, and the best loss so far after each evaluation."""
+    """What was learned; reads plans for any budget. `best`: the best individuals, the very best first; `start`: see `learn`.
+
+    `facts`: evaluations, seconds, and the best loss so far after each evaluation.
+    """
 
     search: Search
     ranking: Ranking
-    individual: Individual
+    best: tuple[Individual, ...]
+    start: tuple[str, ...]
+    workers: Workers
     facts: dict[str, Any]
 
     def plan(self, budget: Budget, cost: CostModel | None = None) -> Plan:
-        """The plan at this budget. Raises BudgetError with the floor."""
+        """The plan at this budget. Raises BudgetError with the floor.
+
+        At another budget than the one that was learned at, the best individuals, plain global ranking and the plans of `start` are
+        judged again there, and the best of them it is.
+        """
         search = replace(self.search, budget=budget, cost=cost)
         search.check()
-        return search.plan(self.ranking.widths(search, self.individual))
+        if budget == self.search.budget:
+            return search.plan(self.ranking.widths(search, self.best[0]))
+        ranked = [self.ranking.widths(search, one) for one in (*self.best, self.ranking.identity)]
+        plans = [search.plan(widths) for widths in (*ranked, *(search.from_levels(_levels_of(name, search)) for name in self.start))]
+        with self.workers:
+            losses = [verdict.loss for verdict in self.workers.verdicts(plans)]
+        return plans[int(np.argmin(losses))]
 
 
 @dataclass(frozen=True)
@@ -223,8 +239,8 @@ class Evolution:
         progress: Progress,
         *,
         began: float | None = None,
-    ) -> tuple[Individual, dict[str, Any]]:
-        """The best individual ever judged, and what the search says of itself.
+    ) -> tuple[tuple[Individual, ...], dict[str, Any]]:
+        """The `BEST` of all individuals ever judged, and what the search says of itself.
 
         The identity is the youngest of the first generation, the given ones come before it; these are judged first, so that a search
         that is cut short has them. `began`: when the time that the search may take began, now without it.
@@ -232,7 +248,7 @@ class Evolution:
         started = time.monotonic() if began is None else began
         rng = np.random.default_rng(self.seed)
         alive: deque[tuple[float, Individual]] = deque(maxlen=self.population)
-        best: tuple[float, Individual] = (math.inf, ranking.identity)
+        best: list[tuple[float, Individual]] = []
         curve: list[tuple[int, float]] = []
         done, judged = 0, 0.0
         for newborn in self._generations(ranking, first, alive, rng):
@@ -243,15 +259,16 @@ class Evolution:
             judged = max(judged, time.monotonic() - started - spent)
             for loss, individual in zip(losses, newborn, strict=True):
                 done += 1
-                best = min(best, (loss, individual), key=lambda pair: pair[0])
-                if best[0] < (curve[-1][1] if curve else math.inf):
-                    curve.append((done, best[0]))
+                if all(loss != other for other, _ in best):  # equal losses: the same plan
+                    best = sorted([*best, (loss, individual)], key=lambda pair: pair[0])[:BEST]
+                if best[0][0] < (curve[-1][1] if curve else math.inf):
+                    curve.append((done, best[0][0]))
             join = alive.extendleft if done <= self.population else alive.extend  # the first generation: the youngest are judged first
             join(zip(losses, newborn, strict=True))
             progress("searching layer by layer", done, self.evaluations)
         seconds = time.monotonic() - started
         facts = {"evaluations": done, "seconds": round(seconds, 1), "per_second": round(done / seconds, 2), "best_so_far": curve}
-        return best[1], facts | {"cut_short": done < self.evaluations}
+        return tuple(individual for _, individual in best), facts | {"cut_short": done < self.evaluations}
 
     def _generations(
         self, ranking: Ranking, first: Sequence[Individual], alive: deque[tuple[float, Individual]], rng: np.random.Generator
@@ -287,7 +304,7 @@ class Evolution:
         return Individual(scale, shift)
 
 
-def _plan_of(name: str, search: Search) -> Widths:
+def _levels_of(name: str, search: Search) -> Widths:
     """The levels that another allocator, which needs no images, chooses."""
     module = find("allocate", name, "allocator")
     plan = module.allocate(search.graph, search.scores, search.budget, search.cost, None, rules=search.rules, normalise=search.normalise)

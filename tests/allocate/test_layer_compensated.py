@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from edgeprune.allocate import Planner, allocate
-from edgeprune.allocate.layer_compensated import Compensation, Evolution, Individual, Ranking, learn
+from edgeprune.allocate.judge import judge_of
+from edgeprune.allocate.layer_compensated import BEST, Compensation, Evolution, Individual, Ranking, learn
 from edgeprune.allocate.search import Search
 from edgeprune.criteria.probe import Probe
 from edgeprune.errors import BudgetError, UsageError
@@ -110,8 +111,6 @@ def test_the_best_so_far_falls_and_is_no_worse_than_the_identity_and_the_given_p
     assert list(steps) == sorted(set(steps)) and steps[0] == 1
     assert list(losses) == sorted(losses, reverse=True)
     assert found.facts["evaluations"] == 24 and not found.facts["cut_short"]
-    from edgeprune.allocate.judge import judge_of
-
     model, graph, scores = problem("inception")
     judge = judge_of(
         Probe(model, graph, [(images("inception", 24), torch.arange(24) % 5)]),
@@ -134,9 +133,9 @@ def test_the_best_so_far_falls_and_is_no_worse_than_the_identity_and_the_given_p
 @pytest.mark.parametrize("form", ["affine", "additive"])
 def test_seeds_decide_everything(form: str) -> None:
     runs = [searching(seed=seed, form=form, start=()) for seed in (1, 1, 2)]
-    assert (runs[0].individual.scale == runs[1].individual.scale).all() and (runs[0].individual.shift == runs[1].individual.shift).all()
+    assert (runs[0].best[0].scale == runs[1].best[0].scale).all() and (runs[0].best[0].shift == runs[1].best[0].shift).all()
     assert runs[0].facts["best_so_far"] == runs[1].facts["best_so_far"] != runs[2].facts["best_so_far"]
-    assert form == "affine" or (runs[0].individual.scale == 1).all()
+    assert form == "affine" or (runs[0].best[0].scale == 1).all()
 
 
 def test_one_search_serves_several_budgets() -> None:
@@ -148,6 +147,22 @@ def test_one_search_serves_several_budgets() -> None:
         assert 0.9 < use <= 1
     with pytest.raises(BudgetError, match="the floor is"):
         found.plan(Budget(macs=0.001))
+
+
+def test_at_another_budget_it_is_no_worse_than_what_it_started_from() -> None:
+    found = searching(budget=Budget(macs=0.3))
+    model, graph, scores = problem("inception")
+    judge = judge_of(
+        Probe(model, graph, [(images("inception", 24), torch.arange(24) % 5)]),
+        images=16,
+        recalibration_images=8,
+        loss="divergence",
+        steps=0,
+    )
+    for budget in (Budget(macs=0.5), Budget(macs=0.7)):
+        mine = judge(found.plan(budget)).loss
+        for method in found.start:
+            assert mine <= judge(allocate(graph, scores, budget, method=method, round_to=1)).loss + 1e-9
 
 
 def test_it_learns_to_distrust_a_layer_that_shouts() -> None:
@@ -188,7 +203,7 @@ def test_the_oldest_dies_and_the_first_generation_ages_as_published() -> None:
     assert (seen[0].scale == 1).all() and (seen[0].shift == 0).all()
     assert alive[0] == [3, 2, 1, 0]
     assert alive[1:] == [[2, 1, 0, 4], [1, 0, 4, 5], [0, 4, 5, 6], [4, 5, 6, 7]]
-    assert best is seen[0]
+    assert best[0] is seen[0] and len(best) == BEST
 
 
 def test_a_short_search_stops_in_time_and_has_the_identity() -> None:
