@@ -103,7 +103,7 @@ class Arena:
     @cached_property
     def searching(self) -> list[tuple[Tensor, Tensor]]:
         """Augmented training images for searches; not those that the figures are on."""
-        total = max(1024, self.sizes.fitness + self.sizes.fitness_recalibration)
+        total = max(1024, 4 * self.sizes.fitness + 2 * self.sizes.fitness_recalibration)  # what the last look at candidates takes
         return list(self.bench.rest.batches(128, shuffle_seed=1, limit=total, augment=AUGMENT))
 
     @cached_property

@@ -3,9 +3,9 @@
     rank = scale * importance + shift,   steps of channels go in ascending rank until the budget holds
 
 Scales and shifts come from regularised evolution: a population of 64, parents the best of 16 drawn with replacement, offspring that
-change a tenth of the groups, the oldest dies. They are learned once, at the smallest of several budgets, and serve all of them: at the
-others the best few are judged again. What is best of all that was ever judged comes back, so the result is never worse, to the judge,
-than plain global ranking, which the identity individual stands for.
+change a tenth of the groups, the oldest dies. They are learned once, at the smallest of several budgets, and serve all of them: at
+each, the best four of all that were ever judged, plain global ranking (the identity individual) and the plans that the search started
+from are judged once more, on more images, and the best of these comes back: it is never worse, to that judge, than plain ranking.
 form="additive": rank = importance + shift. Published (LcP): one latent scalar per layer; how it was found is reconstructed as the search
 of LeGR. form="affine": scale > 0 too (LeGR).
 We differ in: one pair per group instead of per layer, because scores are per group (a residual stream is one group whose importance
@@ -24,7 +24,8 @@ import math
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -44,7 +45,8 @@ from edgeprune.widths import DEFAULT_RULES, WidthRules
 NEEDS = ("images",)
 PAPER = "Chin et al., arXiv 1810.00518 (LcP; its search is reconstructed) and CVPR 2020 (LeGR)"
 FORMS = ("affine", "additive")
-BEST = 4  # individuals that are judged again at other budgets
+BEST = 4  # individuals that the last look chooses among
+CLOSER = (4, 2)  # the last look's images, and its images to recalibrate on, as multiples of the search's
 
 
 def allocate(
@@ -93,18 +95,22 @@ def learn(
     began = time.monotonic()
     search.check()
     settings = Evolution(form, population, samples, mutation, evaluations, batch, seed, 60 * search_minutes)
-    judge = judge_of(probe, images=images, recalibration_images=recalibration_images, loss=loss, steps=steps, masked=masked)
+    judge, closer = (
+        judge_of(probe, images=n * images, recalibration_images=m * recalibration_images, loss=loss, steps=steps, masked=masked)
+        for n, m in ((1, 1), CLOSER)
+    )
     ranking = Ranking.of(search, per_cost=per_cost)
-    first = [ranking.giving(_levels_of(name, search), form) for name in start]
-    workers = Workers(judge, jobs=jobs, cluster=cluster)
-    with workers:
+    first = [ranking.giving(search.to_levels(_widths_of(name, search)), form) for name in start]
+    last_look = max(CLOSER) * (BEST + 1 + len(first)) / batch
+    with Workers(judge, jobs=jobs, cluster=cluster) as workers:
 
         def lost(candidates: Sequence[Individual]) -> list[float]:
             return [v.loss for v in workers.verdicts([search.plan(ranking.widths(search, c)) for c in candidates])]
 
-        best, facts = settings.run(ranking, first, lost, progress, began=began)
+        best, facts = settings.run(ranking, first, lost, progress, began=began, reserve=last_look)
     about = {"form": form, "loss": loss, "images": len(judge.held[1]), "recalibration_images": len(judge.spare[1]), "start": list(start)}
-    return Compensation(search, ranking, best, tuple(start), workers, about | {"dense_accuracy": judge.dense.accuracy} | facts)
+    about |= {"dense_accuracy": judge.dense.accuracy, "last_look_images": len(closer.held[1])}
+    return Compensation(search, ranking, best, tuple(start), Workers(closer, jobs=jobs, cluster=cluster), about | facts)
 
 
 @dataclass(frozen=True, eq=False)
@@ -183,7 +189,7 @@ def _between(steps: Floats, level: int) -> float:
 
 @dataclass(frozen=True, eq=False)
 class Compensation:
-    """What was learned; reads plans for any budget. `best`: the best individuals, the very best first; `start`: see `learn`.
+    """What was learned; reads plans for any budget. `best`: the best individuals of the search; `start`: see `learn`.
 
     `facts`: evaluations, seconds, and the best loss so far after each evaluation.
     """
@@ -194,22 +200,22 @@ class Compensation:
     start: tuple[str, ...]
     workers: Workers
     facts: dict[str, Any]
+    _chosen: dict[Budget, int] = field(default_factory=dict)
 
     def plan(self, budget: Budget, cost: CostModel | None = None) -> Plan:
-        """The plan at this budget. Raises BudgetError with the floor.
+        """The plan at this budget, chosen once on more images than the search looked at. Raises BudgetError with the floor.
 
-        At another budget than the one that was learned at, the best individuals, plain global ranking and the plans of `start` are
-        judged again there, and the best of them it is.
+        Candidates are the best individuals, plain global ranking, and the plans of `start` at this budget.
         """
         search = replace(self.search, budget=budget, cost=cost)
         search.check()
-        if budget == self.search.budget:
-            return search.plan(self.ranking.widths(search, self.best[0]))
-        ranked = [self.ranking.widths(search, one) for one in (*self.best, self.ranking.identity)]
-        plans = [search.plan(widths) for widths in (*ranked, *(search.from_levels(_levels_of(name, search)) for name in self.start))]
-        with self.workers:
-            losses = [verdict.loss for verdict in self.workers.verdicts(plans)]
-        return plans[int(np.argmin(losses))]
+        makers: list[Callable[[], Widths]] = [partial(self.ranking.widths, search, one) for one in (*self.best, self.ranking.identity)]
+        makers += [partial(_widths_of, name, search) for name in self.start]
+        if budget not in self._chosen:
+            with self.workers:
+                verdicts = self.workers.verdicts([search.plan(make()) for make in makers])
+            self._chosen[budget] = min(range(len(makers)), key=lambda number: verdicts[number].loss)
+        return search.plan(makers[self._chosen[budget]]())
 
 
 @dataclass(frozen=True)
@@ -239,11 +245,13 @@ class Evolution:
         progress: Progress,
         *,
         began: float | None = None,
+        reserve: float = 0.0,
     ) -> tuple[tuple[Individual, ...], dict[str, Any]]:
         """The `BEST` of all individuals ever judged, and what the search says of itself.
 
         The identity is the youngest of the first generation, the given ones come before it; these are judged first, so that a search
-        that is cut short has them. `began`: when the time that the search may take began, now without it.
+        that is cut short has them. `began`: when the time that the search may take began, now without it; `reserve`: of the
+        time, as many batches' worth are left over.
         """
         started = time.monotonic() if began is None else began
         rng = np.random.default_rng(self.seed)
@@ -253,7 +261,7 @@ class Evolution:
         done, judged = 0, 0.0
         for newborn in self._generations(ranking, first, alive, rng):
             spent = time.monotonic() - started
-            if done and spent + judged > self.seconds:
+            if done and spent + (1 + reserve) * judged > self.seconds:
                 break
             losses = lost(newborn)
             judged = max(judged, time.monotonic() - started - spent)
@@ -304,9 +312,8 @@ class Evolution:
         return Individual(scale, shift)
 
 
-def _levels_of(name: str, search: Search) -> Widths:
-    """The levels that another allocator, which needs no images, chooses."""
+def _widths_of(name: str, search: Search) -> Widths:
+    """The widths that another allocator, which needs no images, chooses."""
     module = find("allocate", name, "allocator")
     plan = module.allocate(search.graph, search.scores, search.budget, search.cost, None, rules=search.rules, normalise=search.normalise)
-    kept = [len(plan.keep[g.name]) for g in search.graph.groups]
-    return np.array([int(np.searchsorted(a, w)) for a, w in zip(search.allowed, kept, strict=True)])
+    return np.array([len(plan.keep[g.name]) for g in search.graph.groups])

@@ -139,6 +139,10 @@ class Search:
         """Widths from positions in `allowed`: (…, groups) -> (…, groups)."""
         return np.stack([a[levels[..., g]] for g, a in enumerate(self.allowed)], axis=-1)
 
+    def to_levels(self, widths: Widths) -> Widths:
+        """The positions in `allowed` of widths, (groups,)."""
+        return np.array([int(np.searchsorted(a, w)) for a, w in zip(self.allowed, widths, strict=True)])
+
     @property
     def top(self) -> Widths:
         """The level of the dense width of each group."""

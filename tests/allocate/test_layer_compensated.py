@@ -126,6 +126,7 @@ def test_the_best_so_far_falls_and_is_no_worse_than_the_identity_and_the_given_p
         kept = widths(graph, allocate(graph, scores, Budget(macs=0.5), method=method, round_to=1))
         levels = np.array([int(np.searchsorted(a, w)) for a, w in zip(search.allowed, kept, strict=True)])
         assert mine <= judge(search.plan(search.from_levels(search.use_up(levels)))).loss + 1e-9
+    assert found.facts["last_look_images"] == 16  # no more are there
     plain = searching(start=(), per_cost=False, evaluations=1)
     assert plain.plan(Budget(macs=0.5)) == allocate(graph, scores, Budget(macs=0.5), method="global", per_cost=False, round_to=1)
 
