@@ -278,7 +278,7 @@ def run(
             print(*_key(row), "fine-tuned", row["after"]["fine-tuned"], flush=True)
 
 
-def test(arena: Arena, results: Results, clock: Clock) -> None:
+def examine(arena: Arena, results: Results, clock: Clock) -> None:
     """The test accuracy, after reconstruction, of what has the least divergence there, at every budget, and of plain global ranking."""
     dense = results.dense[arena.bench.network]
     dense["test"] = dense.get("test") or arena.bench.accuracy(arena.bench.dense)
@@ -326,7 +326,7 @@ def main() -> None:
             training = network == "resnet20" and not options.no_training
             run(arena, results, wanted, clock, budgets=options.budgets.split(","), training=training, jobs=options.jobs)
             if options.test:
-                test(arena, results, clock)
+                examine(arena, results, clock)
     except OutOfTime:
         print("the time limit is over: run again to go on.")
     rows = list(results.rows.values())

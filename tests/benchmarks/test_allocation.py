@@ -13,7 +13,7 @@ import torch
 
 from benchmarks.accuracy import Bench
 from benchmarks.accuracy import Sizes as ImagesFor
-from benchmarks.allocation import BUDGETS, METHODS, Arena, Results, Sizes, learners, run, test
+from benchmarks.allocation import BUDGETS, METHODS, Arena, Results, Sizes, examine, learners, run
 from benchmarks.allocation_report import LEARNED, chart, table
 from benchmarks.criteria import Clock, OutOfTime
 from benchmarks.networks import resnet
@@ -51,7 +51,7 @@ def test_one_search_makes_a_row_per_budget_and_a_run_goes_on_where_it_was(arena:
     assert [(r["allocator"], r["budget"]) for r in first if r["after"]] == [("global", "macs-50"), (LEARNED, "macs-50")]
     results = Results(path)
     run(arena, results, wanted, ENDLESS, budgets=BUDGETS, training=True)
-    test(arena, results, ENDLESS)
+    examine(arena, results, ENDLESS)
     content = json.loads(path.read_text())
     rows: list[dict[str, Any]] = content["rows"]
     assert len(rows) == 6 and [r["search"] for r in rows] == [r["search"] for r in first]
