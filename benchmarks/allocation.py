@@ -1,15 +1,19 @@
-"""Every allocator on CIFAR-10 ResNets: same scores, same budgets, accuracy and loss after BN recalibration and after reconstruction.
+"""Every allocator on CIFAR-10 ResNets: same scores, same budgets, loss and accuracy after BN recalibration and after reconstruction.
 
     python -m benchmarks.allocation                                    # goes on where it was; ResNet-20, then ResNet-56
-    python -m benchmarks.allocation --network resnet20 --budgets macs-50 --evaluations 100 --limit-minutes 20
+    python -m benchmarks.allocation --network resnet20 --allocators knapsack,layer-compensated --limit-minutes 9
 
-Scores: the criterion reconstruction. Budgets: half and 36% of the MACs, and a latency on this machine as its cost model predicts it
-(halfway between the dense network and all layers at their narrowest). Channels in any number. Every figure is on 2,000 training images
-that neither scores nor searches see; searches judge on others. The networks saw them all in their own training, so the figures compare
-allocators and do not predict test accuracy; the loss is the divergence (KL, nats) from the dense network's answers beside the
-cross-entropy. Random searches run with three seeds (ResNet-56: one). One epoch of fine-tuning, short, for ResNet-20 at -50%. Seconds are
-CPU-seconds of one process.
-One row per combination in benchmarks/results/allocation.json, written as it is measured. Needs EDGEPRUNE_DATA with cifar10/ and weights/.
+Scores: the default criterion, on augmented training images. Budgets: 36% and half of the MACs, and a latency on this machine as its cost
+model predicts it (halfway between the dense network and all layers at their narrowest). Channels in any number. What an allocator learns
+it learns once, at the budget that leaves the fewest MACs, and reads its plans for the others from that. Figures are on 2,000 augmented
+training images that neither scores nor searches see; the loss is the divergence (KL, nats) from the dense network's answers, because the
+networks saw all training images in their own training. The 10,000 test images are seen once, at the end, by networks chosen on the others
+(--test).
+Random searches run with several seeds, all others with one. For ResNet-20 at half of the MACs also one short epoch of fine-tuning with
+the product's recipe. Seconds are CPU-seconds of one process and thread, or of the
+clock where several processes search (--jobs).
+One row per combination in benchmarks/results/allocation.json, written as it is measured, with the revision of the code that made its plan;
+allocation.md and runs/bench/allocation.html from them. Needs EDGEPRUNE_DATA with cifar10/ and weights/.
 """
 
 from __future__ import annotations
@@ -19,137 +23,198 @@ import copy
 import json
 import math
 import platform
+import subprocess
 import time
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 import edgeprune as ep
-from benchmarks.accuracy import RESULTS, WEIGHTS
-from benchmarks.criteria import TRAINING, Bench, Clock, OutOfTime, Sizes, load
+from benchmarks.accuracy import AUGMENT, DATA, RESULTS, WEIGHTS, Bench
+from benchmarks.accuracy import Sizes as ImagesFor
+from benchmarks.allocation_report import LEARNED, TUNED, chart, table
+from benchmarks.cifar10 import datasets
+from benchmarks.criteria import Clock, OutOfTime
 from edgeprune.allocate import Planner
 from edgeprune.allocate.judge import divergence
 from edgeprune.allocate.search import Search
+from edgeprune.choice import widths
 from edgeprune.device.card import device
 from edgeprune.device.cost import CostModel
+from edgeprune.errors import DataError
 from edgeprune.plan import Budget, Plan
 from edgeprune.run import write_atomic
+from edgeprune.train.evaluate import refit_norms
 from edgeprune.train.finetune import finetune
+from edgeprune.train.reconstruct import reconstruct
 from edgeprune.widths import WidthRules
 
-LEARNED = "layer_compensated"
+PUBLISHED: dict[str, Any] = {"start": (), "per_cost": False, "loss": "cross_entropy"}
 METHODS: dict[str, tuple[str, dict[str, Any]]] = {
-    "uniform": ("uniform", {}),
+    "knapsack": ("knapsack", {}),
     "global": ("global", {"per_cost": False}),
     "global per cost": ("global", {}),
-    "knapsack": ("knapsack", {}),
+    LEARNED: ("layer_compensated", {}),
+    "uniform": ("uniform", {}),
     "DI per cost": ("di_greedy", {}),
     "DI structure (ours)": ("di_greedy", {"layer_choice": "structure"}),
-    "layer-compensated": (LEARNED, {}),
-    "LeGR as published": (LEARNED, {"start": (), "per_cost": False, "loss": "cross_entropy"}),
-    "LcP as published": (LEARNED, {"start": (), "per_cost": False, "loss": "cross_entropy", "form": "additive"}),
-    "LeGR by divergence": (LEARNED, {"start": (), "per_cost": False}),
+    "LeGR as published": ("layer_compensated", PUBLISHED),
+    "LcP as published": ("layer_compensated", PUBLISHED | {"form": "additive"}),
     "DI greedy by accuracy": ("di_greedy", {"layer_choice": "accuracy", "share": 0.05, "images": 256}),
 }
-BUDGETS = ("macs-50", "macs-64", "latency")
-TUNED = "macs-50"
-SEEDS = 3
-FITNESS = 256  # images that judge candidates, apart from all others
+BUDGETS = ("macs-64", "macs-50", "latency")
 
 
 @dataclass(frozen=True)
-class Cell:
-    """One combination."""
+class Sizes:
+    """Images for each purpose, and the candidates that a random search judges."""
+
+    recalibration: int = 1000
+    reconstruction: int = 512
+    training: int = 7680
+    fitness: int = 256
+    fitness_recalibration: int = 512
+    evaluations: int = 200
+
+
+@dataclass(frozen=True)
+class Learner:
+    """One allocator on one network with one seed; it makes one row per budget."""
 
     network: str
-    budget: str
     allocator: str
     seed: int
 
-    @property
-    def key(self) -> tuple[Any, ...]:
-        """What rows are found by."""
-        return tuple(asdict(self).values())
+
+class Arena:
+    """One network, its scores and images, and what the figures of a row are made of."""
+
+    def __init__(self, bench: Bench, sizes: Sizes) -> None:
+        self.bench, self.sizes = bench, sizes
+        self.cost = CostModel(device("host"))
+
+    @cached_property
+    def searching(self) -> list[tuple[Tensor, Tensor]]:
+        """Augmented training images for searches; not those that the figures are on."""
+        total = max(1024, 4 * self.sizes.fitness + 2 * self.sizes.fitness_recalibration)  # what the last look at candidates takes
+        return list(self.bench.rest.batches(128, shuffle_seed=1, limit=total, augment=AUGMENT))
+
+    @cached_property
+    def recalibrating(self) -> list[tuple[Tensor]]:
+        """Augmented training images for batch norms."""
+        batches = self.bench.rest.batches(128, shuffle_seed=2, limit=self.sizes.recalibration, augment=AUGMENT)
+        return [(x.contiguous(memory_format=torch.channels_last),) for x, _ in batches]
+
+    @cached_property
+    def held(self) -> list[tuple[Tensor, Tensor]]:
+        """The augmented images that the figures are on."""
+        batches = self.bench.held.batches(100, shuffle_seed=5, augment=AUGMENT)
+        return [(x.contiguous(memory_format=torch.channels_last), y) for x, y in batches]
+
+    @cached_property
+    def answers(self) -> Tensor:
+        """The dense network's logits for them."""
+        return self._logits(self.bench.dense)
+
+    @cached_property
+    def budgets(self) -> dict[str, Budget]:
+        """By name."""
+        graph = self.bench.graph
+        search = Search(graph, self.bench.scores, Budget(latency_ms=1.0), self.cost, rules=WidthRules(round_to=1))
+        ends = [float(search.figures(w[None])["latency_ms"][0]) for w in (search.smallest, graph.dense_widths)]
+        return {"macs-64": Budget(macs=0.36), "macs-50": Budget(macs=0.5), "latency": Budget(latency_ms=round(sum(ends) / 2, 4))}
+
+    def figures(self, model: nn.Module) -> dict[str, float]:
+        """Accuracy in percent, and divergence from the dense network in nats, on the held images."""
+        logits, labels = self._logits(model), torch.cat([y for _, y in self.held])
+        right = float((logits.argmax(1) == labels).double().mean())
+        return {"accuracy": round(100 * right, 2), "divergence": round(divergence([self.answers], [logits]), 5)}
+
+    def test_accuracy(self, plan: Plan) -> float:
+        """Of the reconstructed network, percent of the 10,000 test images."""
+        return self.bench.accuracy(self.small(plan, "reconstructed"))
+
+    def small(self, plan: Plan, stage: str) -> nn.Module:
+        """The slim network after "recalibrated" or "reconstructed"."""
+        bench = self.bench
+        small = ep.slim(bench.dense, bench.graph, plan)
+        if stage == "recalibrated":
+            fast: Any = small.to
+            network: nn.Module = fast(memory_format=torch.channels_last)
+            refit_norms(network, self.recalibrating)
+            return network
+        return reconstruct(small, bench.dense, bench.graph, plan, bench.rest, images=self.sizes.reconstruction, augment=AUGMENT)
+
+    def tuned(self, plan: Plan) -> nn.Module:
+        """The reconstructed network after one short epoch with the product's recipe."""
+        bench = self.bench
+        chosen = bench.rest.subset(np.random.default_rng(0).permutation(len(bench.rest))[: self.sizes.training])
+        return finetune(self.small(plan, "reconstructed"), bench.dense, chosen, None, ep.Recipe(epochs=1), seed=0)[0]
+
+    def _logits(self, model: nn.Module) -> Tensor:
+        fast: Any = copy.deepcopy(model).eval().to
+        network = fast(memory_format=torch.channels_last)
+        with torch.inference_mode():
+            return torch.cat([F.log_softmax(network(x).double(), dim=1) for x, _ in self.held])
+
+    def learn(self, learner: Learner, *, jobs: int = 1) -> list[dict[str, Any]]:
+        """A row per budget, without figures: the plans, and what finding them took."""
+        bench, sizes = self.bench, self.sizes
+        method, options = METHODS[learner.allocator]
+        if method == "layer_compensated":
+            options = {"evaluations": sizes.evaluations, "seed": learner.seed, "images": sizes.fitness} | options
+        if method == "layer_compensated" or options.get("layer_choice") == "accuracy":
+            options = {"recalibration_images": sizes.fitness_recalibration, "jobs": jobs} | options
+        planner = Planner(
+            bench.graph, bench.scores, method=method, model=bench.dense, data=self.searching, rules=WidthRules(round_to=1), **options
+        )
+        clock, started = time.monotonic(), time.process_time()
+        order = planner.hardest_first(list(self.budgets.values()), self.cost)
+        plans = {name: planner.plan(self.budgets[name], self.cost) for name in (list(self.budgets)[number] for number in order)}
+        spent = {"cpu_seconds": round(time.process_time() - started, 2), "seconds": round(time.monotonic() - clock, 2), "jobs": jobs}
+        said = {k: list(v) if isinstance(v, tuple) else v for k, v in options.items()}
+        return [
+            {
+                **vars(learner),
+                "budget": name,
+                "limit": self.budgets[name].limits(),
+                "learned_at": list(self.budgets)[order[0]],
+                "options": said,
+                "search": {**spent, **planner.facts},
+                "widths": [len(plan.keep[g.name]) for g in bench.graph.groups],
+                "plan_sha256": plan.sha256,
+                "macs_share": round(float(bench.graph.macs_at(widths(bench.graph, plan))[0]) / bench.graph.macs, 4),
+                "revision": revision(),
+                "after": {},
+            }
+            for name, plan in plans.items()
+        ]
+
+    def plan(self, row: dict[str, Any]) -> Plan:
+        """The best-scored channels at the widths of a row."""
+        names = (g.name for g in self.bench.graph.groups)
+        plan = Plan.from_widths(self.bench.graph, dict(zip(names, row["widths"], strict=True)), self.bench.scores)
+        if plan.sha256 != row["plan_sha256"]:
+            raise DataError(
+                "the scores are others than when this row was begun: remove the file of results, or measure with that revision."
+            )
+        return plan
 
 
-class Images:
-    """Labelled batches that can be read again: the fitness images first, then others to recalibrate on and to learn DI from."""
+def revision() -> str:
+    """The commit, and whether the package or the benchmarks differ from it."""
 
-    def __init__(self, bench: Bench) -> None:
-        self._rest, self._held = bench.rest.hold_out(FITNESS, seed=1)
+    def git(*words: str) -> str:
+        return subprocess.run(["git", *words], capture_output=True, text=True, check=False, cwd=Path(__file__).parent.parent).stdout.strip()
 
-    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        yield from self._held.batches(128)
-        yield from self._rest.batches(128, shuffle_seed=0, limit=1024)
-
-
-def budget_of(bench: Bench, name: str, cost: CostModel) -> Budget:
-    """The budget that a name stands for."""
-    if name.startswith("macs-"):
-        return Budget(macs=1 - int(name.removeprefix("macs-")) / 100)
-    search = Search(bench.graph, bench.scores("reconstruction", 0), Budget(latency_ms=1.0), cost, rules=WidthRules(round_to=1))
-    ends = [float(search.figures(w[None])["latency_ms"][0]) for w in (search.smallest, bench.graph.dense_widths)]
-    return Budget(latency_ms=sum(ends) / 2)
-
-
-def figures(bench: Bench, model: nn.Module) -> dict[str, float]:
-    """Accuracy in percent, cross-entropy and divergence from the dense network in nats, on the validation images."""
-    fast, dense = (_fast(copy.deepcopy(network)) for network in (model, bench.dense))
-    with torch.inference_mode():
-        logits = torch.cat([fast(x) for x, _ in bench.validation]).double()
-        answers = torch.cat([dense(x) for x, _ in bench.validation]).double()
-    labels = torch.cat([y for _, y in bench.validation])
-    return {
-        "accuracy": round(100 * float((logits.argmax(1) == labels).double().mean()), 3),
-        "cross_entropy": round(float(nn.functional.cross_entropy(logits, labels)), 5),
-        "divergence": round(divergence([answers], [logits]), 5),
-    }
-
-
-def _fast(network: nn.Module) -> nn.Module:
-    convert: Any = network.eval().to  # torch's stubs lack this overload
-    convert(memory_format=torch.channels_last)
-    return network
-
-
-def measure(bench: Bench, cell: Cell, evaluations: int) -> dict[str, Any]:
-    """One row."""
-    cost = CostModel(device("host"))
-    budget, scores = budget_of(bench, cell.budget, cost), bench.scores("reconstruction", 0)
-    method, options = METHODS[cell.allocator]
-    searching = {"evaluations": evaluations, "seed": cell.seed} if method == LEARNED else {}
-    started, clock = time.process_time(), time.monotonic()
-    planner = Planner(
-        bench.graph, scores, method=method, model=bench.dense, data=Images(bench), rules=WidthRules(round_to=1), **options, **searching
-    )
-    plan = planner.plan(budget, cost)
-    seconds = time.process_time() - started
-    row = {
-        **asdict(cell),
-        "plan": plan.to_json(),
-        "plan_sha256": plan.sha256,
-        "options": {k: v for k, v in options.items() if k != "start"},
-        "search_cpu_seconds": round(seconds, 2),
-        "search_seconds": round(time.monotonic() - clock, 2),
-        "search": dict(planner.facts),
-        "after": {stage: figures(bench, bench.small(plan, stage)) for stage in ("recalibrated", "reconstructed")},
-        "macs_share": round(ep.trace(bench.small(plan, "pruned"), bench.example).macs / bench.graph.macs, 4),
-    }
-    evaluated = int(planner.facts.get("evaluations", 0))
-    return row | ({"evaluations_per_cpu_second": round(evaluated / seconds, 3)} if evaluated else {})
-
-
-def tune(bench: Bench, row: dict[str, Any]) -> None:
-    """Adds the figures after one short epoch with the product's recipe."""
-    plan = Plan.from_json(row["plan"])
-    chosen = bench.rest.subset(np.random.default_rng(0).permutation(len(bench.rest))[:TRAINING])
-    small, _ = finetune(bench.small(plan, "reconstructed"), bench.dense, chosen, None, ep.Recipe(epochs=1), seed=0)
-    row["after"]["fine-tuned"] = figures(bench, small)
+    return git("rev-parse", "--short=12", "HEAD") + ("+" if git("status", "--porcelain", "edgeprune", "benchmarks/allocation.py") else "")
 
 
 class Results:
@@ -159,120 +224,115 @@ class Results:
         self._path = path
         content = json.loads(path.read_text()) if path.exists() else {"dense": {}, "rows": []}
         self.dense: dict[str, dict[str, float]] = content["dense"]
-        self.rows: dict[tuple[Any, ...], dict[str, Any]] = {key(r): r for r in content["rows"]}
+        self.rows: dict[tuple[Any, ...], dict[str, Any]] = {_key(r): r for r in content["rows"]}
 
-    def put(self, row: dict[str, Any]) -> None:
-        """Add or replace a row."""
-        self.rows[key(row)] = row
+    def of(self, learner: Learner) -> list[dict[str, Any]]:
+        """The rows of one learner, the hardest budget first."""
+        keys = ((learner.network, learner.allocator, learner.seed, budget) for budget in BUDGETS)
+        return [self.rows[key] for key in keys if key in self.rows]
+
+    def put(self, *rows: dict[str, Any]) -> None:
+        """Add or replace rows."""
+        self.rows |= {_key(row): row for row in rows}
         machine = {"platform": platform.platform(), "threads": torch.get_num_threads(), "torch": torch.__version__}
         lines = ",\n".join(json.dumps(self.rows[k]) for k in sorted(self.rows))
-        write_atomic(
-            self._path, f'{{"machine": {json.dumps(machine)},\n"dense": {json.dumps(self.dense)},\n"rows": [\n{lines}\n]}}\n'.encode()
-        )
+        head = f'{{"machine": {json.dumps(machine)},\n"dense": {json.dumps(self.dense)},\n"rows": [\n'
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomic(self._path, (head + lines + "\n]}\n").encode())
 
 
-def key(row: dict[str, Any]) -> tuple[Any, ...]:
-    """What a row is found by."""
-    return Cell(row["network"], row["budget"], row["allocator"], row["seed"]).key
+def _key(row: dict[str, Any]) -> tuple[Any, ...]:
+    return row["network"], row["allocator"], row["seed"], row["budget"]
 
 
-def cells(network: str, allocators: list[str], budgets: list[str], seeds: int) -> Iterator[Cell]:
-    """All combinations, budget by budget; more than one seed for random searches only, the first seed of all before the others."""
+def learners(network: str, allocators: Sequence[str], seeds: int) -> Iterator[Learner]:
+    """All of them, the first seed of all before the others; more than one seed for random searches only."""
     for seed in range(seeds):
-        for budget in budgets:
-            for allocator in allocators:
-                if not seed or METHODS[allocator][0] == LEARNED:
-                    yield Cell(network, budget, allocator, seed)
+        for allocator in allocators:
+            if not seed or METHODS[allocator][0] == "layer_compensated":
+                yield Learner(network, allocator, seed)
 
 
-def run(bench: Bench, results: Results, wanted: list[Cell], clock: Clock, *, evaluations: int, training: bool) -> None:
+def run(
+    arena: Arena, results: Results, wanted: Sequence[Learner], clock: Clock, *, budgets: Sequence[str], training: bool, jobs: int = 1
+) -> None:
     """Everything for one network that is not on disk yet."""
-    if bench.network not in results.dense:
-        results.dense[bench.network] = figures(bench, bench.dense)
-    for cell in wanted:
-        row = results.rows.get(cell.key)
-        if row is None or (row["search"].get("evaluations", evaluations) < evaluations and METHODS[cell.allocator][0] == LEARNED):
+    dense = results.dense.setdefault(arena.bench.network, {})
+    dense |= arena.figures(arena.bench.dense) if "accuracy" not in dense else {}
+    for learner in wanted:
+        if not results.of(learner):
             clock.check()
-            row = measure(bench, cell, evaluations)
-            results.put(row)
-            print(f"{cell.key} {row['after']} {row['search_cpu_seconds']} CPU-s", flush=True)
-    for cell in wanted if training else ():
-        row = results.rows[cell.key]
-        if cell.budget == TUNED and not cell.seed and "fine-tuned" not in row["after"]:
+            results.put(*arena.learn(learner, jobs=jobs))
+        for row in results.of(learner):
+            for stage in ("recalibrated", "reconstructed") if row["budget"] in budgets else ():
+                if stage not in row["after"]:
+                    clock.check()
+                    row["after"][stage] = arena.figures(arena.small(arena.plan(row), stage))
+                    results.put(row)
+                    print(*_key(row), stage, row["after"][stage], f"{row['search']['cpu_seconds']} CPU-s", flush=True)
+    for row in (row for learner in wanted if training for row in results.of(learner)):
+        if row["budget"] == TUNED and not row["seed"] and "fine-tuned" not in row["after"]:
             clock.check()
-            tune(bench, row)
+            row["after"]["fine-tuned"] = arena.figures(arena.tuned(arena.plan(row)))
             results.put(row)
-            print(f"{cell.key} fine-tuned {row['after']['fine-tuned']}", flush=True)
+            print(*_key(row), "fine-tuned", row["after"]["fine-tuned"], flush=True)
 
 
-def table(rows: list[dict[str, Any]], dense: dict[str, dict[str, float]]) -> str:
-    """One table per network and budget, the least loss after recalibration first, and whether the learned ranking beats plain global."""
-    parts = []
-    for network, budget in dict.fromkeys((r["network"], r["budget"]) for r in sorted(rows, key=key)):
-        mine = [r for r in rows if (r["network"], r["budget"]) == (network, budget)]
-        means = {name: _mean([r for r in mine if r["allocator"] == name]) for name in dict.fromkeys(r["allocator"] for r in mine)}
-        lines = [
-            f"### {network}, {budget} (dense: {dense[network]['accuracy']:.2f}%)\n",
-            "| allocator | seeds | KL, recalibrated | accuracy | KL, reconstructed | accuracy | after 1 epoch | MACs | CPU-s "
-            "| runs/CPU-s |",
-            "|---|---|---|---|---|---|---|---|---|---|",
-        ]
-        for name, m in sorted(means.items(), key=lambda item: item[1]["recalibrated divergence"]):
-            lines.append(
-                f"| {name} | {m['seeds']:.0f} | {m['recalibrated divergence']:.4f} | {m['recalibrated accuracy']:.2f} | "
-                f"{m['reconstructed divergence']:.4f} | {m['reconstructed accuracy']:.2f} | {_word(m.get('fine-tuned accuracy'))} | "
-                f"{m['macs_share']:.1%} | {m['search_cpu_seconds']:.1f} | {_word(m.get('evaluations_per_cpu_second'))} |"
-            )
-        parts.append("\n".join([*lines, *_verdict(means)]))
-    return "\n\n".join(parts) + "\n"
+def examine(arena: Arena, results: Results, clock: Clock) -> None:
+    """The test accuracy, after reconstruction, of what has the least divergence there, at every budget, and of plain global ranking."""
+    dense = results.dense[arena.bench.network]
+    dense["test"] = dense.get("test") or arena.bench.accuracy(arena.bench.dense)
+    for budget in BUDGETS:
+        rows = [r for r in results.rows.values() if (r["network"], r["budget"]) == (arena.bench.network, budget)]
+        rows = [r for r in rows if "reconstructed" in r["after"]]
+        best = sorted(rows, key=lambda r: float(r["after"]["reconstructed"]["divergence"]))[:1]
+        for row in best + [r for r in rows if r["allocator"] == "global"]:
+            if "test" not in row:
+                clock.check()
+                row["test"] = arena.test_accuracy(arena.plan(row))
+                results.put(row)
+                print(*_key(row), "test", row["test"], flush=True)
 
 
-def _mean(rows: list[dict[str, Any]]) -> dict[str, float]:
-    found = {f"{stage} {name}": v for stage, values in rows[0]["after"].items() for name, v in values.items()}
-    for stage_name in found:
-        stage, name = stage_name.rsplit(" ", 1)
-        found[stage_name] = float(np.mean([r["after"][stage][name] for r in rows if stage in r["after"]]))
-    plain = ("macs_share", "search_cpu_seconds", "evaluations_per_cpu_second")
-    return found | {n: float(np.mean([r[n] for r in rows])) for n in plain if n in rows[0]} | {"seeds": float(len(rows))}
-
-
-def _word(value: float | None) -> str:
-    return "-" if value is None or math.isnan(value) else f"{value:.2f}"
-
-
-def _verdict(means: dict[str, dict[str, float]]) -> list[str]:
-    if "layer-compensated" not in means or "global" not in means:
-        return []
-    mine, other = (means[name]["recalibrated divergence"] for name in ("layer-compensated", "global"))
-    word = "beats" if mine < other else "does not beat"
-    return [f"\nlayer-compensated {word} plain global on validation loss: {mine:.4f} against {other:.4f} nats after BN recalibration."]
+def load(network: str) -> Bench:
+    """The network with its public checkpoint, and CIFAR-10."""
+    loaded = ep.load_model(DATA / "weights" / WEIGHTS[network], factory=f"benchmarks.networks:{network}", input_shape=(1, 3, 32, 32))
+    data = ep.load_data(datasets())
+    return Bench(network, loaded.model, data.train, data.val, sizes=ImagesFor(), work=Path("runs") / "bench" / "allocation")
 
 
 def main() -> None:
-    """Measure what is missing, then write the table."""
+    """Measure what is missing, then write the table and the chart."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--network", choices=sorted(WEIGHTS), help="one network (default: resnet20, then resnet56)")
     parser.add_argument("--allocators", help="names of the table, comma-separated without spaces around (default: all)", default="")
-    parser.add_argument("--budgets", default=",".join(BUDGETS))
-    parser.add_argument("--evaluations", type=int, default=400, help="of every random search (default: %(default)s)")
-    parser.add_argument("--seeds", type=int, help="of random searches (default: 3, ResNet-56: 1)")
+    parser.add_argument("--budgets", help="that get figures (default: all)", default=",".join(BUDGETS))
+    parser.add_argument("--evaluations", type=int, default=Sizes().evaluations, help="of every random search (default: %(default)s)")
+    parser.add_argument("--seeds", type=int, default=3, help="of random searches (default: %(default)s)")
+    parser.add_argument(
+        "--jobs", type=int, default=1, help="processes of searches (default: %(default)s); their seconds are wall-clock then"
+    )
     parser.add_argument("--no-training", action="store_true", help="without the epoch of ResNet-20")
-    parser.add_argument("--limit-minutes", type=float, default=math.inf, help="stop after the row that passes this")
+    parser.add_argument("--test", action="store_true", help="the test images, at the end")
+    parser.add_argument("--limit-minutes", type=float, default=math.inf, help="start nothing after that")
     parser.add_argument("--results", type=Path, default=RESULTS / "allocation.json")
     options = parser.parse_args()
     allocators = [a for a in METHODS if not options.allocators or a in options.allocators.split(",")]
     clock, results = Clock(time.monotonic() + 60 * options.limit_minutes), Results(options.results)
     try:
         for network in [options.network] if options.network else sorted(WEIGHTS):
-            bench = load(network, Sizes(), Path("runs") / "bench" / "criteria")
-            seeds = options.seeds or (SEEDS if network == "resnet20" else 1)
-            wanted = list(cells(network, allocators, options.budgets.split(","), seeds))
+            arena = Arena(load(network), Sizes(evaluations=options.evaluations))
+            wanted = list(learners(network, allocators, options.seeds))
             training = network == "resnet20" and not options.no_training
-            run(bench, results, wanted, clock, evaluations=options.evaluations, training=training)
+            run(arena, results, wanted, clock, budgets=options.budgets.split(","), training=training, jobs=options.jobs)
+            if options.test:
+                examine(arena, results, clock)
     except OutOfTime:
         print("the time limit is over: run again to go on.")
-    text = table(list(results.rows.values()), results.dense)
+    rows = list(results.rows.values())
+    text = table(rows, results.dense)
     options.results.with_suffix(".md").write_text(text)
+    write_atomic(Path("runs") / "bench" / "allocation.html", chart(rows, results.dense).encode())
     print(text)
 
 

@@ -2,7 +2,7 @@
 
     python -m benchmarks.allocation_speed
 
-Networks: ResNet-50 of timm, and a chain of 200 convolutions whose widths are all free. Budgets: half of the MACs, and latency, memory and
+Networks: ResNet-50 (torchvision), and a chain of 200 convolutions whose widths are free. Budgets: half of the MACs, and latency, memory and
 size on a Raspberry Pi 4 at once (halfway between the least and the dense). Widths in multiples of 8 and in any number. The knapsack also
 says how much of the value that plain ranking keeps it gains. Writes benchmarks/results/allocation_speed.json and .md.
 """
@@ -19,6 +19,7 @@ from torch import nn
 
 import edgeprune as ep
 from benchmarks.accuracy import RESULTS
+from benchmarks.graph import library_model
 from edgeprune.allocate.search import Search
 from edgeprune.device.card import device
 from edgeprune.device.cost import CostModel
@@ -42,9 +43,7 @@ def chain(groups: int = 200) -> nn.Module:
 
 def networks() -> dict[str, tuple[nn.Module, torch.Tensor]]:
     """Untrained networks and an input."""
-    import timm
-
-    return {"resnet50": (timm.create_model("resnet50"), torch.zeros(1, 3, 224, 224)), "chain of 200": (chain(), torch.zeros(1, 3, 64, 64))}
+    return {"resnet50": (library_model("resnet50"), torch.zeros(1, 3, 224, 224)), "chain of 200": (chain(), torch.zeros(1, 3, 64, 64))}
 
 
 def halfway(search: Search, names: tuple[str, ...]) -> Budget:

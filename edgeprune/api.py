@@ -83,7 +83,7 @@ def compress(
     Raises BudgetError when no plan meets the budget, and the other errors of errors.py.
     """
     budgets = _budgets(budget)
-    _check_numbers(seed, rounds, len(budgets))
+    _check_numbers(seed, rounds)
     target = device if isinstance(device, Device) else find_device(device)
     source = data if isinstance(data, Data) or data is None else load_data(data, seed=seed)
     recipe = recipe or Recipe.preset("quick", **({} if trainable(source) else {"epochs": 0}))
@@ -145,14 +145,17 @@ def _several(job: Job, budgets: Sequence[Budget], run: Run, command: list[str], 
     """What the budgets share in the folder of `run`, then a run of its own for each in a folder inside, named by the budget."""
     shared = Pipeline(job, run, progress)
     job.rules.allowed(shared.graph)
-    dense, scores = shared.accuracy("dense", job.model), shared.scores()
-    given = {"trace": shared.graph, "accuracy dense": dense, "score": scores}
+    given: dict[str, Any] = {"trace": shared.graph, "accuracy dense": shared.accuracy("dense", job.model)}
+    chosen: list[dict[str, Any]] = [{} for _ in budgets]
+    if job.rounds == 1:  # a second round scores, and searches, networks that depend on the budget
+        given["score"] = scores = shared.scores()
+        chosen = [{"allocate": choice} for choice in shared.choose_all(scores, budgets)]
     parts = []
-    for budget, choice in zip(budgets, shared.choose_all(scores, budgets), strict=True):
+    for budget, own in zip(budgets, chosen, strict=True):
         part, folder = replace(job, budget=budget), run.path(budget.label)
         resume = run.team.told((folder / "run.json").exists())
         with _opened(part, folder, command, resume=resume, team=run.team, asked=[budget.limits()]) as inner:
-            parts.append(_stages(Pipeline(part, inner, progress, given=given | {"allocate": choice}), shlex.join(command)))
+            parts.append(_stages(Pipeline(part, inner, progress, given=given | own), shlex.join(command)))
     compared = comparison(parts, run.manifest, shlex.join(command))
     if run.leads:
         write_json(run.path("result.json"), compared)
@@ -222,11 +225,9 @@ def _stages(first: Pipeline, command: str) -> Result:
     return Result(run.folder, final, choice.plan, words)
 
 
-def _check_numbers(seed: int, rounds: int, budgets: int) -> None:
+def _check_numbers(seed: int, rounds: int) -> None:
     if seed < 0 or rounds < 1:
         raise UsageError(f"the seed must be 0 or more and rounds 1 or more, got {seed} and {rounds}.")
-    if rounds > 1 and budgets > 1:
-        raise UsageError("several budgets share one scoring, rounds score the network of each again: give one budget, or --rounds 1.")
 
 
 def _check(job: Job) -> None:

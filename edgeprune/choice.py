@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from edgeprune.allocate import Planner, options_of
-from edgeprune.data import Split
+from edgeprune.data import Augment, Split
 from edgeprune.device.cost import CostModel, predict_graph
 from edgeprune.errors import BudgetError
 from edgeprune.graph import ChannelGraph
@@ -69,7 +69,7 @@ class Chooser:
             scores,
             method=job.allocator,
             model=job.model,
-            data=Images(stages.held_split, stages.train_split, job.seed) if stages.train_split else None,
+            data=Images(stages.held_split, stages.train_split, job.seed, stages.augment) if stages.train_split else None,
             rules=job.rules,
             **{name: value for name, value in known.items() if name in options_of(job.allocator)},
             **job.search,
@@ -129,16 +129,20 @@ class Chooser:
 
 @dataclass(frozen=True, eq=False)
 class Images:
-    """Labelled batches that can be read again: those held out from training first, then training images in a fixed random order."""
+    """Labelled batches that can be read again: those held out from training first, then training images in a fixed random order.
+
+    Augmented: candidates are told apart better by images that the dense network has not seen as they are.
+    """
 
     held: Split | None
     train: Split
     seed: int
+    augment: Augment
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         if self.held is not None:
-            yield from self.held.batches(64)
-        yield from self.train.batches(64, shuffle_seed=self.seed)
+            yield from self.held.batches(64, augment=self.augment)
+        yield from self.train.batches(64, shuffle_seed=self.seed, augment=self.augment)
 
 
 def widths(graph: ChannelGraph, plan: Plan) -> NDArray[np.int64]:

@@ -128,28 +128,34 @@ def facts(found: Findings, manifest: Mapping[str, Any], used: Mapping[str, bool]
 def comparison(parts: Sequence[Result], manifest: Mapping[str, Any], command: str) -> dict[str, Any]:
     """The JSON object of several runs that share a search: what they have in common, all budgets, and one point per run."""
     first = parts[0].facts
-    common = ("edgeprune", "device", "criterion", "allocator", *DEFAULT_RULES.to_json(), "seed", "environment", "preprocessing", "search")
+    common = ("edgeprune", "device", "criterion", "allocator", *DEFAULT_RULES.to_json(), "seed", "environment", "preprocessing")
     return {
         **{name: first[name] for name in common},
+        "search": first["search"] if all(part.facts["search"] == first["search"] for part in parts) else {},
         "title": f"{first['title']}: {len(parts)} budgets",
         "created": manifest["created"],
         "command": command,
         "budgets": [budget for part in parts for budget in part.facts["budgets"]],
         "points": [_point(part) for part in parts],
+        "dense": _reached_by(first, "before"),
     }
 
 
 def _point(part: Result) -> dict[str, Any]:
-    """What a run reached; accuracy in percent, None without labelled data."""
-    after = {f["name"]: f["after"]["value"] for f in part.facts["figures"]}
+    """What a run reached."""
     return {
         "name": part.folder.name,
-        "accuracy": after.get("accuracy"),
-        **{name: after[name] for name in ("latency", "macs", "params", "size")},
+        **_reached_by(part.facts, "after"),
         "latency_basis": next(f["basis"] for f in part.facts["figures"] if f["name"] == "latency"),
         "met": part.met,
         "artifacts": [f"{part.folder.name}/{a['path']}" for a in part.facts["artifacts"]],
     }
+
+
+def _reached_by(run: Mapping[str, Any], side: str) -> dict[str, Any]:
+    """What a comparison shows of one network, "before" or "after"; accuracy in percent, None without labelled data."""
+    values = {f["name"]: f[side]["value"] for f in run["figures"]}
+    return {"accuracy": values.get("accuracy"), **{name: values[name] for name in ("latency", "macs", "params", "size")}}
 
 
 def _float_only(found: Findings) -> list[str]:

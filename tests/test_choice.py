@@ -70,9 +70,10 @@ def test_the_report_compares(several: Result) -> None:
     facts = several.to_json()
     assert [p["name"] for p in facts["points"]] == ["macs-0.7", "macs-0.4"]
     assert len(facts["budgets"]) == 2 and facts["met"]
+    assert facts["dense"]["macs"] > facts["points"][0]["macs"] > facts["points"][1]["macs"]
     assert {"macs-0.7/model.onnx", "macs-0.4/plan.json", "result.json"} <= facts["files"].keys()
     page, words = ((several.folder / f"report.{end}").read_text() for end in ("html", "md"))
-    assert 'id="chart-pareto"' in page and "| macs-0.4 |" in words and "2 budgets, a network for each." in words
+    assert 'id="chart-pareto"' in page and "| macs-0.4 |" in words and "| dense |" in words and "2 budgets, a network for each." in words
     assert 'id="chart-pareto"' not in (several.parts[0].folder / "report.html").read_text()
 
 
@@ -89,7 +90,7 @@ def test_a_search_is_made_once_and_its_curve_is_in_the_facts(tmp_path: Path, mon
     learn = layer_compensated.learn
 
     def counted(*args: Any, evaluations: int = 4, **options: Any) -> Any:
-        found.append(args[2])
+        found.append(args[0].budget)
         return learn(*args, evaluations=evaluations, images=8, recalibration_images=8, **options)
 
     counted.__signature__ = __import__("inspect").signature(learn)  # type: ignore[attr-defined]
@@ -99,6 +100,15 @@ def test_a_search_is_made_once_and_its_curve_is_in_the_facts(tmp_path: Path, mon
     search = result.parts[0].facts["search"]
     assert search["evaluations"] == 4 and search["best_so_far"][0][0] == 1
     assert result.parts[0].plan != result.parts[1].plan
+
+
+def test_in_rounds_every_budget_goes_its_own_way(tmp_path: Path) -> None:
+    """The dense network is looked at once; what a later round scores depends on the budget."""
+    result = compress(tmp_path / "run", rounds=2)
+    assert list(json.loads((result.folder / "run.json").read_text())["stages"]) == ["trace", "accuracy dense"]
+    assert result.met and result.facts["search"] == {}
+    alone = compress(tmp_path / "alone", rounds=2, budget=BUDGETS[1])
+    assert alone.plan == result.parts[1].plan
 
 
 def test_a_failed_start_leaves_nothing(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import edgeprune as ep
-from edgeprune.errors import UsageError
+from edgeprune.errors import BudgetError, UsageError
 from edgeprune.graph.slim import named_tensors, slim
 from edgeprune.pipeline import Job, Pipeline
 from edgeprune.result import Result
@@ -113,5 +113,8 @@ def test_rounds_without_training(tmp_path: Path) -> None:
     result = compress(tmp_path / "run", rounds=2, recipe=ep.Recipe(epochs=0))
     assert result.met
     assert result.facts["curve"] == []
+    with pytest.raises(BudgetError, match="the floor is") as refused:
+        compress(tmp_path / "tiny", budget=ep.Budget(macs=0.001))
+    assert refused.value.exit_code == 3 and not (tmp_path / "tiny").exists()
     with pytest.raises(UsageError, match="rounds 1 or more"):
         compress(tmp_path / "none", rounds=0)

@@ -3,9 +3,9 @@
 An allocator file has `NEEDS` (a tuple: what beyond scores and a budget), `PAPER` (one line) and
 `allocate(graph, scores, budget, cost, probe, **options) -> Plan`. All of them keep the best-scored channels of a group and choose
 widths that the option `rules` (WidthRules) allows; all end within the budget and fill what is left of it. One that learns something
-that serves several budgets also has `learn`, which takes the same and returns an object with `plan(budget, cost) -> Plan` and `facts`
-(plain values about the search). Outsiders add some through `edgeprune.allocators`; theirs may name single rules instead, such as
-round_to.
+that serves several budgets also has `learn(search, probe, **options)`: it learns at the budget of a Search, and returns an object with
+`plan(budget, cost) -> Plan` and `facts` (plain values about what it did). Outsiders add some through `edgeprune.allocators`; theirs may
+name single rules instead, such as round_to.
 """
 
 from __future__ import annotations
@@ -24,9 +24,11 @@ from edgeprune.widths import DEFAULT_RULES, WidthRules
 if TYPE_CHECKING:
     from torch import nn
 
+    from edgeprune.allocate.search import Search
     from edgeprune.device.cost import CostModel
     from edgeprune.graph import ChannelGraph
 
+SEARCHED = ("rules", "normalise")  # options that make the problem, whatever method solves it
 RULES = {f.name: getattr(DEFAULT_RULES, f.name) for f in fields(WidthRules)}
 
 
@@ -63,8 +65,10 @@ def options_of(method: str) -> frozenset[str]:
 
 def _options(module: ModuleType) -> tuple[frozenset[str], bool]:
     """The options' names, and whether any other is taken too."""
-    parameters = inspect.signature(getattr(module, "learn", module.allocate)).parameters.values()
-    return frozenset(p.name for p in parameters if p.kind is p.KEYWORD_ONLY), any(p.kind is p.VAR_KEYWORD for p in parameters)
+    makers = [module.allocate, *([module.learn] if hasattr(module, "learn") else [])]
+    found = [list(inspect.signature(maker).parameters.values()) for maker in makers]
+    names = frozenset(p.name for parameters in found for p in parameters if p.kind is p.KEYWORD_ONLY)
+    return names, any(p.kind is p.VAR_KEYWORD for p in found[-1])
 
 
 class Planner:
@@ -103,12 +107,12 @@ class Planner:
 
     def plan(self, budget: Budget, cost: CostModel | None = None) -> Plan:
         """The plan at one budget."""
-        given = self._graph, self._scores, budget, cost, self._probe()
         if not self._learns:
-            plan: Plan = self._module.allocate(*given, **self._options)
+            plan: Plan = self._module.allocate(self._graph, self._scores, budget, cost, self._probe(), **self._options)
             return plan
         if self._learned is None:
-            self._learned = self._module.learn(*given, **self._options)
+            options = {name: value for name, value in self._options.items() if name not in SEARCHED}
+            self._learned = self._module.learn(self._search(budget, cost), self._probe(), **options)
         plan = self._learned.plan(budget, cost)
         return plan
 
@@ -123,9 +127,12 @@ class Planner:
 
         return Probe(self._model, self._graph, self._data)
 
-    def _macs(self, budget: Budget, cost: CostModel | None) -> float:
+    def _search(self, budget: Budget, cost: CostModel | None) -> Search:
         from edgeprune.allocate.search import Search
 
-        search = Search(self._graph, self._scores, budget, cost, rules=self._options.get("rules", DEFAULT_RULES))
+        return Search(self._graph, self._scores, budget, cost, **{n: v for n, v in self._options.items() if n in SEARCHED})
+
+    def _macs(self, budget: Budget, cost: CostModel | None) -> float:
+        search = self._search(budget, cost)
         search.check()
         return float(self._graph.macs_at(search.from_levels(search.shrink(search.top, lambda saved: saved)))[0])

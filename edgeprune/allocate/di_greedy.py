@@ -43,12 +43,7 @@ CHOICES = ("accuracy", "di_per_cost", "structure")
 LEAST = 1e-6  # of its information, that a group keeps in the curves' logarithms
 
 
-def allocate(graph: ChannelGraph, scores: Scores, budget: Budget, cost: CostModel | None, probe: Probe | None, **options: Any) -> Plan:
-    """The plan for this one budget; options as for `learn`."""
-    return learn(graph, scores, budget, cost, probe, **options).plan(budget, cost)
-
-
-def learn(
+def allocate(
     graph: ChannelGraph,
     scores: Scores,
     budget: Budget,
@@ -57,6 +52,16 @@ def learn(
     *,
     rules: WidthRules = DEFAULT_RULES,
     normalise: str = "auto",
+    **options: Any,
+) -> Plan:
+    """The plan for this one budget; other options as for `learn`."""
+    return learn(Search(graph, scores, budget, cost, rules=rules, normalise=normalise), probe, **options).plan(budget, cost)
+
+
+def learn(
+    search: Search,
+    probe: Probe | None,
+    *,
     layer_choice: str = "di_per_cost",
     share: float = 0.02,
     rho: float = 1.0,
@@ -66,7 +71,7 @@ def learn(
     cluster: str = "",
     progress: Progress = silent,
 ) -> Greedy:
-    """The path from the dense network down to this budget; plans of milder budgets lie on it.
+    """The path from the dense network down to the budget of the search; plans of milder budgets lie on it.
 
     `share` of the dense cost goes per step; `rho` is the ridge of DI, as a share of the mean variance of a layer's features. `images`
     at most are looked at, or judge; `recalibration_images`, `jobs`, `cluster`: for layer_choice accuracy, see judge.py and Workers.
@@ -76,7 +81,6 @@ def learn(
         raise UsageError(f"layer_choice must be one of {', '.join(CHOICES)}, got {layer_choice!r}.")
     if not 0 < share <= 1 or not 0 < rho < float("inf"):
         raise UsageError(f"share must be in (0, 1] and rho positive, got {share} and {rho}.")
-    search = Search(graph, scores, budget, cost, rules=rules, normalise=normalise)
     search.check()
     if layer_choice != "accuracy":
         search = replace(search, given=retained(search, probe, images, rho))

@@ -32,9 +32,11 @@ from edgeprune.widths import DEFAULT_RULES, WidthRules
 
 NEEDS = ()
 PAPER = "after Shen et al., Structural Pruning via Latency-Saliency Knapsack, NeurIPS 2022"
-ROUNDS = 12
+GAPS = (1e-3,) * 4 + (1e-4,) * 4  # of the optimum, that the solver may leave in each round
+OFFERED = 32  # levels of a group, up to which a program chooses among all
+TRIED = 8192  # exchanges of two steps
 EXHAUSTIVE = 20_000  # up to so many choices all are tried
-SOLVER_SECONDS = 2.0
+NODES = 16  # of the solver's tree, for each program: a limit in seconds would let the machine's load choose the widths
 
 
 def allocate(
@@ -76,8 +78,8 @@ def _rounds(search: Search, values: tuple[Floats, ...], start: Widths) -> Widths
     """Solve, linearise there, solve again, until the choice repeats; the best fitting choice on the way."""
     best = levels = start
     seen = {tuple(start.tolist())}
-    for _ in range(ROUNDS):
-        levels = _solve(search, values, levels)
+    for gap in GAPS:
+        levels = _solve(search, values, levels, gap)
         fitting = search.fill(search.shrink(levels, lambda saved: saved))
         best = max(best, fitting, key=lambda choice: _total(values, choice))
         if tuple(levels.tolist()) in seen:
@@ -90,27 +92,37 @@ def _total(values: tuple[Floats, ...], levels: Widths) -> float:
     return float(sum(v[level] for v, level in zip(values, levels, strict=True)))
 
 
-def _solve(search: Search, values: tuple[Floats, ...], levels: Widths) -> Widths:
-    """The best levels under costs linearised around `levels`."""
-    sizes = [len(v) for v in values]
+def _solve(search: Search, values: tuple[Floats, ...], levels: Widths, gap: float) -> Widths:
+    """The best levels under costs linearised around `levels`, to a share `gap` of their value."""
+    offered = [_offered(int(level), len(v)) for level, v in zip(levels, values, strict=True)]
+    sizes = [len(o) for o in offered]
     choices = np.repeat(levels[None], sum(sizes), axis=0)
     group = np.repeat(np.arange(len(sizes)), sizes)
-    choices[np.arange(len(group)), group] = np.concatenate([np.arange(n) for n in sizes])
+    choices[np.arange(len(group)), group] = np.concatenate(offered)
     use = search.use(search.from_levels(np.concatenate([levels[None], choices])))
     change = (use[1:] - use[0]).T
     one_each = csr_array(block_diag([np.ones((1, n)) for n in sizes]))
     with _quiet_solver():
         result = milp(
-            -np.concatenate(values),
+            -np.concatenate([v[o] for v, o in zip(values, offered, strict=True)]),
             integrality=np.ones(len(group), dtype=np.int64),
             bounds=Bounds(0, 1),
             constraints=[LinearConstraint(one_each, 1, 1), LinearConstraint(change, -np.inf, 1 - use[0])],
-            options={"time_limit": SOLVER_SECONDS, "mip_rel_gap": 1e-4},
+            options={"node_limit": NODES, "mip_rel_gap": gap},
         )
     if result.x is None:
         return levels
     starts = np.cumsum([0, *sizes[:-1]])
-    return np.array([int(np.argmax(result.x[s : s + n])) for s, n in zip(starts, sizes, strict=True)])
+    return np.array([o[int(np.argmax(result.x[s : s + len(o)]))] for s, o in zip(starts, offered, strict=True)])
+
+
+def _offered(level: int, count: int) -> Widths:
+    """The levels that a round may choose, ascending: all where they are few, else the denser the nearer to the present one."""
+    if count <= OFFERED:
+        return np.arange(count)
+    near = [step for power in range(count.bit_length()) for step in (2**power, 3 * 2**power)]
+    around = np.array([0, *near, *(-step for step in near)]) + level
+    return np.unique(np.clip(around, 0, count - 1))
 
 
 @contextmanager
@@ -131,18 +143,20 @@ def _quiet_solver() -> Iterator[None]:
 
 
 def _exchange(search: Search, values: tuple[Floats, ...], levels: Widths) -> Widths:
-    """Narrow one group and widen another, by 1, 2, 4 … levels each, while that raises the value and fits; then fill."""
+    """Narrow one group and widen another, by 1, 2, 4 … levels each, while that raises the value and fits; then fill.
+
+    At most `TRIED` exchanges are looked at each time: first those that fit where both steps cost what they cost alone.
+    """
     while True:
         down, up = _steps(values, levels, -1), _steps(values, levels, 1)
         gain = up.change[None, :] + down.change[:, None]
         pairs = np.argwhere((gain > 1e-9) & (down.group[:, None] != up.group[None, :]))
-        pairs = pairs[np.argsort(-gain[tuple(pairs.T)], kind="stable")]
+        alone = [search.use(search.from_levels(_moved(levels, step))) for step in (down, up)]
+        together = alone[0][pairs[:, 0]] + alone[1][pairs[:, 1]] - search.use(search.from_levels(levels))
+        pairs = pairs[np.lexsort((-gain[tuple(pairs.T)], (together > 1).any(axis=1)))[:TRIED]]
         for start in range(0, len(pairs), 256):
             narrower, wider = pairs[start : start + 256].T
-            moved = np.repeat(levels[None], len(narrower), axis=0)
-            rows = np.arange(len(narrower))
-            moved[rows, down.group[narrower]] = down.level[narrower]
-            moved[rows, up.group[wider]] = up.level[wider]
+            moved = _moved(_moved(levels, down, narrower), up, wider)
             fits = np.flatnonzero(search.fits(search.from_levels(moved)))
             if len(fits):
                 levels = search.fill(moved[fits[0]])
@@ -157,6 +171,14 @@ class _Steps(NamedTuple):
     group: Widths
     level: Widths
     change: Floats
+
+
+def _moved(levels: Widths, steps: _Steps, chosen: Widths | None = None) -> Widths:
+    """Levels after each of the chosen steps (all without), (steps, groups); `levels` for all or one row for each."""
+    numbers = np.arange(len(steps.group)) if chosen is None else chosen
+    moved = np.array(np.broadcast_to(levels, (len(numbers), levels.shape[-1])))
+    moved[np.arange(len(numbers)), steps.group[numbers]] = steps.level[numbers]
+    return moved
 
 
 def _steps(values: tuple[Floats, ...], levels: Widths, sign: int) -> _Steps:

@@ -3,9 +3,9 @@
     rank = scale * importance + shift,   steps of channels go in ascending rank until the budget holds
 
 Scales and shifts come from regularised evolution: a population of 64, parents the best of 16 drawn with replacement, offspring that
-change a tenth of the groups, the oldest dies. They are learned once, at the smallest of several budgets, and serve all of them. What is
-best of all that was ever judged comes back, so the result is never worse, to the judge, than plain global ranking, which the identity
-individual stands for.
+change a tenth of the groups, the oldest dies. They are learned once, at the smallest of several budgets, and serve all of them: at
+each, the best four of all that were ever judged, plain global ranking (the identity individual) and the plans that the search started
+from are judged once more, on more images, and the best of these comes back: it is never worse, to that judge, than plain ranking.
 form="additive": rank = importance + shift. Published (LcP): one latent scalar per layer; how it was found is reconstructed as the search
 of LeGR. form="affine": scale > 0 too (LeGR).
 We differ in: one pair per group instead of per layer, because scores are per group (a residual stream is one group whose importance
@@ -24,7 +24,8 @@ import math
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -44,14 +45,11 @@ from edgeprune.widths import DEFAULT_RULES, WidthRules
 NEEDS = ("images",)
 PAPER = "Chin et al., arXiv 1810.00518 (LcP; its search is reconstructed) and CVPR 2020 (LeGR)"
 FORMS = ("affine", "additive")
+BEST = 4  # individuals that the last look chooses among
+CLOSER = (4, 2)  # the last look's images, and its images to recalibrate on, as multiples of the search's
 
 
-def allocate(graph: ChannelGraph, scores: Scores, budget: Budget, cost: CostModel | None, probe: Probe | None, **options: Any) -> Plan:
-    """The plan of a ranking learned for this one budget; options as for `learn`."""
-    return learn(graph, scores, budget, cost, probe, **options).plan(budget, cost)
-
-
-def learn(
+def allocate(
     graph: ChannelGraph,
     scores: Scores,
     budget: Budget,
@@ -60,6 +58,16 @@ def learn(
     *,
     rules: WidthRules = DEFAULT_RULES,
     normalise: str = "auto",
+    **options: Any,
+) -> Plan:
+    """The plan of a ranking learned for this one budget; other options as for `learn`."""
+    return learn(Search(graph, scores, budget, cost, rules=rules, normalise=normalise), probe, **options).plan(budget, cost)
+
+
+def learn(
+    search: Search,
+    probe: Probe | None,
+    *,
     form: str = "affine",
     per_cost: bool = True,
     start: Sequence[str] = ("knapsack", "global"),
@@ -69,7 +77,7 @@ def learn(
     evaluations: int = 400,
     batch: int = 8,
     images: int = 256,
-    recalibration_images: int = 256,
+    recalibration_images: int = 512,
     loss: str = "divergence",
     steps: int = 0,
     masked: bool = False,
@@ -79,26 +87,30 @@ def learn(
     cluster: str = "",
     progress: Progress = silent,
 ) -> Compensation:
-    """The compensation that lost least at this budget. Reproducible from the seed unless `search_minutes` cut the search short.
+    """The compensation that lost least at the budget of `search`. Reproducible from the seed, unless `search_minutes` cut it short.
 
     `steps`: training steps of every candidate before it is judged. `jobs`, `cluster`: see Workers; results do not depend on them.
     Raises BudgetError with the floor, UsageError for options out of range, DataError for missing images.
     """
-    search = Search(graph, scores, budget, cost, rules=rules, normalise=normalise)
+    began = time.monotonic()
     search.check()
     settings = Evolution(form, population, samples, mutation, evaluations, batch, seed, 60 * search_minutes)
-    judge = judge_of(probe, images=images, recalibration_images=recalibration_images, loss=loss, steps=steps, masked=masked)
+    judge, closer = (
+        judge_of(probe, images=n * images, recalibration_images=m * recalibration_images, loss=loss, steps=steps, masked=masked)
+        for n, m in ((1, 1), CLOSER)
+    )
     ranking = Ranking.of(search, per_cost=per_cost)
-    others = [_plan_of(name, search) for name in start]
-    first = [ranking.giving(levels, form) for levels in others]
+    first = [ranking.giving(search.to_levels(_widths_of(name, search)), form) for name in start]
+    last_look = max(CLOSER) * (BEST + 1 + len(first)) / batch
     with Workers(judge, jobs=jobs, cluster=cluster) as workers:
 
         def lost(candidates: Sequence[Individual]) -> list[float]:
             return [v.loss for v in workers.verdicts([search.plan(ranking.widths(search, c)) for c in candidates])]
 
-        best, facts = settings.run(ranking, first, lost, progress)
+        best, facts = settings.run(ranking, first, lost, progress, began=began, reserve=last_look)
     about = {"form": form, "loss": loss, "images": len(judge.held[1]), "recalibration_images": len(judge.spare[1]), "start": list(start)}
-    return Compensation(search, ranking, best, about | {"dense_accuracy": judge.dense.accuracy} | facts)
+    about |= {"dense_accuracy": judge.dense.accuracy, "last_look_images": len(closer.held[1])}
+    return Compensation(search, ranking, best, tuple(start), Workers(closer, jobs=jobs, cluster=cluster), about | facts)
 
 
 @dataclass(frozen=True, eq=False)
@@ -177,18 +189,33 @@ def _between(steps: Floats, level: int) -> float:
 
 @dataclass(frozen=True, eq=False)
 class Compensation:
-    """What was learned; reads plans for any budget. `facts`: evaluations, seconds, and the best loss so far after each evaluation."""
+    """What was learned; reads plans for any budget. `best`: the best individuals of the search; `start`: see `learn`.
+
+    `facts`: evaluations, seconds, and the best loss so far after each evaluation.
+    """
 
     search: Search
     ranking: Ranking
-    individual: Individual
+    best: tuple[Individual, ...]
+    start: tuple[str, ...]
+    workers: Workers
     facts: dict[str, Any]
+    _chosen: dict[Budget, int] = field(default_factory=dict)
 
     def plan(self, budget: Budget, cost: CostModel | None = None) -> Plan:
-        """The plan at this budget. Raises BudgetError with the floor."""
+        """The plan at this budget, chosen once on more images than the search looked at. Raises BudgetError with the floor.
+
+        Candidates are the best individuals, plain global ranking, and the plans of `start` at this budget.
+        """
         search = replace(self.search, budget=budget, cost=cost)
         search.check()
-        return search.plan(self.ranking.widths(search, self.individual))
+        makers: list[Callable[[], Widths]] = [partial(self.ranking.widths, search, one) for one in (*self.best, self.ranking.identity)]
+        makers += [partial(_widths_of, name, search) for name in self.start]
+        if budget not in self._chosen:
+            with self.workers:
+                verdicts = self.workers.verdicts([search.plan(make()) for make in makers])
+            self._chosen[budget] = min(range(len(makers)), key=lambda number: verdicts[number].loss)
+        return search.plan(makers[self._chosen[budget]]())
 
 
 @dataclass(frozen=True)
@@ -211,36 +238,45 @@ class Evolution:
             raise UsageError(f"layer_compensated cannot search with {wrong[0]} = {getattr(self, wrong[0])!r} (forms: {', '.join(FORMS)}).")
 
     def run(
-        self, ranking: Ranking, first: Sequence[Individual], lost: Callable[[Sequence[Individual]], list[float]], progress: Progress
-    ) -> tuple[Individual, dict[str, Any]]:
-        """The best individual ever judged, and what the search says of itself.
+        self,
+        ranking: Ranking,
+        first: Sequence[Individual],
+        lost: Callable[[Sequence[Individual]], list[float]],
+        progress: Progress,
+        *,
+        began: float | None = None,
+        reserve: float = 0.0,
+    ) -> tuple[tuple[Individual, ...], dict[str, Any]]:
+        """The `BEST` of all individuals ever judged, and what the search says of itself.
 
         The identity is the youngest of the first generation, the given ones come before it; these are judged first, so that a search
-        that is cut short has them.
+        that is cut short has them. `began`: when the time that the search may take began, now without it; `reserve`: of the
+        time, as many batches' worth are left over.
         """
-        started = time.monotonic()
+        started = time.monotonic() if began is None else began
         rng = np.random.default_rng(self.seed)
         alive: deque[tuple[float, Individual]] = deque(maxlen=self.population)
-        best: tuple[float, Individual] = (math.inf, ranking.identity)
+        best: list[tuple[float, Individual]] = []
         curve: list[tuple[int, float]] = []
         done, judged = 0, 0.0
         for newborn in self._generations(ranking, first, alive, rng):
             spent = time.monotonic() - started
-            if done and spent + judged > self.seconds:
+            if done and spent + (1 + reserve) * judged > self.seconds:
                 break
             losses = lost(newborn)
             judged = max(judged, time.monotonic() - started - spent)
             for loss, individual in zip(losses, newborn, strict=True):
                 done += 1
-                best = min(best, (loss, individual), key=lambda pair: pair[0])
-                if best[0] < (curve[-1][1] if curve else math.inf):
-                    curve.append((done, best[0]))
+                if all(loss != other for other, _ in best):  # equal losses: the same plan
+                    best = sorted([*best, (loss, individual)], key=lambda pair: pair[0])[:BEST]
+                if best[0][0] < (curve[-1][1] if curve else math.inf):
+                    curve.append((done, best[0][0]))
             join = alive.extendleft if done <= self.population else alive.extend  # the first generation: the youngest are judged first
             join(zip(losses, newborn, strict=True))
             progress("searching layer by layer", done, self.evaluations)
         seconds = time.monotonic() - started
         facts = {"evaluations": done, "seconds": round(seconds, 1), "per_second": round(done / seconds, 2), "best_so_far": curve}
-        return best[1], facts | {"cut_short": done < self.evaluations}
+        return tuple(individual for _, individual in best), facts | {"cut_short": done < self.evaluations}
 
     def _generations(
         self, ranking: Ranking, first: Sequence[Individual], alive: deque[tuple[float, Individual]], rng: np.random.Generator
@@ -276,9 +312,8 @@ class Evolution:
         return Individual(scale, shift)
 
 
-def _plan_of(name: str, search: Search) -> Widths:
-    """The levels that another allocator, which needs no images, chooses."""
+def _widths_of(name: str, search: Search) -> Widths:
+    """The widths that another allocator, which needs no images, chooses."""
     module = find("allocate", name, "allocator")
     plan = module.allocate(search.graph, search.scores, search.budget, search.cost, None, rules=search.rules, normalise=search.normalise)
-    kept = [len(plan.keep[g.name]) for g in search.graph.groups]
-    return np.array([int(np.searchsorted(a, w)) for a, w in zip(search.allowed, kept, strict=True)])
+    return np.array([len(plan.keep[g.name]) for g in search.graph.groups])

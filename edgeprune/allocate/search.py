@@ -24,6 +24,7 @@ from edgeprune.widths import DEFAULT_RULES, WidthRules
 Widths = NDArray[np.int64]
 Floats = NDArray[np.float64]
 SLACK = 0.02  # of the budget, that a plan leaves unused only where whole steps of channels leave no choice
+PRICED_ANEW = 40  # groups: for each so many, one more step is taken before all are priced anew
 EXCHANGED = 32  # groups at most that are tried for giving up a step: pairs of groups grow with the square
 HOLDERS = 3  # layers that an error about a budget names
 UNITS = {"latency_ms": ("ms", 1.0), "energy_mj": ("mJ", 1.0), "macs": ("M MACs", 1e-6), "params": ("M parameters", 1e-6)}
@@ -138,6 +139,10 @@ class Search:
         """Widths from positions in `allowed`: (…, groups) -> (…, groups)."""
         return np.stack([a[levels[..., g]] for g, a in enumerate(self.allowed)], axis=-1)
 
+    def to_levels(self, widths: Widths) -> Widths:
+        """The positions in `allowed` of widths, (groups,)."""
+        return np.array([int(np.searchsorted(a, w)) for a, w in zip(self.allowed, widths, strict=True)])
+
     @property
     def top(self) -> Widths:
         """The level of the dense width of each group."""
@@ -235,10 +240,12 @@ class Search:
     def shrink(self, levels: Widths, price_of: Callable[[Floats], Floats] | None = None) -> Widths:
         """Narrow step by step, least importance lost per price first, until the choice fits.
 
-        `price_of` turns the budget shares that each step saves, (steps,), into its price; without it all steps cost the same.
+        `price_of` turns the budget shares that each step saves, (steps,), into its price; without it all steps cost the same. Steps are
+        priced anew after each; in networks of many groups after a few, of different groups, in which prices hardly change.
         """
         levels = levels.copy()
         use = self.use(self.from_levels(levels[None]))[0]
+        at_once = 1 + len(levels) // PRICED_ANEW
         while (use > 1).any():
             steps = np.flatnonzero(levels > 0)
             narrower = np.repeat(levels[None], len(steps), axis=0)
@@ -248,8 +255,17 @@ class Search:
             lost = np.array([self.values[g][levels[g]] - self.values[g][levels[g] - 1] for g in steps])
             span = np.array([self.allowed[g][levels[g]] - self.allowed[g][levels[g] - 1] for g in steps])
             worth = lost / span if price_of is None else lost / price_of(saved)
-            best = int(np.argmin(worth))
-            levels, use = narrower[best], after[best]
+            best = np.argsort(worth, kind="stable")[:at_once]
+            if len(best) == 1:
+                levels, use = narrower[best[0]], after[best[0]]
+                continue
+            path = np.repeat(levels[None], len(best), axis=0)
+            for number, group in enumerate(steps[best]):
+                path[number:, group] -= 1
+            used = self.use(self.from_levels(path))
+            fits = (used <= 1).all(axis=1)
+            last = int(np.argmax(fits)) if fits.any() else len(path) - 1
+            levels, use = path[last], used[last]
         return levels
 
     def plan(self, widths: Widths) -> Plan:

@@ -32,7 +32,7 @@ from edgeprune.errors import EdgepruneError, UsageError
 from edgeprune.plan import Plan
 
 RETRIES = 3
-RAY_CLIENT_PORT = 10001  # Ray's own default; its client needs grpc
+RAY_CLIENT_PORT = 10001  # Ray's own default; its client needs grpc on both sides
 Parcel = NDArray[np.uint8]
 
 
@@ -63,6 +63,7 @@ class Workers:
             self._lost = self._open.enter_context(_dask(self._cluster.removeprefix("dask://")))
         elif self._cluster:
             self._lost = self._open.enter_context(_ray(self._cluster))
+            self._jobs = _ray_cores() if self._jobs == -1 else self._jobs
         elif self._jobs != 1:
             self._open.callback(_end_processes)
         return self
@@ -166,7 +167,7 @@ def _ray(address: str) -> Iterator[tuple[type[BaseException], ...]]:
     try:
         ray.init(address=address if client else bare, log_to_driver=False, logging_level=logging.ERROR)
     except (ConnectionError, RuntimeError, ValueError, ImportError) as error:
-        hint = ", with pip install 'ray[client]' where Ray asks for grpc" if client else ""
+        hint = ", with pip install 'ray[client]' here and there where Ray asks for grpc" if client else ""
         raise UsageError(
             f"no Ray cluster answers at {bare} ({error}): start one (ray start --head), or correct --cluster{hint}."
         ) from error
@@ -176,6 +177,13 @@ def _ray(address: str) -> Iterator[tuple[type[BaseException], ...]]:
             yield (ray.exceptions.RayError,)
     finally:
         ray.shutdown()
+
+
+def _ray_cores() -> int:
+    """Of the whole cluster; Ray's joblib backend counts them in ways that a client cannot."""
+    import ray
+
+    return int(ray.cluster_resources()["CPU"])
 
 
 def _missing(package: str) -> UsageError:

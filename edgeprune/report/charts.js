@@ -138,12 +138,17 @@
 
   const pareto = (color) => {
     const shown = facts.points.filter((p) => known(p.latency)).sort((a, b) => a.latency - b.latency), judged = shown.some((p) => known(p.accuracy));
-    const y = shown.map((p) => (judged ? p.accuracy : p.macs));
+    const dense = facts.dense && known(facts.dense.latency) ? [{ name: "dense", ...facts.dense }] : [];
+    const height = (p) => (judged ? p.accuracy : p.macs), y = [...shown, ...dense].map(height);
+    const marks = (points, options) => line(points.map((p) => p.latency), points.map(height), color("accent"), "", {
+      cliponaxis: false, text: points.map((p) => shorten(p.name, 24)), textposition: "top center", textfont: { color: color("text") },
+      hovertext: points.map((p) => `${wrap(p.name, 40)}<br>${p.latency.toPrecision(4)} ms`), hoverinfo: "text", ...options,
+    });
     return {
-      traces: [line(shown.map((p) => p.latency), y, color("accent"), "", {
-        mode: "lines+markers+text", cliponaxis: false, text: shown.map((p) => shorten(p.name, 24)), textposition: "top center",
-        textfont: { color: color("text") }, hovertext: shown.map((p) => `${wrap(p.name, 40)}<br>${p.latency.toPrecision(4)} ms`), hoverinfo: "text",
-      })],
+      traces: [
+        marks(shown, { mode: "lines+markers+text" }),
+        marks(dense, { mode: "markers+text", marker: { size: 9, symbol: "circle-open", color: color("muted"), line: { width: 2 } } }),
+      ],
       layout: {
         margin: { l: 8, r: 28, t: 24, b: 8 }, xaxis: { title: { text: "latency", standoff: 8 }, ticksuffix: " ms" },
         yaxis: judged ? { ticksuffix: "%", title: { text: "accuracy" }, ...spread(y) } : { title: { text: "MACs" } },

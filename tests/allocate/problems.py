@@ -78,10 +78,12 @@ def real_figures(name: str, plan: Plan) -> dict[str, float]:
     model, graph = traced(name)
     thin = trace(slim(model, graph, plan), images(name))
     cost = predict_graph(thin, None, COST.device)
+    assert cost.energy_mj is not None
     return {
         "macs": thin.macs,
         "params": thin.params,
         "latency_ms": cost.latency_ms.high,
+        "energy_mj": cost.energy_mj.high,
         "size_bytes": cost.size_bytes,
         "peak_memory_bytes": cost.peak_memory_bytes,
     }

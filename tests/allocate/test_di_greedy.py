@@ -57,21 +57,10 @@ def test_every_way_to_choose_meets_the_budget(choice: str, name: str) -> None:
 
 def test_by_accuracy_every_step_keeps_the_best_candidate() -> None:
     _, graph, scores = problem("plain")
-    found = learn(
-        graph,
-        scores,
-        Budget(macs=0.6),
-        None,
-        probe("plain"),
-        rules=RULES,
-        layer_choice="accuracy",
-        share=0.15,
-        images=12,
-        recalibration_images=12,
-    )
+    search = Search(graph, scores, Budget(macs=0.6), None, rules=RULES)
+    found = learn(search, probe("plain"), layer_choice="accuracy", share=0.15, images=12, recalibration_images=12)
     found.plan(Budget(macs=0.6))
     judge = judge_of(probe("plain"), images=12, recalibration_images=12, loss="divergence", steps=0)
-    search = Search(graph, scores, Budget(macs=0.6), None, rules=RULES)
     for before, after in zip(found.path, found.path[1:], strict=False):
         (changed,) = np.flatnonzero(before != after)
         mine = judge(search.plan(search.from_levels(after)))

@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from edgeprune.allocate import Planner, allocate
-from edgeprune.allocate.layer_compensated import Compensation, Evolution, Individual, Ranking, learn
+from edgeprune.allocate.judge import judge_of
+from edgeprune.allocate.layer_compensated import BEST, Compensation, Evolution, Individual, Ranking, learn
 from edgeprune.allocate.search import Search
 from edgeprune.criteria.probe import Probe
 from edgeprune.errors import BudgetError, UsageError
@@ -26,7 +27,8 @@ def searching(name: str = "inception", budget: Budget | None = None, *, n: int =
     model, graph, scores = problem(name)
     probe = Probe(model, graph, [(images(name, n), torch.arange(n) % 5)])
     given: dict[str, Any] = {"evaluations": 24, "population": 8, "samples": 4, "images": 16, "recalibration_images": 8, **options}
-    return learn(graph, scores, budget or Budget(macs=0.5), None, probe, rules=RULES, **given)
+    search = Search(graph, scores, budget or Budget(macs=0.5), None, rules=RULES)
+    return learn(search, probe, **given)
 
 
 def ranking(search: Search, *, per_cost: bool = False) -> Ranking:
@@ -109,8 +111,6 @@ def test_the_best_so_far_falls_and_is_no_worse_than_the_identity_and_the_given_p
     assert list(steps) == sorted(set(steps)) and steps[0] == 1
     assert list(losses) == sorted(losses, reverse=True)
     assert found.facts["evaluations"] == 24 and not found.facts["cut_short"]
-    from edgeprune.allocate.judge import judge_of
-
     model, graph, scores = problem("inception")
     judge = judge_of(
         Probe(model, graph, [(images("inception", 24), torch.arange(24) % 5)]),
@@ -126,6 +126,7 @@ def test_the_best_so_far_falls_and_is_no_worse_than_the_identity_and_the_given_p
         kept = widths(graph, allocate(graph, scores, Budget(macs=0.5), method=method, round_to=1))
         levels = np.array([int(np.searchsorted(a, w)) for a, w in zip(search.allowed, kept, strict=True)])
         assert mine <= judge(search.plan(search.from_levels(search.use_up(levels)))).loss + 1e-9
+    assert found.facts["last_look_images"] == 16  # no more are there
     plain = searching(start=(), per_cost=False, evaluations=1)
     assert plain.plan(Budget(macs=0.5)) == allocate(graph, scores, Budget(macs=0.5), method="global", per_cost=False, round_to=1)
 
@@ -133,9 +134,9 @@ def test_the_best_so_far_falls_and_is_no_worse_than_the_identity_and_the_given_p
 @pytest.mark.parametrize("form", ["affine", "additive"])
 def test_seeds_decide_everything(form: str) -> None:
     runs = [searching(seed=seed, form=form, start=()) for seed in (1, 1, 2)]
-    assert (runs[0].individual.scale == runs[1].individual.scale).all() and (runs[0].individual.shift == runs[1].individual.shift).all()
+    assert (runs[0].best[0].scale == runs[1].best[0].scale).all() and (runs[0].best[0].shift == runs[1].best[0].shift).all()
     assert runs[0].facts["best_so_far"] == runs[1].facts["best_so_far"] != runs[2].facts["best_so_far"]
-    assert form == "affine" or (runs[0].individual.scale == 1).all()
+    assert form == "affine" or (runs[0].best[0].scale == 1).all()
 
 
 def test_one_search_serves_several_budgets() -> None:
@@ -149,14 +150,31 @@ def test_one_search_serves_several_budgets() -> None:
         found.plan(Budget(macs=0.001))
 
 
+def test_at_another_budget_it_is_no_worse_than_what_it_started_from() -> None:
+    found = searching(budget=Budget(macs=0.3))
+    model, graph, scores = problem("inception")
+    judge = judge_of(
+        Probe(model, graph, [(images("inception", 24), torch.arange(24) % 5)]),
+        images=16,
+        recalibration_images=8,
+        loss="divergence",
+        steps=0,
+    )
+    for budget in (Budget(macs=0.5), Budget(macs=0.7)):
+        mine = judge(found.plan(budget)).loss
+        for method in found.start:
+            assert mine <= judge(allocate(graph, scores, budget, method=method, round_to=1)).loss + 1e-9
+
+
 def test_it_learns_to_distrust_a_layer_that_shouts() -> None:
     """One group's scores are inflated a thousandfold: plain ranking cuts all others instead, and the search must find better."""
     model, graph, _ = problem("inception")
     rng = np.random.default_rng(0)
     scores = Scores("x", {g.name: (1000.0 if n == 1 else 1.0) * (1 + rng.random(g.channels)) for n, g in enumerate(graph.groups)})
     probe = Probe(model, graph, [(images("inception", 32), torch.arange(32) % 5)])
-    options: dict[str, Any] = {"per_cost": False, "start": (), "normalise": "none", "images": 24, "recalibration_images": 8}
-    found = learn(graph, scores, Budget(macs=0.4), None, probe, rules=RULES, evaluations=80, population=16, samples=8, **options)
+    options: dict[str, Any] = {"per_cost": False, "start": (), "images": 24, "recalibration_images": 8}
+    search = Search(graph, scores, Budget(macs=0.4), None, rules=RULES, normalise="none")
+    found = learn(search, probe, evaluations=80, population=16, samples=8, **options)
     losses = [loss for _, loss in found.facts["best_so_far"]]
     kept = widths(graph, found.plan(Budget(macs=0.4)))
     plain = widths(graph, allocate(graph, scores, Budget(macs=0.4), method="global", per_cost=False, round_to=1, normalise="none"))
@@ -186,7 +204,7 @@ def test_the_oldest_dies_and_the_first_generation_ages_as_published() -> None:
     assert (seen[0].scale == 1).all() and (seen[0].shift == 0).all()
     assert alive[0] == [3, 2, 1, 0]
     assert alive[1:] == [[2, 1, 0, 4], [1, 0, 4, 5], [0, 4, 5, 6], [4, 5, 6, 7]]
-    assert best is seen[0]
+    assert best[0] is seen[0] and len(best) == BEST
 
 
 def test_a_short_search_stops_in_time_and_has_the_identity() -> None:

@@ -21,7 +21,8 @@ from edgeprune.widths import WidthRules
 from tests.allocate.problems import ALLOCATORS, COST, between, is_full, known, plan_of, problem, real_figures, stack, widths
 from tests.networks import NETWORKS, traced
 
-FIGURES = [("macs",), ("params",), ("latency_ms",), ("size_bytes",), ("peak_memory_bytes",), ("macs", "params", "latency_ms")]
+KINDS = ("macs", "params", "latency_ms", "energy_mj", "size_bytes", "peak_memory_bytes")
+FIGURES = [(figure,) for figure in KINDS] + [("macs", "params", "latency_ms")]
 
 
 @pytest.mark.parametrize("name", NETWORKS)
@@ -161,9 +162,7 @@ def test_figures_of_many_choices_equal_those_of_the_real_networks(name: str) -> 
     """At least two channels each: one channel turns a depthwise conv into a plain one, a grouped one into a depthwise one."""
     _, graph, scores = problem(name)
     rng = np.random.default_rng(0)
-    search = Search(
-        graph, scores, Budget(macs=1, params=1, latency_ms=1, size_bytes=1, peak_memory_bytes=1), COST, rules=WidthRules(round_to=1)
-    )
+    search = Search(graph, scores, Budget(**dict.fromkeys(KINDS, 1)), COST, rules=WidthRules(round_to=1))
     choices = np.stack([rng.integers(2, g.channels + 1, size=3) for g in graph.groups], axis=1)
     figures = search.figures(choices)
     for row, choice in enumerate(choices):

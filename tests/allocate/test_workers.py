@@ -7,7 +7,6 @@ import signal
 import subprocess
 import sys
 import textwrap
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -71,15 +70,18 @@ class Fatal(torch.nn.Module):
         return self.inner(x)
 
 
-@pytest.mark.slow
-def test_the_work_of_a_lost_worker_is_done_again(tmp_path: Path) -> None:
+def fatal_judge(mark: Path) -> Judge:
     from edgeprune.graph.trace import trace
 
     model, _ = traced("residual")
-    fatal = Fatal(model, tmp_path / "mark", os.getpid())
-    graph = trace(fatal, images("residual"))
-    probe = Probe(fatal, graph, [(images("residual", 16), torch.arange(16) % 5)])
-    by = judge_of(probe, images=8, recalibration_images=8, loss="divergence", steps=0)
+    fatal = Fatal(model, mark, os.getpid())
+    probe = Probe(fatal, trace(fatal, images("residual")), [(images("residual", 16), torch.arange(16) % 5)])
+    return judge_of(probe, images=8, recalibration_images=8, loss="divergence", steps=0)
+
+
+@pytest.mark.slow
+def test_the_work_of_a_lost_worker_is_done_again(tmp_path: Path) -> None:
+    by = fatal_judge(tmp_path / "mark")
     with Workers(by, jobs=2) as workers:
         found = workers.verdicts(plans(by))
     assert (tmp_path / "mark").exists()
@@ -127,8 +129,8 @@ def test_ctrl_c_leaves_no_processes(tmp_path: Path) -> None:
 
 
 @pytest.fixture
-def dask_scheduler() -> Iterator[tuple[str, list[subprocess.Popen[bytes]]]]:
-    """The address of a scheduler with two workers, and the workers' processes."""
+def dask_scheduler() -> Iterator[str]:
+    """The address of a scheduler with two workers."""
     pytest.importorskip("distributed")
     import socket
 
@@ -143,7 +145,7 @@ def dask_scheduler() -> Iterator[tuple[str, list[subprocess.Popen[bytes]]]]:
     worker = [*dask, "worker", f"tcp://{address}", "--nthreads", "1", "--no-dashboard", "--no-nanny"]
     started = [subprocess.Popen(scheduler, **quiet), *(subprocess.Popen(worker, **quiet) for _ in range(2))]
     try:
-        yield address, started[1:]
+        yield address
     finally:
         for process in reversed(started):
             process.terminate()
@@ -153,14 +155,13 @@ def dask_scheduler() -> Iterator[tuple[str, list[subprocess.Popen[bytes]]]]:
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("default")  # of distributed itself
-def test_a_dask_cluster_gives_the_same_verdicts(dask_scheduler: tuple[str, list[subprocess.Popen[bytes]]]) -> None:
-    by = judge()
-    address, members = dask_scheduler
-    with Workers(by, jobs=-1, cluster=f"dask://{address}") as workers:
+def test_a_dask_cluster_gives_the_same_verdicts(dask_scheduler: str, tmp_path: Path) -> None:
+    by, dying = judge(), fatal_judge(tmp_path / "mark")
+    with Workers(by, jobs=-1, cluster=f"dask://{dask_scheduler}") as workers:
         assert workers.verdicts(plans(by)) == expected(by)
-        members[0].kill()
-        time.sleep(1)
-        assert workers.verdicts(plans(by)) == expected(by)
+    with Workers(dying, cluster=f"dask://{dask_scheduler}") as workers:
+        assert workers.verdicts(plans(dying)) == expected(dying)
+    assert (tmp_path / "mark").exists()
 
 
 @pytest.fixture
@@ -182,9 +183,13 @@ def ray_head() -> Iterator[str]:
 
 
 HEAD = """
+    import importlib.util
     import sys
     from ray.cluster_utils import Cluster
-    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 2, "object_store_memory": 80_000_000, "include_dashboard": False})
+    node = {"num_cpus": 2, "object_store_memory": 80_000_000, "include_dashboard": False}
+    if importlib.util.find_spec("grpc"):
+        node["ray_client_server_port"] = 10001
+    cluster = Cluster(initialize_head=True, head_node_args=node)
     print(cluster.address, flush=True)
     sys.stdin.read()
     cluster.shutdown()
@@ -193,9 +198,24 @@ HEAD = """
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("default")  # of Ray itself
-def test_a_ray_cluster_gives_the_same_verdicts(ray_head: str) -> None:
+def test_a_ray_cluster_gives_the_same_verdicts(ray_head: str, tmp_path: Path) -> None:
     by = judge()
-    with Workers(by, jobs=2, cluster=f"ray://{ray_head}") as workers:
+    for jobs in (1, 2):  # 1: as many as the cluster has cores
+        with Workers(by, jobs=jobs, cluster=f"ray://{ray_head}") as workers:
+            assert workers.verdicts(plans(by)) == expected(by)
+    dying = fatal_judge(tmp_path / "mark")
+    with Workers(dying, cluster=f"ray://{ray_head}") as workers:
+        assert workers.verdicts(plans(dying)) == expected(dying)
+    assert (tmp_path / "mark").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("default")  # of Ray itself
+def test_a_ray_client_gives_the_same_verdicts(ray_head: str) -> None:
+    """From a machine that does not belong to the cluster."""
+    pytest.importorskip("grpc")
+    by = judge()
+    with Workers(by, cluster="ray://127.0.0.1:10001") as workers:
         assert workers.verdicts(plans(by)) == expected(by)
 
 
