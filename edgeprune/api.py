@@ -156,7 +156,9 @@ def _several(job: Job, budgets: Sequence[Budget], run: Run, command: list[str], 
         resume = run.team.told((folder / "run.json").exists())
         with _opened(part, folder, command, resume=resume, team=run.team, asked=[budget.limits()]) as inner:
             parts.append(_stages(Pipeline(part, inner, progress, given=given | own), shlex.join(command)))
-    compared = comparison(parts, run.manifest, shlex.join(command))
+    facts_of = {part.folder.name: part.facts for part in parts}
+    title = f"{parts[0].facts['title']}: {len(parts)} budgets"
+    compared = comparison(facts_of, title=title, created=run.manifest["created"], command=shlex.join(command))
     if run.leads:
         write_json(run.path("result.json"), compared)
         report.write(compared, run.folder)

@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     from edgeprune.train import Epoch
     from edgeprune.train.evaluate import Accuracy
 
+COMPARED = ("title", "device", "criterion", "allocator", *DEFAULT_RULES.to_json(), "seed")  # choices that tell runs apart
+COMMON = (*COMPARED, "edgeprune", "environment", "preprocessing", "search")
 UNITS = {"latency_ms": "ms", "energy_mj": "mJ", "size_bytes": "bytes", "peak_memory_bytes": "bytes"}
 
 
@@ -125,30 +127,39 @@ def facts(found: Findings, manifest: Mapping[str, Any], used: Mapping[str, bool]
     }
 
 
-def comparison(parts: Sequence[Result], manifest: Mapping[str, Any], command: str) -> dict[str, Any]:
-    """The JSON object of several runs that share a search: what they have in common, all budgets, and one point per run."""
-    first = parts[0].facts
-    common = ("edgeprune", "device", "criterion", "allocator", *DEFAULT_RULES.to_json(), "seed", "environment", "preprocessing")
+def comparison(runs: Mapping[str, Mapping[str, Any]], *, title: str, created: str, command: str) -> dict[str, Any]:
+    """The JSON object of several runs side by side, from their facts by the path of their folders: what they share, and one point each.
+
+    What they do not share (device, criterion, a rule) stands with each point. The dense network is there if it is the same for all.
+    """
+    first, *others = runs.values()
+    shared = [name for name in COMMON if all(run[name] == first[name] for run in others)]
+    differing = [name for name in COMPARED if name not in shared]
+    dense = _reached_by(first, "before")
+    names = {folder: Path(folder).name for folder in runs}
+    if len(set(names.values())) < len(runs):
+        names = {folder: folder for folder in runs}
     return {
-        **{name: first[name] for name in common},
-        "search": first["search"] if all(part.facts["search"] == first["search"] for part in parts) else {},
-        "title": f"{first['title']}: {len(parts)} budgets",
-        "created": manifest["created"],
+        **{name: first[name] if name in shared else None for name in COMMON},
+        "title": title,
+        "created": created,
         "command": command,
-        "budgets": [budget for part in parts for budget in part.facts["budgets"]],
-        "points": [_point(part) for part in parts],
-        "dense": _reached_by(first, "before"),
+        "budgets": [budget for run in runs.values() for budget in run["budgets"]],
+        "points": [{"name": names[folder], **_point(folder, run, differing)} for folder, run in runs.items()],
+        "dense": dense if all(_reached_by(run, "before") == dense for run in others) else None,
     }
 
 
-def _point(part: Result) -> dict[str, Any]:
-    """What a run reached."""
+def _point(folder: str, run: Mapping[str, Any], differing: Sequence[str]) -> dict[str, Any]:
+    """What a run reached, and its choices where runs differ."""
+    choices = {name: run[name]["name"] if name == "device" else run[name] for name in differing}
     return {
-        "name": part.folder.name,
-        **_reached_by(part.facts, "after"),
-        "latency_basis": next(f["basis"] for f in part.facts["figures"] if f["name"] == "latency"),
-        "met": part.met,
-        "artifacts": [f"{part.folder.name}/{a['path']}" for a in part.facts["artifacts"]],
+        "folder": folder,
+        "choices": ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in choices.items()),
+        **_reached_by(run, "after"),
+        "latency_basis": next(f["basis"] for f in run["figures"] if f["name"] == "latency"),
+        "met": all(budget["met"] for budget in run["budgets"]),
+        "artifacts": [f"{folder}/{a['path']}" for a in run["artifacts"]],
     }
 
 

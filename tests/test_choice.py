@@ -73,7 +73,7 @@ def test_the_report_compares(several: Result) -> None:
     assert facts["dense"]["macs"] > facts["points"][0]["macs"] > facts["points"][1]["macs"]
     assert {"macs-0.7/model.onnx", "macs-0.4/plan.json", "result.json"} <= facts["files"].keys()
     page, words = ((several.folder / f"report.{end}").read_text() for end in ("html", "md"))
-    assert 'id="chart-pareto"' in page and "| macs-0.4 |" in words and "| dense |" in words and "2 budgets, a network for each." in words
+    assert 'id="chart-pareto"' in page and "| macs-0.4 |" in words and "| dense |" in words and "2 networks." in words
     assert 'id="chart-pareto"' not in (several.parts[0].folder / "report.html").read_text()
 
 

@@ -12,10 +12,12 @@ import json
 import os
 import pickle
 import struct
+import tempfile
 import warnings
 import zipfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -25,12 +27,13 @@ from PIL import Image
 
 import edgeprune as ep
 from edgeprune import bench
-from edgeprune.cli.runs import _facts_of
+from edgeprune.cli.runs import report
 from edgeprune.data import load_data
 from edgeprune.device.card import device
 from edgeprune.errors import EdgepruneError
 from edgeprune.export import export, load_artifact
 from edgeprune.load import load_model
+from edgeprune.result import COMMON
 from edgeprune.run import Run
 from tests.colours import FACTORY, SIDE, colour_net, images, write_npz, write_weights
 
@@ -55,6 +58,16 @@ def write_portable(path: Path) -> None:
 
 def write_program(path: Path) -> None:
     torch.export.save(torch.export.export(colour_net(), (EXAMPLE,)), path)
+
+
+@cache
+def tflite() -> bytes:
+    with tempfile.TemporaryDirectory() as folder:
+        return export(colour_net(), EXAMPLE, Path(folder) / "a.tflite", format="tflite").path.read_bytes()
+
+
+def write_tflite(path: Path) -> None:
+    path.write_bytes(tflite())
 
 
 def write_card(path: Path) -> None:
@@ -90,13 +103,21 @@ def read_manifest(path: Path) -> object:
 
 
 def write_result(path: Path) -> None:
-    path.write_text(json.dumps({"title": "x", "budgets": [], "figures": []}))
+    figures = [
+        {"name": name, "before": {"value": 2.0}, "after": {"value": 1.0}, "basis": "predicted"}
+        for name in ("accuracy", "latency", "macs", "params", "size")
+    ]
+    path.write_text(json.dumps(dict.fromkeys(COMMON) | {"title": "x", "created": "", "budgets": [], "figures": figures, "artifacts": []}))
 
 
 def read_result(path: Path) -> object:
-    (path.parent / "done").mkdir(exist_ok=True)
+    """The file beside a good one, as `edgeprune report` puts them together."""
+    for name in ("good", "done"):
+        (path.parent / name).mkdir(exist_ok=True)
+    write_result(path.parent / "good" / "result.json")
     (path.parent / "done" / "result.json").write_bytes(path.read_bytes())
-    return _facts_of(path.parent / "done")
+    report([path.parent / "good", path.parent / "done"], path.parent / "good")
+    return report([path.parent / "done"], path.parent / "done")
 
 
 KINDS = {
@@ -106,6 +127,7 @@ KINDS = {
     "arrays": Kind("d.npz", write_npz, lambda p: load_data(p).fingerprint),
     "device card": Kind("rpi4.toml", write_card, lambda p: device(str(p))),
     "artifact": Kind("a.onnx", lambda p: export(colour_net(), EXAMPLE, p), lambda p: load_artifact(p)(EXAMPLE.numpy())),
+    "TFLite artifact": Kind("a.tflite", write_tflite, lambda p: load_artifact(p)(EXAMPLE.numpy())),
     "png": Kind("i.png", write_image, read_image),
     "jpeg": Kind("i.jpg", write_image, read_image),
     "manifest": Kind("run.json", write_manifest, read_manifest),
@@ -156,7 +178,8 @@ def survives(kind: Kind, folder: Path, count: int, seed: int) -> int:
             assert "\n\n" not in str(error) and len(str(error)) < 2000, f"mutant {number}"
             refused += 1
     left = {p for p in folder.rglob("*") if p != good} - before
-    assert not {p for p in left if "checkpoints" not in p.parts and p.suffix not in (".json", ".txt", ".lock")}, left
+    expected = {p for p in left if "checkpoints" in p.parts or p.suffix in (".json", ".txt", ".lock", ".html", ".md")}
+    assert left == expected
     return refused
 
 

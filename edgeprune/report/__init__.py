@@ -72,7 +72,7 @@ def headline(result: Mapping[str, Any]) -> str:
             f"{p['name']}: accuracy {quantity(p['accuracy'], '%')}, latency {quantity(p['latency'], 'ms')} {p['latency_basis']}"
             for p in points
         )
-        return f"{len(points)} budgets, a network for each. {'; '.join(words)}."
+        return f"{len(points)} networks. {'; '.join(words)}."
     budgets = result.get("budgets") or []
     asked = " and ".join(f"{label(b['name'])} of at most {quantity(b['asked'], b['unit'])}" for b in budgets)
     reached = " and ".join(_reached(b, result) for b in budgets)
