@@ -23,8 +23,8 @@ if TYPE_CHECKING:
     from edgeprune.train import Epoch
     from edgeprune.train.evaluate import Accuracy
 
-COMPARED = ("title", "device", "criterion", "allocator", *DEFAULT_RULES.to_json(), "seed")  # choices that tell runs apart
-COMMON = (*COMPARED, "edgeprune", "environment", "preprocessing", "search")
+COMPARED = ("title", "criterion", "allocator", *DEFAULT_RULES.to_json(), "seed")  # what tells runs apart; a title names the device
+COMMON = (*COMPARED, "device", "edgeprune", "environment", "preprocessing", "search")
 UNITS = {"latency_ms": "ms", "energy_mj": "mJ", "size_bytes": "bytes", "peak_memory_bytes": "bytes"}
 
 
@@ -152,10 +152,10 @@ def comparison(runs: Mapping[str, Mapping[str, Any]], *, title: str, created: st
 
 def _point(folder: str, run: Mapping[str, Any], differing: Sequence[str]) -> dict[str, Any]:
     """What a run reached, and its choices where runs differ."""
-    choices = {name: run[name]["name"] if name == "device" else run[name] for name in differing}
+    choices = [str(run[name]) if name == "title" else f"{name.replace('_', ' ')} {run[name]}" for name in differing]
     return {
         "folder": folder,
-        "choices": ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in choices.items()),
+        "choices": ", ".join(choices),
         **_reached_by(run, "after"),
         "latency_basis": next(f["basis"] for f in run["figures"] if f["name"] == "latency"),
         "met": all(budget["met"] for budget in run["budgets"]),

@@ -110,14 +110,14 @@ def write_result(path: Path) -> None:
     path.write_text(json.dumps(dict.fromkeys(COMMON) | {"title": "x", "created": "", "budgets": [], "figures": figures, "artifacts": []}))
 
 
-def read_result(path: Path) -> object:
+def read_result(path: Path) -> None:
     """The file beside a good one, as `edgeprune report` puts them together."""
     for name in ("good", "done"):
         (path.parent / name).mkdir(exist_ok=True)
     write_result(path.parent / "good" / "result.json")
     (path.parent / "done" / "result.json").write_bytes(path.read_bytes())
     report([path.parent / "good", path.parent / "done"], path.parent / "good")
-    return report([path.parent / "done"], path.parent / "done")
+    report([path.parent / "done"], path.parent / "done")
 
 
 KINDS = {

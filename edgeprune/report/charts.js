@@ -146,7 +146,7 @@
     });
     return {
       traces: [
-        marks(shown, { mode: "lines+markers+text" }),
+        marks(shown, { mode: facts.points.some((p) => p.choices) ? "markers+text" : "lines+markers+text" }),  // a line joins budgets of one search
         marks(dense, { mode: "markers+text", marker: { size: 9, symbol: "circle-open", color: color("muted"), line: { width: 2 } } }),
       ],
       layout: {
