@@ -4,7 +4,7 @@ BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint .ci/constraints.txt
 TORCH := torch==2.13.0
 
-.PHONY: demo test test-slow test-board lint type setup bench-accuracy bench-allocation bench-artifacts bench-board bench-cost bench-criteria bench-graph bench-regression bench-training clean
+.PHONY: demo test test-slow test-board lint type setup bench-accuracy bench-allocation bench-artifacts bench-board bench-cost bench-criteria bench-graph bench-regression bench-training clean style
 
 demo: .venv/.core  ## the main job on data that ships with the installation, three to four minutes
 	$(BIN)/edgeprune demo
@@ -53,6 +53,10 @@ bench-graph: .venv/.dev  ## trace and slim: the 87 library networks of the list 
 
 bench-training: .venv/.dev  ## images per second of fine-tuning beside bare forward + backward
 	$(BIN)/python -m benchmarks.training
+
+style: .venv/.dev  ## the shape of the code in one row
+	@$(BIN)/python -m benchmarks.style
+
 bench-regression: .venv/.dev  ## this revision beside BASE on this machine; fails where something is worse by more than MAX_REGRESSION percent
 	$(BIN)/edgeprune bench --against $(or $(BASE),HEAD^) --max-regression $(or $(MAX_REGRESSION),10)
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import importlib
+import re
 import subprocess
 import sys
+import tomllib
 import types
 import zipfile
 from pathlib import Path
@@ -94,3 +96,18 @@ def test_the_wheel_holds_cards_and_templates(tmp_path: Path) -> None:
     code = "import sys; sys.path.insert(0, 'site'); import edgeprune as ep; print(ep.__file__, ep.device('rpi4').profile)"
     found = subprocess.run([sys.executable, "-I", "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True).stdout
     assert found.split() == [str(tmp_path / "site" / "edgeprune" / "__init__.py"), "rpi4-ort"] or found.startswith("site/")
+
+
+def test_every_dependency_is_listed_with_its_licence() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    asked = [*project["dependencies"], *(name for names in project["optional-dependencies"].values() for name in names)]
+    names = {re.match(r"[\w-]+", name)[0] for name in asked} - {"edgeprune"}  # type: ignore[index]
+    page = (ROOT / "docs" / "licences.md").read_text(encoding="utf-8")
+    listed = {name for row in re.findall(r"^\| ([\w, -]+) \|", page, flags=re.MULTILINE) for name in row.split(", ")} - {"package"}
+    assert listed == names
+
+
+def test_version_is_the_same_everywhere() -> None:
+    version = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["version"]
+    assert f"\nversion: {version}\n" in (ROOT / "docs" / "CITATION.cff").read_text(encoding="utf-8")
+    assert f"\n## {version}\n" in (ROOT / "docs" / "changes.md").read_text(encoding="utf-8")
