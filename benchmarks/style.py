@@ -1,4 +1,4 @@
-"""The shape of the code in one row: sizes, nesting, comments, annotations, tests; tests/test_shape.py sets limits. `make style` prints it."""
+"""The shape of the code in one row: sizes, nesting, comments, annotations, tests (`make style`); tests/test_shape.py sets limits."""
 
 from __future__ import annotations
 
