@@ -180,6 +180,8 @@ def connect(host: str = "") -> Connection:
 
     Raises Unreachable when there is no way there, DeviceError where asyncssh is not installed.
     """
+    if "," in host:
+        raise DeviceError(f"--host {host} names several boards: they can share a calibration, everything else is measured on one.")
     if host in ("", "local"):
         return Local()
     try:

@@ -66,12 +66,12 @@ def sitting(
     return Sitting(found, operations, tuple(missing))
 
 
-def energy_of(artifact_path: str | Path, device: Device) -> Energy:
+def energy_of(artifact_path: str | Path, device: Device, *, trials: int = TRIALS) -> Energy:
     """Energy of one inference on an attached device, by its own sensor; see `energy_on`. Raises SensorError where it has none."""
     with connect(device.host) as board:
         take_turn(board)
         cpus = pin(board, board.hello(), device.threads)
-        found, reason = energy_on(board, artifact(artifact_path), threads=device.threads, cpus=cpus)
+        found, reason = energy_on(board, artifact(artifact_path), threads=device.threads, cpus=cpus, trials=trials)
     if found is None:
         raise SensorError(_no_sensor(device, reason))
     return found

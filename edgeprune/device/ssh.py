@@ -48,7 +48,8 @@ class Ssh(Connection):
         self._thread.start()
         try:
             self._run(self._open(host))
-            self.hello()
+            if self.hello().get("agent_sha256") != hashlib.sha256(Path(agent.__file__).read_bytes()).hexdigest():
+                raise Unreachable(f"the agent on {host} is not the one that was sent: remove ~/{CACHE} there, and see who writes to it.")
         except BaseException:
             self.close()
             raise
@@ -101,8 +102,14 @@ class Ssh(Connection):
 
     async def _open(self, host: str) -> None:
         board = await self._connected(host, None)
-        self._sftp = await board.start_sftp_client()
-        script = await self._push(Path(agent.__file__))
+        try:
+            self._sftp = await board.start_sftp_client()
+            script = await self._push(Path(agent.__file__))
+        except (OSError, asyncssh.Error) as error:
+            raise Unreachable(
+                f"the agent cannot be copied to ~/{CACHE} on {host} over SFTP: {_reason(error)}. Is the folder writable, is the disk full, "
+                "is there an SFTP server (Debian: openssh-sftp-server)?"
+            ) from error
         silence = 6 * HEARTBEAT_SECONDS
         command = (
             f"p={CACHE}/venv/bin/python3; test -x $p || p=python3; PYTHONHASHSEED=0 exec $p {script} --grace 0 --silence {silence:.0f}"
@@ -132,6 +139,9 @@ class Ssh(Connection):
             connection.close()
             with contextlib.suppress(TimeoutError, asyncssh.Error, OSError):
                 await asyncio.wait_for(connection.wait_closed(), 3.0)
+        for task in asyncio.all_tasks() - {asyncio.current_task()}:
+            task.cancel()  # another thread may be waiting for an answer that will not come
+        await asyncio.sleep(0)
 
     async def _connected(self, host: str, through: asyncssh.SSHClientConnection | None) -> asyncssh.SSHClientConnection:
         """A connection to `host`, over the jump hosts of its configuration, whose keys are checked as its own is."""
@@ -212,16 +222,21 @@ class Ssh(Connection):
                 raise DeviceError(f"the disk of {self.where} is full: {free:,} bytes are free, {size_bytes:,} are needed. Make room there.")
         ages = []
         for name in await self._sftp.listdir(CACHE):
-            if len(name) == 64 and name not in self._pushed and stat.S_ISDIR((await self._sftp.stat(f"{CACHE}/{name}")).permissions or 0):
-                files = [await self._sftp.stat(path) for path in await self._sftp.glob(f"{CACHE}/{name}/*")]
+            if len(name) == 64 and stat.S_ISDIR((await self._sftp.stat(f"{CACHE}/{name}")).permissions or 0):
+                files = [file.attrs async for file in self._sftp.scandir(f"{CACHE}/{name}") if file.filename not in (".", "..")]
                 newest = max((f.mtime or 0 for f in files), default=0)
                 ages.append((newest, sum(f.size or 0 for f in files), name))
         used = sum(size for _, size, _ in ages)
-        for _, size, name in sorted(ages):
+        for _, size, name in sorted(age for age in ages if age[2] not in self._pushed):
             if used + size_bytes <= CACHE_BYTES:
                 break
             await self._sftp.rmtree(f"{CACHE}/{name}")
             used -= size
+        if used + size_bytes > CACHE_BYTES:
+            raise DeviceError(
+                f"this connection has brought {used:,} bytes to {self.where}, and {size_bytes:,} more are above the {CACHE_BYTES:,} that "
+                "edgeprune uses on a board: connect again."
+            )
 
 
 def _parsed(host: str) -> tuple[Any, str, Any]:
