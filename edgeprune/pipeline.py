@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from edgeprune.choice import Choice, Chooser, widths
 from edgeprune.criteria import score
 from edgeprune.data import Augment, Data, Split
+from edgeprune.device.calibrate import FORMATS
 from edgeprune.device.card import Device
 from edgeprune.device.cost import Cost, predict_graph
 from edgeprune.device.energy import QUICK_TRIALS, TRIALS
@@ -221,13 +222,20 @@ class Pipeline:
             "device": [job.device.profile, job.device.host, job.device.card.model_dump(mode="json")],
         }
 
+    @property
+    def judged(self) -> str:
+        """The format that is measured: what the profile's runtime runs where that is exported, else the first."""
+        device, formats = self.job.device, self.job.formats
+        runs = FORMATS.get(device.constants.runtime) if device.predicts else None
+        return runs if runs in formats else formats[0]
+
     def measured(self, name: str, model: nn.Module, *, quick: bool, energy: bool = False) -> Measurement:
         """Figures of a network's artifact on the attached device (a throw-away file), in the format that is judged in the end."""
         # how fast int8 runs does not depend on its ranges: few images do; a mixed plan is chosen for the finished network only
         way = "int8" if self.job.quantize == "int8" and name != "dense" else "none"
         quantizer = quantizer_for(way, self.job.data, images=8)
         target = self.run.path(f"checkpoints/{name}")
-        artifact = export(model, self.job.example_inputs, target, format=self.job.formats[0], quantizer=quantizer)
+        artifact = export(model, self.job.example_inputs, target, format=self.judged, quantizer=quantizer)
         return self._told(artifact, quick=quick, energy=energy)
 
     def _told(self, artifact: Artifact, *, quick: bool, energy: bool) -> Measurement:

@@ -121,6 +121,7 @@ def facts(found: Findings, manifest: Mapping[str, Any], used: Mapping[str, bool]
             *([device.resolved] if device.resolved else []),
             *found.cost.notes,
             *_float_only(found),
+            *_other_runtime(found),
             *(f"measuring the {name} network: {problem}" for name, m in found.measurements.items() for problem in m.problems),
         ],
     }
@@ -158,6 +159,16 @@ def _float_only(found: Findings) -> list[str]:
     if found.job.quantize == "none" or found.measurements:
         return []
     return ["latency, energy and memory are predicted for the network in fp32: no card has constants of int8 kernels yet"]
+
+
+def _other_runtime(found: Findings) -> list[str]:
+    """That what was measured ran in another runtime than the profile's, whose predictions led there."""
+    device = found.job.device
+    if not found.measurements or not device.predicts:
+        return []
+    runtime = str(found.measurements["compressed"].fingerprint.get("runtime", ""))
+    kin = {"litert": ("ai-edge-litert", "tflite-runtime")}.get(device.constants.runtime, ("onnxruntime",))
+    return [] if not runtime or runtime.startswith(kin) else [f"measured with {runtime}, the profile {device.profile} is of {kin[0]}"]
 
 
 def _rules(found: Findings) -> list[str]:

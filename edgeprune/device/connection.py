@@ -31,10 +31,9 @@ POWER_FILE = Path(agent.__file__).with_name("power.py")
 
 
 class Connection(ABC):
-    """An agent that answers. `where` names the machine in messages; `scratch` is where the agent may write for a moment."""
+    """An agent that answers. `where` names the machine in messages."""
 
     where: str
-    scratch: str | None = None
 
     def __init__(self) -> None:
         self._ids = itertools.count(1)

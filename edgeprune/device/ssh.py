@@ -27,6 +27,7 @@ from edgeprune.errors import DeviceError, Unreachable
 CACHE = ".cache/edgeprune"  # below the account's home, where an SSH session begins
 CACHE_BYTES = 2 << 30
 CONNECT_SECONDS = 20.0
+_IN_USE = 4  # of the files brought last, none makes room for others
 HEARTBEAT_SECONDS = 5.0  # the agent ends after six of them in silence
 Value = TypeVar("Value")
 
@@ -41,7 +42,7 @@ class Ssh(Connection):
         self._process: asyncssh.SSHClientProcess[str] | None = None
         self._last_error = ""
         self._tasks: list[asyncio.Task[None]] = []
-        self._pushed: set[str] = set()
+        self._pushed: list[str] = []  # hashes, the latest last
         # A loop of its own, in a thread of its own: callers may have one running (notebooks), and Ctrl-C reaches the main thread.
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, daemon=True)
@@ -112,7 +113,8 @@ class Ssh(Connection):
             ) from error
         silence = 6 * HEARTBEAT_SECONDS
         command = (
-            f"p={CACHE}/venv/bin/python3; test -x $p || p=python3; PYTHONHASHSEED=0 exec $p {script} --grace 0 --silence {silence:.0f}"
+            f"p={CACHE}/venv/bin/python3; test -x $p || p=python3; export PYTHONHASHSEED=0 PYTHONDONTWRITEBYTECODE=1; "
+            f"exec $p {script} --grace 0 --silence {silence:.0f}"
         )
         self._process = await board.create_process(f"/bin/sh -c '{command}'", errors="replace")
         self._tasks = [asyncio.ensure_future(self._listen()), asyncio.ensure_future(self._beat())]
@@ -195,7 +197,7 @@ class Ssh(Connection):
         digest = hashlib.sha256(content).hexdigest()
         folder = f"{CACHE}/{digest}"
         target = f"{folder}/file{file.suffix if file.suffix.isascii() and file.suffix[1:].isalnum() else ''}"
-        self._pushed.add(digest)
+        self._pushed = [*(known for known in self._pushed if known != digest), digest]
         await self._sftp.makedirs(folder, exist_ok=True)
         if await self._sftp.isfile(target) and await self._sftp.getsize(target) == len(content):
             await self._sftp.utime(target)
@@ -226,16 +228,16 @@ class Ssh(Connection):
                 files = [file.attrs async for file in self._sftp.scandir(f"{CACHE}/{name}") if file.filename not in (".", "..")]
                 newest = max((f.mtime or 0 for f in files), default=0)
                 ages.append((newest, sum(f.size or 0 for f in files), name))
-        used = sum(size for _, size, _ in ages)
-        for _, size, name in sorted(age for age in ages if age[2] not in self._pushed):
+        used, in_use = sum(size for _, size, _ in ages), {*self._pushed[:1], *self._pushed[-_IN_USE:]}  # the first is the agent
+        for _, size, name in sorted(age for age in ages if age[2] not in in_use):
             if used + size_bytes <= CACHE_BYTES:
                 break
             await self._sftp.rmtree(f"{CACHE}/{name}")
             used -= size
         if used + size_bytes > CACHE_BYTES:
             raise DeviceError(
-                f"this connection has brought {used:,} bytes to {self.where}, and {size_bytes:,} more are above the {CACHE_BYTES:,} that "
-                "edgeprune uses on a board: connect again."
+                f"what is being measured takes {used:,} bytes on {self.where}, and {size_bytes:,} more are above the {CACHE_BYTES:,} that "
+                "edgeprune uses on a board."
             )
 
 
