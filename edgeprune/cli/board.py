@@ -44,7 +44,7 @@ def show(name: str) -> None:
 
 def calibrate(
     name: Annotated[str, typer.Argument(help="a board or profile of `edgeprune device list`")] = "host",
-    quick: Annotated[bool, typer.Option(help="12 small networks instead of 50 and no staircase of widths")] = False,
+    quick: Annotated[bool, typer.Option(help="14 small networks instead of 50 and no staircase of widths")] = False,
     host: Annotated[str | None, typer.Option(help="where the board is; several of one kind, with commas between, share the work")] = None,
     anchors: Annotated[Path | None, typer.Option(help="3 to 10 networks measured on the board (JSON), which adapt the profile")] = None,
 ) -> None:

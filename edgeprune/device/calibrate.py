@@ -1,8 +1,9 @@
 """Fits a profile to a board that can be measured: small networks that tell kernel kinds apart, run there by the measuring protocol.
 
-Each probe is a chain of one kernel kind at one size, or a block as real networks have it; families are (kind, channels), so the error
-that is reported is that of sizes the fit has not seen. What was measured is kept after every probe: a calibration that is
-interrupted goes on where it was. Widths are measured apart, one by one, for the staircase: how fast a channel is at which width.
+Each probe is a chain of one kernel kind at one size, a block as real networks have it, or a whole network; families are (kind,
+channels), so the error that is reported is that of sizes the fit has not seen. What was measured is kept after every probe: a
+calibration that is interrupted goes on where it was. Widths are measured apart, one by one, for the staircase: how fast a channel is at
+which width.
 """
 
 from __future__ import annotations
@@ -34,6 +35,7 @@ FORMATS = {"onnxruntime": "onnx", "litert": "tflite"}
 # (kernel side, groups); 0 groups: one per channel
 _CONVS = {"conv1x1": (1, 1), "conv3x3": (3, 1), "conv_other": (5, 1), "depthwise": (3, 0), "depthwise_large": (5, 0), "grouped": (3, 8)}
 _SIZES = ((32, 32), (64, 14), (128, 28), (256, 14))
+ANCHORS = ("mobile", "residual")  # whole networks, of reference.py
 _MEMORY = ("activation", "elementwise", "scale", "pool", "cat", "resize")
 # As for the compress loop, with as few processes as give an interval: many networks matter more than the interval of each.
 _SCHEDULE: Schedule = {**QUICK, "processes": 3}
@@ -45,7 +47,7 @@ STAIRCASE_WIDTHS, STAIRCASE_SIDES, STAIRCASE_KINDS = tuple(range(40, 73, 4)), (1
 
 @dataclass(frozen=True)
 class Probe:
-    """One network to measure: `depth` links of a kernel kind with `channels` at `side` x `side`, or a "block" or "linear"."""
+    """One network to measure: `depth` links of a kernel kind with `channels` at `side` x `side`, a "block", "linear" or an anchor."""
 
     kind: str
     channels: int
@@ -61,22 +63,27 @@ class Probe:
         """(the network, an example input); its weights are the same every time."""
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
+            if self.kind in ANCHORS:
+                from edgeprune.reference import reference
+
+                return reference(self.kind)[:2]
             shape = (1, self.channels) if self.kind == "linear" else (1, self.channels, self.side, self.side)
             return nn.Sequential(*(_link(self.kind, self.channels) for _ in range(self.depth))).eval(), torch.rand(shape)
 
 
 def probes(quick: bool) -> tuple[Probe, ...]:
-    """The networks of a calibration: about 50, or 12 for a quick one."""
+    """The networks of a calibration: about 50, or 14 for a quick one."""
+    anchors = [Probe(kind, 3, 32, 1) for kind in ANCHORS]
     if quick:
         convs = [Probe(kind, 64, 14) for kind in ("conv1x1", "conv3x3", "depthwise")]
         convs += [Probe(kind, 128, 28) for kind in ("conv1x1", "conv3x3")]
         rest = [Probe("elementwise", 64, 28, 6), Probe("activation", 64, 28, 6), Probe("pool", 64, 28), Probe("linear", 512, 1, 3)]
-        return (*convs, *rest, Probe("block", 32, 28), Probe("block", 96, 14), Probe("conv3x3", 16, 8, 2))
+        return (*convs, *rest, Probe("block", 32, 28), Probe("block", 96, 14), Probe("conv3x3", 16, 8, 2), *anchors)
     convs = [Probe(kind, c, s) for kind in _CONVS for c, s in _SIZES]
     memory = [Probe(kind, c, s, 6) for kind in _MEMORY for c, s in ((16, 32), (64, 28), (128, 28))]
     linear = [Probe("linear", c, 1, 3) for c in (128, 512, 1024)]
     blocks = [Probe("block", c, s) for c, s in ((16, 56), (32, 28), (96, 14), (192, 7))]
-    return (*convs, *memory, *linear, *blocks)
+    return (*convs, *memory, *linear, *blocks, *anchors)
 
 
 def calibrate(device: Device, *, quick: bool = False, store: Path, progress: Progress = lambda *_: None) -> Fitted:
@@ -84,7 +91,7 @@ def calibrate(device: Device, *, quick: bool = False, store: Path, progress: Pro
 
     A board without a profile starts from that of a Raspberry Pi 4. Measurements are kept in `store` (JSON), and what is there is not
     measured again; several hosts share them. A full calibration also measures the staircase. Takes about 5 s a network, 50 of them and
-    54 widths, or 12 networks with `quick`. Raises DeviceError for a device that is not attached, and for hosts of different kinds.
+    54 widths, or 14 networks with `quick`. Raises DeviceError for a device that is not attached, and for hosts of different kinds.
     """
     if not device.attached:
         raise DeviceError(f"{device.profile} is not attached, so there is nothing to calibrate it by: give --host user@board.")
