@@ -143,7 +143,11 @@ class Chooser:
 
     def choose_all(self, budgets: Sequence[Budget]) -> tuple[Choice, ...]:
         """One plan per budget, in their order; the hardest is searched for first."""
-        order = self._planner.hardest_first(budgets, CostModel(self._stages.job.device))
+        device = self._stages.job.device
+        if device.attached:  # what predictions hold impossible may be measured
+            order = tuple(sorted(range(len(budgets)), key=lambda number: tuple(budgets[number].limits().values())))
+        else:
+            order = self._planner.hardest_first(budgets, CostModel(device))
         found = {number: self.choose(budgets[number]) for number in order}
         return tuple(found[number] for number in range(len(budgets)))
 
@@ -160,9 +164,10 @@ class Chooser:
             try:
                 plan = self._planner.plan(known.asked(budget), CostModel(device, known.ms))
             except BudgetError as error:  # so says the prediction, perhaps corrected by one slow measurement
-                if best is not None or (error.plan == floor is not None and asked.keys() != {"latency_ms"}):
-                    break
-                if error.plan is None or error.plan == floor:
+                again = floor is not None and error.plan == floor
+                if best is not None or (again and asked.keys() != {"latency_ms"}):
+                    break  # what was measured says more
+                if error.plan is None or again:
                     raise
                 plan = floor = error.plan  # the board has the last word
             if best and plan == best[1]:
