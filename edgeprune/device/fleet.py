@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import ExitStack
 from typing import TypeVar
@@ -16,7 +16,9 @@ Job = TypeVar("Job")
 Value = TypeVar("Value")
 
 
-def shared(hosts: Sequence[str], jobs: Sequence[Job], work: Callable[[Connection, Job], Value]) -> Iterator[tuple[Job, Value, str]]:
+def shared(
+    hosts: Sequence[str], jobs: Sequence[Job], work: Callable[[Connection, Job], Value]
+) -> Generator[tuple[Job, Value, str], None, None]:
     """(job, what `work` made of it, the host it ran on) as they are done, which with several hosts is in no fixed order.
 
     Every host is connected to once. One that is lost or cannot be used is left out with a warning as long as there is another, and its
@@ -31,8 +33,12 @@ def shared(hosts: Sequence[str], jobs: Sequence[Job], work: Callable[[Connection
             boards[host] = connect(host)
         return work(boards[host], job)
 
+    def close() -> None:
+        for board in boards.values():
+            board.close()
+
     with ThreadPoolExecutor(len(idle)) as pool, ExitStack() as end:
-        end.callback(lambda: [board.close() for board in boards.values()])  # before the pool waits for its threads: they end by it
+        end.callback(close)  # before the pool waits for its threads: they end by it
         while waiting or running:
             while waiting and idle:
                 host, job = idle.popleft(), waiting.popleft()

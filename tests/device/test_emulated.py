@@ -29,7 +29,7 @@ from edgeprune.device.parity import compared, outputs
 from edgeprune.device.session import sitting
 from edgeprune.device.store import replace_profile
 from edgeprune.errors import DeviceError, Unreachable
-from tests.colours import colour_net
+from tests.colours import colour_data, colour_net
 from tests.device.boards import Board, Client, children, is_agent, need_sshd
 
 BRIEF: Schedule = {"processes": 3, "min_runs": 5, "min_seconds": 0.0, "warmup_runs": 1, "warmup_seconds": 0.0}
@@ -129,6 +129,8 @@ def test_evaluate_agrees_with_the_host(pi: Device, net: Path) -> None:
         (expected,), _ = outputs(here, net, {"x": x})
     np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5)
     assert (found.argmax(1) == expected.argmax(1)).all()
+    there, here_too = ep.evaluate(net, colour_data(), host=pi.host), ep.evaluate(net, colour_data())
+    assert (there.accuracy, there.images) == (here_too.accuracy, here_too.images)
 
 
 def test_the_closed_loop_meets_a_budget_by_measurements_only(

@@ -94,7 +94,7 @@ def test_compress_meets_an_energy_budget_by_the_sensor(tmp_path: Path, monkeypat
     there.write_text(text.replace("max_hz = 10.0", "max_hz = 50.0"))
     monkeypatch.setattr(energies, "POWER_FILE", there)
     monkeypatch.setattr(energies, "_HZ", 50.0)
-    monkeypatch.setitem(energies.energy_on.__kwdefaults__, "seconds", 1.0)
+    monkeypatch.setattr(energies.energy_on, "__kwdefaults__", (energies.energy_on.__kwdefaults__ or {}) | {"seconds": 1.0})
     monkeypatch.setattr(pipeline, "QUICK", BRIEF)
     monkeypatch.setattr(pipeline, "FULL", BRIEF)
     (tmp_path / "pi.toml").write_text(shipped.read_text().replace("rpi4-", "pi-").replace("threads = 4", "threads = 1"))
