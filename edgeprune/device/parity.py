@@ -55,7 +55,7 @@ def outputs(
             np.savez(file, **named)
         pushed, given = board.push(artifact), board.push(file)
         reply = board.ask("evaluate", fresh=True, limit_seconds=_LIMIT_SECONDS, artifact=pushed, arrays=given, threads=threads)
-    found = [np.frombuffer(base64.b64decode(o["base64"]), dtype=o["dtype"]).reshape(o["shape"]) for o in reply["outputs"]]
+    found = [np.frombuffer(base64.b64decode(o["base64"]), dtype=o["dtype"]).reshape(o["shape"]).copy() for o in reply["outputs"]]
     return found, reply
 
 
