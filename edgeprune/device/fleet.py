@@ -45,13 +45,10 @@ def shared(
                 running[pool.submit(turn, host, job)] = host, job
             for future in wait(running, return_when=FIRST_COMPLETED).done:
                 host, job = running.pop(future)
-                try:
-                    value = future.result()
-                except Unreachable as error:
-                    if not running and not idle:
-                        raise
+                if isinstance(error := future.exception(), Unreachable) and (running or idle):
                     logging.getLogger(__name__).warning("going on without %s: %s", host or "this machine", error)
                     waiting.appendleft(job)
                     continue
+                value = future.result()  # raises what `work` did
                 idle.append(host)
                 yield job, value, host
