@@ -4,7 +4,7 @@ BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint .ci/constraints.txt
 TORCH := torch==2.13.0
 
-.PHONY: demo test test-slow test-board lint type setup bench-accuracy bench-allocation bench-artifacts bench-board bench-cost bench-criteria bench-graph bench-regression bench-training clean style
+.PHONY: demo test test-slow test-board lint type setup bench-accuracy bench-allocation bench-artifacts bench-board bench-cost bench-criteria bench-graph bench-instructions bench-regression bench-training clean style
 
 demo: .venv/.core  ## the main job on data that ships with the installation, three to four minutes
 	$(BIN)/edgeprune demo
@@ -44,6 +44,9 @@ bench-cost: .venv/.dev  ## refit every shipped latency constant from the public 
 
 bench-criteria: .venv/.dev  ## every criterion on CIFAR-10 ResNets (EDGEPRUNE_DATA; goes on where it was; over an hour on one core)
 	$(BIN)/python -m benchmarks.criteria
+
+bench-instructions: .venv/.dev  ## ARM instructions of reference networks on the emulated board, the baseline of the gate in test-board
+	$(BIN)/python -m benchmarks.instructions
 
 bench-graph: .venv/.dev  ## trace and slim: the 87 library networks of the list in EDGEPRUNE_DATA, speed beside Torch-Pruning, growth with depth
 	$(PIP) --no-deps torch-pruning==1.6.1

@@ -18,6 +18,8 @@ from edgeprune.device.card import Device
 from edgeprune.device.card import device as find_device
 from edgeprune.device.connection import connect
 from edgeprune.device.cost import Cost, predict_graph
+from edgeprune.device.measure import artifact, take_turn
+from edgeprune.device.parity import runner_on
 from edgeprune.errors import DataError, EdgepruneError, TraceError, UsageError
 from edgeprune.export import load_artifact
 from edgeprune.export import require as require_formats
@@ -206,7 +208,7 @@ def _stages(first: Pipeline, command: str) -> Result:
     artifacts = first.exported(final, choice.plan)
     if job.quantize != "none":
         accuracies["after quantization"] = first.accuracy("after quantization", artifacts[0])
-    measurements = first.measurements(artifacts[0])
+    measurements = first.measurements(next(a for a in artifacts if a.format == first.judged))
     dense_cost, cost = first.costs(choice)
     found = Findings(
         job=job,
@@ -279,12 +281,19 @@ def predict(model: nn.Module, example_inputs: Tensor | Sequence[Any], device: st
     return predict_graph(trace(model, example_inputs), None, target)
 
 
-def evaluate(model: nn.Module | str | Path, data: Any, *, progress: Progress = silent) -> Accuracy:
-    """Top-1 accuracy of a network, or of an artifact by its own runtime, on the validation images. Raises DataError, ExportError."""
+def evaluate(model: nn.Module | str | Path, data: Any, *, host: str = "", progress: Progress = silent) -> Accuracy:
+    """Top-1 accuracy of a network, or of an artifact by its own runtime, on the validation images.
+
+    `host`: the board that runs the artifact, over SSH; int8 results differ between CPUs. Raises DataError, ExportError, DeviceError.
+    """
     source = data if isinstance(data, Data) else load_data(data)
     if isinstance(model, nn.Module):
         return evaluate_module(model, source.val, progress=progress)
-    return accuracy_of(load_artifact(model), source.val, progress=progress)
+    if not host:
+        return accuracy_of(load_artifact(model), source.val, progress=progress)
+    with connect(host) as board:
+        take_turn(board)
+        return accuracy_of(runner_on(board, artifact(model)), source.val, progress=progress)
 
 
 __all__ = ["compress", "evaluate", "predict"]

@@ -5,6 +5,8 @@ MACs, parameters, bytes and accuracy are the same on every run of the same code,
 Latency is not: a machine is faster at some hours than at others. So nothing is compared that was not measured in alternation, the
 network's processes with those of a yardstick (a fixed graph that no revision changes; for a baseline) or with those of the other
 revision's artifact; and a network counts as slower only when the lower end of the ratio's 95 % interval lies beyond the limit.
+Instructions that one inference executes on an emulated ARM CPU repeat within a percent, whatever the machine does, so one percent is
+their limit.
 """
 
 from __future__ import annotations
@@ -17,7 +19,7 @@ import sys
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, replace
 from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,6 +27,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from edgeprune.device.emulated import TOLERANCE, counts, default_folder, runtime
 from edgeprune.errors import UsageError
 from edgeprune.run import product_version, write_json
 
@@ -33,6 +36,7 @@ if TYPE_CHECKING:
 
 NETWORKS = ("digits", "residual", "mobile")
 HIGHER_IS_BETTER = ("accuracy",)
+INSTRUCTIONS = "arm_insns_per_inference"
 TURNS = 4  # of three processes each, the two sides in alternation
 _RESAMPLES = 4000
 
@@ -42,10 +46,13 @@ class Figures:
     """What one network came to: `exact` by name (the same on every run of the same code), and run times side by side.
 
     beside_ms: (this network, yardstick or other revision) medians of processes that ran in alternation; empty when not measured.
+    instructions: executed by one inference, by the emulated ARM CPU; where there are none, `not_counted` says why.
     """
 
     exact: Mapping[str, float]
     beside_ms: tuple[tuple[float, float], ...] = ()
+    instructions: Mapping[str, int] = field(default_factory=dict)
+    not_counted: str = "not asked for"
 
 
 @dataclass(frozen=True)
@@ -65,10 +72,11 @@ class Change:
         return f"{self.network}: {self.figure} {self.before:.6g} -> {self.after:.6g} ({abs(self.worse):.2%} {sign})"
 
 
-def run(names: Sequence[str], artifacts: Path, *, latency: bool, progress: Progress) -> dict[str, Figures]:
+def run(names: Sequence[str], artifacts: Path, *, latency: bool, instructions: bool = False, progress: Progress) -> dict[str, Figures]:
     """Figures of the named reference networks (none: all), their artifacts written to `artifacts`/NAME.onnx.
 
-    Takes about 15 s a network, twice that with `latency` (beside the yardstick). Raises UsageError for an unknown name.
+    Takes about 15 s a network, twice that with `latency` (beside the yardstick), and 20 s more with `instructions` where there is an
+    emulated board. Raises UsageError for an unknown name.
     """
     chosen = tuple(names) or NETWORKS
     if unknown := [n for n in chosen if n not in NETWORKS]:
@@ -79,18 +87,28 @@ def run(names: Sequence[str], artifacts: Path, *, latency: bool, progress: Progr
         progress("compressing reference networks", number, len(chosen))
         found[name] = Figures(_compressed(name, artifacts / f"{name}.onnx"))
     progress("compressing reference networks", len(chosen), len(chosen))
+    if instructions:
+        found = counted(found, artifacts, progress=progress)
     if not latency:
         return found
     with tempfile.TemporaryDirectory() as folder:
         ruler = yardstick(Path(folder) / "yardstick.onnx")
         return {
-            name: Figures(figures.exact, alternate(artifacts / f"{name}.onnx", ruler, what=name, progress=progress))
+            name: replace(figures, beside_ms=alternate(artifacts / f"{name}.onnx", ruler, what=name, progress=progress))
             for name, figures in found.items()
         }
 
 
-def beside(revision: str, names: Sequence[str], *, progress: Progress) -> tuple[dict[str, Figures], dict[str, Figures]]:
-    """(this revision's figures, the other's), with latencies measured in alternation in this one run.
+def counted(figures: Mapping[str, Figures], artifacts: Path, *, progress: Progress) -> dict[str, Figures]:
+    """The figures with instructions counted in `artifacts`/NAME.onnx, or the reason why they cannot be counted here."""
+    found, reason = counts({name: artifacts / f"{name}.onnx" for name in figures}, progress=progress)
+    return {name: replace(known, instructions=found.get(name, {}), not_counted=reason) for name, known in figures.items()}
+
+
+def beside(
+    revision: str, names: Sequence[str], *, instructions: bool = False, progress: Progress
+) -> tuple[dict[str, Figures], dict[str, Figures]]:
+    """(this revision's figures, the other's), with latencies measured in alternation and instructions counted in this one run.
 
     Raises UsageError where edgeprune does not run from its git checkout, or the revision has no bench of its own.
     """
@@ -99,19 +117,23 @@ def beside(revision: str, names: Sequence[str], *, progress: Progress) -> tuple[
         command = [sys.executable, "-m", "edgeprune", "bench", *names, "--no-latency"]
         command += ["--artifacts", f"{folder}/theirs", "--out", str(theirs)]
         progress(f"compressing with {revision}", 0, 1)
-        done = subprocess.run(
-            command, cwd=checkout, env=os.environ | {"PYTHONPATH": python_path}, capture_output=True, text=True, check=False
-        )
+        there = os.environ | {"PYTHONPATH": python_path, "EDGEPRUNE_EMULATED_BOARD": f"{folder}/none"}  # what is counted is counted here
+        done = subprocess.run(command, cwd=checkout, env=there, capture_output=True, text=True, check=False)
         if done.returncode or not theirs.is_file():
             last = done.stderr.strip().splitlines()[-1:] or ["no word"]
             raise UsageError(f"revision {revision} could not run its bench ({last[0]}): choose one that has `edgeprune bench`.")
         progress(f"compressing with {revision}", 1, 1)
         ours = run(names, Path(folder) / "ours", latency=False, progress=progress)
+        other = read(theirs)[0]
+        if instructions:
+            ours, other = (
+                counted(figures, Path(folder) / side, progress=progress) for side, figures in (("ours", ours), ("theirs", other))
+            )
         timed = {}
         for name, figures in ours.items():
             files = (Path(folder) / side / f"{name}.onnx" for side in ("ours", "theirs"))
-            timed[name] = Figures(figures.exact, alternate(*files, what=name, progress=progress))
-        return timed, read(theirs)[0]
+            timed[name] = replace(figures, beside_ms=alternate(*files, what=name, progress=progress))
+        return timed, other
 
 
 def alternate(first: Path, second: Path, *, what: str, progress: Progress) -> tuple[tuple[float, float], ...]:
@@ -129,9 +151,17 @@ def alternate(first: Path, second: Path, *, what: str, progress: Progress) -> tu
 
 
 def changes(
-    after: Mapping[str, Figures], before: Mapping[str, Figures], *, same_machine: bool = True, paired: bool = False
+    after: Mapping[str, Figures],
+    before: Mapping[str, Figures],
+    *,
+    same_machine: bool = True,
+    same_board: bool = True,
+    paired: bool = False,
 ) -> tuple[Change, ...]:
-    """Every figure both sides have. `paired`: `after` was measured beside `before` itself, not beside the yardstick."""
+    """Every figure both sides have. `paired`: `after` was measured beside `before` itself, not beside the yardstick.
+
+    Latencies are compared on the same machine only, instructions on emulated boards with the same runtime (`same_board`).
+    """
     found = []
     for name in after:
         if name not in before:
@@ -140,6 +170,9 @@ def changes(
         for figure in now.exact:
             if figure in then.exact:
                 found.append(_exact(name, figure, then.exact[figure], now.exact[figure]))
+        for cpu in now.instructions if same_board else ():
+            if cpu in then.instructions:
+                found.append(_exact(name, f"{INSTRUCTIONS} on {cpu}", then.instructions[cpu], now.instructions[cpu]))
         if paired and now.beside_ms:
             found.append(_latency(name, now.beside_ms, None))
         elif same_machine and now.beside_ms and then.beside_ms:
@@ -148,22 +181,32 @@ def changes(
 
 
 def regressions(found: Sequence[Change], max_regression_percent: float) -> tuple[Change, ...]:
-    """The changes that are worse by more than the limit beyond doubt."""
-    return tuple(change for change in found if change.low > max_regression_percent / 100)
+    """The changes that are worse by more than the limit beyond doubt; of instructions, by more than a percent."""
+
+    def limit(figure: str) -> float:
+        return min(max_regression_percent / 100, TOLERANCE if figure.startswith(INSTRUCTIONS) else math.inf)
+
+    return tuple(change for change in found if change.low > limit(change.figure))
 
 
 def machine() -> dict[str, Any]:
-    """What decides whether two latencies may be compared: CPU, cores, runtimes."""
+    """What decides whether latencies may be compared (CPU, cores, runtimes) and counts of instructions (the emulated board's runtime)."""
     from edgeprune.device.agent import hello
 
-    return {key: value for key, value in hello().items() if key in ("cpu", "machine", "cores", "runtimes")}
+    facts = {key: value for key, value in hello().items() if key in ("cpu", "machine", "cores", "runtimes")}
+    return facts | {"emulated": runtime(default_folder())}
 
 
 def words(figures: Mapping[str, Figures], found: Sequence[Change], worse: Sequence[Change]) -> dict[str, Any]:
     """The JSON object of the command and, without changes, of a baseline."""
-    networks = {name: asdict(f) for name, f in figures.items()}
+    networks = {name: _entry(f) for name, f in figures.items()}
     compared = {"changes": [asdict(c) for c in found], "regressions": [asdict(c) for c in worse]}
     return {"edgeprune": product_version(), "machine": machine(), "networks": networks, **compared}
+
+
+def _entry(figures: Figures) -> dict[str, Any]:
+    entry = {"exact": dict(figures.exact), "beside_ms": figures.beside_ms, INSTRUCTIONS: dict(figures.instructions) or None}
+    return entry | ({} if figures.instructions else {f"{INSTRUCTIONS}_is_null_because": figures.not_counted})
 
 
 def write(path: Path, figures: Mapping[str, Figures]) -> None:
@@ -179,6 +222,8 @@ def read(path: Path) -> tuple[dict[str, Figures], Mapping[str, Any]]:
             str(name): Figures(
                 {str(key): float(value) for key, value in entry["exact"].items()},
                 tuple((float(a), float(b)) for a, b in entry["beside_ms"]),
+                {str(cpu): int(count) for cpu, count in (entry.get(INSTRUCTIONS) or {}).items()},
+                str(entry.get(f"{INSTRUCTIONS}_is_null_because", "")),
             )
             for name, entry in text["networks"].items()
         }

@@ -20,8 +20,10 @@ from torch import Tensor, nn
 from edgeprune.choice import Choice, Chooser, widths
 from edgeprune.criteria import score
 from edgeprune.data import Augment, Data, Split
+from edgeprune.device.calibrate import FORMATS
 from edgeprune.device.card import Device
 from edgeprune.device.cost import Cost, predict_graph
+from edgeprune.device.energy import QUICK_TRIALS, TRIALS
 from edgeprune.device.measure import FULL, QUICK, Measurement, measure
 from edgeprune.device.session import energy_of, need_sensor
 from edgeprune.errors import DataError
@@ -177,8 +179,7 @@ class Pipeline:
 
     def choose(self, scores: Scores) -> Choice:
         """The plan that meets the budget; with a board attached, by its measurements."""
-        if self.job.device.attached and self.job.budget.energy_mj is not None:
-            need_sensor(self.job.device)
+        self._check_sensor((self.job.budget,))
 
         def write(choice: Choice) -> dict[str, Any]:
             write_json(self.run.path("plan.json"), choice.plan.to_json() | {"sha256": choice.plan.sha256})
@@ -194,6 +195,7 @@ class Pipeline:
     def choose_all(self, scores: Scores, budgets: Sequence[Budget]) -> tuple[Choice, ...]:
         """One plan per budget, from one search."""
         file = "checkpoints/plans.json"
+        self._check_sensor(budgets)
 
         def write(choices: tuple[Choice, ...]) -> dict[str, Any]:
             write_json(self.run.path(file), [choice.plan.to_json() for choice in choices])
@@ -204,6 +206,10 @@ class Pipeline:
             return tuple(Choice.of(f, plan) for f, plan in zip(facts["choices"], plans, strict=True))
 
         return self._cached("allocate", self._limits(budgets), lambda: Chooser(self, scores).choose_all(budgets), write, read)
+
+    def _check_sensor(self, budgets: Sequence[Budget]) -> None:
+        if self.job.device.attached and any(budget.energy_mj is not None for budget in budgets):
+            need_sensor(self.job.device)
 
     def _limits(self, budgets: Sequence[Budget]) -> dict[str, Any]:
         """What a choice depends on; how many processes share the work makes no difference."""
@@ -216,13 +222,26 @@ class Pipeline:
             "device": [job.device.profile, job.device.host, job.device.card.model_dump(mode="json")],
         }
 
-    def measured(self, name: str, model: nn.Module, *, quick: bool) -> Measurement:
-        """Latency of a network's ONNX artifact on the attached device (a throw-away file)."""
+    @property
+    def judged(self) -> str:
+        """The format that is measured: what the profile's runtime runs where that is exported, else the first."""
+        device, formats = self.job.device, self.job.formats
+        runs = FORMATS.get(device.constants.runtime) if device.predicts else None
+        return runs if runs in formats else formats[0]
+
+    def measured(self, name: str, model: nn.Module, *, quick: bool, energy: bool = False) -> Measurement:
+        """Figures of a network's artifact on the attached device (a throw-away file), in the format that is judged in the end."""
         # how fast int8 runs does not depend on its ranges: few images do; a mixed plan is chosen for the finished network only
         way = "int8" if self.job.quantize == "int8" and name != "dense" else "none"
         quantizer = quantizer_for(way, self.job.data, images=8)
-        artifact = export(model, self.job.example_inputs, self.run.path(f"checkpoints/{name}.onnx"), quantizer=quantizer)
-        return measure(artifact.path, self.job.device, **(QUICK if quick else FULL))
+        target = self.run.path(f"checkpoints/{name}")
+        artifact = export(model, self.job.example_inputs, target, format=self.judged, quantizer=quantizer)
+        return self._told(artifact, quick=quick, energy=energy)
+
+    def _told(self, artifact: Artifact, *, quick: bool, energy: bool) -> Measurement:
+        device = self.job.device
+        found = measure(artifact.path, device, **(QUICK if quick else FULL))
+        return replace(found, energy=energy_of(artifact.path, device, trials=QUICK_TRIALS if quick else TRIALS)) if energy else found
 
     def proof(self, small: nn.Module, plan: Plan) -> Proof:
         """The slim network computes what the masked dense one computes, or nothing goes on."""
@@ -332,15 +351,15 @@ class Pipeline:
 
         def compute() -> dict[str, Measurement]:
             self.progress("measuring", 0, 2)
-            dense = self.measured("dense", self.job.model, quick=False)
+            energy = self.job.budget.energy_mj is not None
+            dense = self.measured("dense", self.job.model, quick=False, energy=energy)
             self.progress("measuring", 1, 2)
-            small = measure(artifact.path, self.job.device, **FULL)
+            small = self._told(artifact, quick=False, energy=energy)
             asked = self.job.budget.latency_ms
             if asked is not None and small.high_ms > asked:
                 # A neighbour on the machine may have disturbed the minute: one more look, the calmer one counts.
-                small = min(small, measure(artifact.path, self.job.device, **FULL), key=lambda m: m.high_ms)
-            if self.job.budget.energy_mj is not None:
-                small = replace(small, energy=energy_of(artifact.path, self.job.device))
+                again = replace(measure(artifact.path, self.job.device, **FULL), energy=small.energy)
+                small = min(small, again, key=lambda m: m.high_ms)
             self.progress("measuring", 2, 2)
             return {"dense": dense, "compressed": small}
 

@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from edgeprune.device.measure import MEASURED
 from edgeprune.widths import DEFAULT_RULES
 
 if TYPE_CHECKING:
@@ -97,7 +98,7 @@ def facts(found: Findings, manifest: Mapping[str, Any], used: Mapping[str, bool]
             for g in found.graph.groups
         ],
         "curve": [asdict(e) for e in found.curve],
-        "rounds": [asdict(r) for r in found.choice.rounds],
+        "rounds": [asdict(r) | {"others": [asdict(o) | {"unit": UNITS[o.name]} for o in r.others]} for r in found.choice.rounds],
         "search": dict(found.choice.search),
         "frozen": [{"parameter": name, "reason": reason} for name, reason in found.graph.frozen.items()],
         "artifacts": [
@@ -122,6 +123,7 @@ def facts(found: Findings, manifest: Mapping[str, Any], used: Mapping[str, bool]
             *([device.resolved] if device.resolved else []),
             *found.cost.notes,
             *_float_only(found),
+            *_other_runtime(found),
             *(f"measuring the {name} network: {problem}" for name, m in found.measurements.items() for problem in m.problems),
         ],
     }
@@ -176,6 +178,16 @@ def _float_only(found: Findings) -> list[str]:
     return ["latency, energy and memory are predicted for the network in fp32: no card has constants of int8 kernels yet"]
 
 
+def _other_runtime(found: Findings) -> list[str]:
+    """That what was measured ran in another runtime than the profile's, whose predictions led there."""
+    device = found.job.device
+    if not found.measurements or not device.predicts:
+        return []
+    runtime = str(found.measurements["compressed"].fingerprint.get("runtime", ""))
+    kin = {"litert": ("ai-edge-litert", "tflite-runtime")}.get(device.constants.runtime, ("onnxruntime",))
+    return [] if not runtime or runtime.startswith(kin) else [f"measured with {runtime}, the profile {device.profile} is of {kin[0]}"]
+
+
 def _rules(found: Findings) -> list[str]:
     """What the user forbade, in words; nothing where nothing was."""
     rules, dense = found.job.rules, sorted(found.job.rules.dense_groups(found.graph))
@@ -211,17 +223,12 @@ def _reached(found: Findings) -> dict[str, tuple[float, str]]:
         "size_bytes": (largest.size_bytes, f"measured: the {largest.format} file"),
         "peak_memory_bytes": (cost.peak_memory_bytes, "predicted: weights and live activations in float32, without the runtime's own"),
     }
-    if found.measurements:
-        m = found.measurements["compressed"]
-        reached["latency_ms"] = (m.high_ms, "measured: upper end of the 95% interval of the median")
-        if m.network_memory_bytes:
-            reached["peak_memory_bytes"] = (m.network_memory_bytes, "measured: what the process grew by after loading the runtime")
-    else:
-        reached["latency_ms"] = (cost.latency_ms.high, f"upper end of the 90% interval; {cost.basis}")
-    if found.measurements and (spent := found.measurements["compressed"].energy):
-        reached["energy_mj"] = (spent.net_high_mj, f"measured: net of idling, the highest of {spent.trials} trials ({spent.source})")
-    elif cost.energy_mj:
+    reached["latency_ms"] = (cost.latency_ms.high, f"upper end of the 90% interval; {cost.basis}")
+    if cost.energy_mj:
         reached["energy_mj"] = (cost.energy_mj.high, "predicted: estimate, not validated")
+    if found.measurements:
+        measured = {name: found.measurements["compressed"].figure(name) for name in MEASURED}
+        reached |= {name: (figure.high, f"measured: {figure.how}") for name, figure in measured.items() if figure}
     return reached
 
 
@@ -234,18 +241,19 @@ def _budgets(found: Findings) -> list[dict[str, Any]]:
             "asked": limit,
             "reached": reached[name][0],
             "unit": UNITS.get(name, ""),
-            "met": reached[name][0] <= limit,
+            # where a board is attached, a prediction is no proof
+            "met": reached[name][0] <= limit and not (found.measurements and name in MEASURED and _basis(reached[name][1]) == "predicted"),
             "how": reached[name][1],
-            "basis": _basis(reached[name][1], found, name),
+            "basis": _basis(reached[name][1]),
         }
         for name, limit in asked.items()
     ]
 
 
-def _basis(how: str, found: Findings, name: str) -> str:
-    if name == "latency_ms":
-        return "measured" if found.measurements else "predicted"
-    return how.partition(":")[0]
+def _basis(how: str) -> str:
+    """The first word of how a figure was obtained: counted, measured or predicted."""
+    word = how.partition(":")[0]
+    return word if word in ("counted", "measured") else "predicted"
 
 
 def _figures(found: Findings) -> list[dict[str, Any]]:
@@ -272,8 +280,12 @@ def _figures(found: Findings) -> list[dict[str, Any]]:
     dense_memory = found.dense_cost.peak_memory_bytes
     if how.startswith("measured"):
         dense_memory = found.measurements["dense"].network_memory_bytes
-    figures.append(_figure("peak_memory", "bytes", (_value(dense_memory), _value(memory)), how, how.partition(":")[0]))
-    if found.cost.energy_mj and found.dense_cost.energy_mj:
+    figures.append(_figure("peak_memory", "bytes", (_value(dense_memory), _value(memory)), how, _basis(how)))
+    spent = [m.figure("energy_mj") for m in (found.measurements.get("dense"), found.measurements.get("compressed")) if m]
+    if len(spent) == 2 and spent[0] and spent[1]:
+        before, after = ({"value": s.value, "low": s.low, "high": s.high} for s in spent if s)
+        figures.append(_figure("energy", "mJ", (before, after), f"median of the trials with their range; {spent[1].how}", "measured"))
+    elif found.cost.energy_mj and found.dense_cost.energy_mj:
         sides = asdict(found.dense_cost.energy_mj), asdict(found.cost.energy_mj)
         figures.append(_figure("energy", "mJ", sides, "estimate, not validated", "predicted"))
     return figures

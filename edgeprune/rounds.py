@@ -17,6 +17,7 @@ import numpy as np
 from edgeprune.allocate.search import Search
 from edgeprune.choice import Choice
 from edgeprune.device.cost import CostModel, predict_graph
+from edgeprune.device.measure import MEASURED
 from edgeprune.errors import SlimError
 from edgeprune.graph.slim import named_tensors, slim
 from edgeprune.origin import Origin
@@ -119,14 +120,15 @@ def schedule(first: Pipeline) -> tuple[Budget, ...]:
 
 def _dense_figures(first: Pipeline) -> dict[str, float]:
     job, cost = first.job, predict_graph(first.graph, None, first.job.device)
-    latency_ms = cost.latency_ms.high
-    if job.device.attached and job.budget.latency_ms is not None:
-        latency_ms = first.measured("dense", job.model, quick=True).high_ms
-    return {
+    figures = {
         "macs": cost.macs,
         "params": cost.params,
         "size_bytes": cost.size_bytes,
         "peak_memory_bytes": cost.peak_memory_bytes,
-        "latency_ms": latency_ms,
+        "latency_ms": cost.latency_ms.high,
         "energy_mj": cost.energy_mj.high if cost.energy_mj else 0.0,
     }
+    if job.device.attached and (asked := job.budget.limits().keys() & MEASURED):
+        found = first.measured("dense", job.model, quick=True, energy="energy_mj" in asked)
+        figures |= {name: figure.high for name in asked if (figure := found.figure(name))}
+    return figures

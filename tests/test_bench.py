@@ -55,13 +55,37 @@ def test_exact_figures_count_in_the_direction_that_hurts() -> None:
     assert "1000 -> 1200 (20.00% worse)" in found["size_bytes"].words()
 
 
+def test_instructions_have_a_limit_of_their_own() -> None:
+    """One percent passes, more does not, whatever is allowed for the other figures; another runtime's counts are not compared."""
+    then = {"n": Figures({"macs": 1.0}, instructions={"cortex-a72": 1_000_000, "cortex-a76": 500_000})}
+
+    def worse(count: int, *, limit: float = 10.0, alike: bool = True) -> list[str]:
+        now = {"n": Figures({"macs": 1.0}, instructions={"cortex-a72": count})}
+        return [c.words() for c in regressions(changes(now, then, same_board=alike), limit)]
+
+    assert worse(1_010_000) == worse(900_000) == worse(2_000_000, alike=False) == []
+    assert worse(1_010_001) == ["n: arm_insns_per_inference on cortex-a72 1e+06 -> 1.01e+06 (1.00% worse)"]
+    assert worse(1_006_000, limit=0.5)
+
+
+def test_why_no_instructions_were_counted_is_written_down(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("EDGEPRUNE_EMULATED_BOARD", str(tmp_path / "none"))
+    figures = bench.counted({"n": Figures({"macs": 1.0})}, tmp_path, progress=silent)
+    assert figures["n"].instructions == {} and figures["n"].not_counted
+    entry = bench.words(figures, (), ())["networks"]["n"]
+    assert entry["arm_insns_per_inference"] is None
+    assert entry["arm_insns_per_inference_is_null_because"] == figures["n"].not_counted
+    bench.write(tmp_path / "b.json", figures)
+    assert bench.read(tmp_path / "b.json")[0] == figures
+
+
 def test_latency_of_another_machine_is_not_compared() -> None:
     now, then = {"n": Figures({}, times(1, ratio=3.0))}, {"n": Figures({}, times(2))}
     assert changes(now, then, same_machine=False) == ()
 
 
 def test_a_baseline_is_read_as_it_was_written(tmp_path: Path) -> None:
-    figures = {"n": Figures({"macs": 5.0}, ((1.0, 2.0), (3.0, 4.0)))}
+    figures = {"n": Figures({"macs": 5.0}, ((1.0, 2.0), (3.0, 4.0)), {"cortex-a72": 7}, "")}
     bench.write(tmp_path / "b.json", figures)
     assert bench.read(tmp_path / "b.json") == (figures, json.loads(json.dumps(bench.machine())))
 

@@ -21,10 +21,12 @@ from PIL import Image
 from torch import nn
 
 import edgeprune as ep
-from edgeprune.choice import CLOSE_ENOUGH, Choice, widths
+from edgeprune.choice import CLOSE_ENOUGH, Choice, Chooser, widths
 from edgeprune.cli import main
+from edgeprune.device.cost import predict_graph
+from edgeprune.device.energy import Energy
 from edgeprune.device.measure import Measurement
-from edgeprune.errors import BudgetError, DataError, UsageError
+from edgeprune.errors import BudgetError, DataError, DeviceError, UsageError
 from edgeprune.graph.slim import fingerprint
 from edgeprune.pipeline import Job, Pipeline
 from edgeprune.plan import Scores
@@ -205,38 +207,99 @@ def test_a_checkpoint_of_another_start_is_not_taken(tmp_path: Path) -> None:
 
 
 class Scripted:
-    """A board that says what the test wants: milliseconds as a function of the share of MACs that is left, one per round."""
+    """A board that says what the test wants: milliseconds as a function of the share of MACs that is left, one factor per round.
 
-    def __init__(self, *, dense_ms: float, factors: list[float]) -> None:
+    Energy is what `net_w` draws meanwhile, trials 2 % apart; memory grows by `runtime_bytes` and twice what is predicted.
+    """
+
+    def __init__(self, *, dense_ms: float, factors: list[float], net_w: float | None = None, runtime_bytes: int = 0) -> None:
         self.dense_ms = dense_ms
         self.factors = iter(factors)
+        self.net_w = net_w
+        self.runtime_bytes = runtime_bytes
 
-    def __call__(self, pipe: Pipeline, name: str, model: nn.Module, *, quick: bool) -> Measurement:
+    def __call__(self, pipe: Pipeline, name: str, model: nn.Module) -> Measurement:
         factor = 1.0 if name == "dense" else next(self.factors)
-        share = ep.trace(model, LARGE).macs / pipe.graph.macs
-        median = self.dense_ms * share * factor
+        graph = ep.trace(model, LARGE)
+        median = self.dense_ms * graph.macs / pipe.graph.macs * factor
+        memory = self.runtime_bytes and self.runtime_bytes + 2 * predict_graph(graph, None, ep.device("host")).peak_memory_bytes
         return Measurement(
             latency_ms=median, low_ms=0.99 * median, high_ms=1.01 * median, min_ms=median, p90_ms=median, p99_ms=median, first_ms=median,
             load_ms=1.0, peak_memory_bytes=1, runs=60, outliers=0, process_medians_ms=(median,) * 3, threads=1, fingerprint={},
+            energy=spent(self.net_w * median) if self.net_w else None, network_memory_bytes=memory,
         )  # fmt: skip
 
 
-@pytest.fixture
-def loop(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[Scripted, float], Choice]]:
-    """choose() of a fresh job for the host, with a scripted board: loop(board, asked_ms)."""
+def spent(net_mj: float) -> Energy:
+    return Energy(
+        total_mj=2 * net_mj, total_low_mj=net_mj, total_high_mj=3 * net_mj, net_mj=net_mj, net_low_mj=0.98 * net_mj,
+        net_high_mj=1.02 * net_mj, calibrated_mj=None, active_mw=1.0, idle_mw=1.0, source="scripted", scope="board", trials=3, samples=20,
+    )  # fmt: skip
 
-    def run(board: Scripted, asked_ms: float) -> Choice:
-        monkeypatch.setattr(Pipeline, "measured", lambda pipe, name, model, *, quick: board(pipe, name, model, quick=quick))
+
+@pytest.fixture
+def choose(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[Scripted, ep.Budget], Choice]]:
+    """What a fresh job for the host chooses, with a scripted board."""
+
+    def run(board: Scripted, budget: ep.Budget) -> Choice:
+        monkeypatch.setattr(Pipeline, "measured", lambda pipe, name, model, **_: board(pipe, name, model))
         job = Job(
-            name="x", model=colour_net(), example_inputs=(LARGE,), budget=ep.Budget(latency_ms=asked_ms), device=ep.device("host"),
+            name="x", model=colour_net(), example_inputs=(LARGE,), budget=budget, device=ep.device("host"),
             data=None, criterion="l1", allocator="knapsack", recipe=ep.Recipe(epochs=0), recover="bn", rules=WidthRules(round_to=1),
             formats=("onnx",), seed=0, calibration_images=1,
         )  # fmt: skip
         with Run.open(tmp_path / "run", asked={}, command=[]) as folder:
             pipe = Pipeline(job, folder, silent)
-            return pipe.choose(pipe.scores())
+            return Chooser(pipe, pipe.scores()).choose(budget)
 
     yield run
+
+
+@pytest.fixture
+def loop(choose: Callable[[Scripted, ep.Budget], Choice]) -> Callable[[Scripted, float], Choice]:
+    """The same for a latency budget: loop(board, asked_ms)."""
+    return lambda board, asked_ms: choose(board, ep.Budget(latency_ms=asked_ms))
+
+
+def test_an_energy_budget_is_corrected_until_its_highest_trial_fits(choose: Callable[[Scripted, ep.Budget], Choice]) -> None:
+    """Dense: 10 ms at 3 W, 30 mJ. No power figure of any card has a say."""
+    choice = choose(Scripted(dense_ms=10.0, factors=[1.5, 1.5, 1.5, 1.5, 1.5], net_w=3.0), ep.Budget(energy_mj=18.0))
+    readings = [r.others[0] for r in choice.rounds]
+    assert {r.name for r in readings} == {"energy_mj"}
+    assert readings[0].high > 18.0 >= readings[-1].high >= CLOSE_ENOUGH * 18.0
+    assert readings[-1].high == pytest.approx(1.02 * readings[-1].measured)
+    assert readings[-1].predicted == pytest.approx(readings[-1].high, rel=0.02)
+    assert Choice.of(json.loads(json.dumps(choice.facts())), choice.plan.to_json()).rounds == choice.rounds
+
+
+def test_a_memory_budget_is_corrected_for_what_the_runtime_takes(choose: Callable[[Scripted, ep.Budget], Choice]) -> None:
+    model, device = colour_net(), ep.device("host")
+    graph = ep.trace(model, LARGE)
+    dense = 20e6 + 2 * predict_graph(graph, None, device).peak_memory_bytes
+    asked = dense - 300e3
+    choice = choose(Scripted(dense_ms=10.0, factors=[1.0] * 5, runtime_bytes=20_000_000), ep.Budget(peak_memory_bytes=asked))
+    readings = [r.others[0] for r in choice.rounds]
+    assert any(r.high <= asked < dense for r in readings)
+    kept = predict_graph(graph, widths(graph, choice.plan), device).peak_memory_bytes
+    assert kept > (asked - 20e6) / 2 - 0.01 * asked  # half a percent for noise, and steps of a channel
+
+
+def test_of_several_limits_all_are_measured(choose: Callable[[Scripted, ep.Budget], Choice]) -> None:
+    budget = ep.Budget(latency_ms=8.0, energy_mj=12.0, macs=0.9)
+    choice = choose(Scripted(dense_ms=10.0, factors=[1.0] * 5, net_w=3.0), budget)
+    assert choice.rounds[-1].high_ms <= 8.0
+    assert CLOSE_ENOUGH * 12.0 <= choice.rounds[-1].others[0].high <= 12.0
+
+
+def test_what_cannot_be_reached_names_the_nearest_and_what_to_ask_for(choose: Callable[[Scripted, ep.Budget], Choice]) -> None:
+    board = Scripted(dense_ms=10.0, factors=[1.0] * 5, runtime_bytes=20_000_000)
+    with pytest.raises(BudgetError, match=r"nearest took 20\.\d+ MB where 15 MB was asked.*--peak-memory-mb 2\d"):
+        choose(board, ep.Budget(peak_memory_bytes=15e6))
+
+
+def test_what_the_board_does_not_measure_is_no_budget(choose: Callable[[Scripted, ep.Budget], Choice]) -> None:
+    with pytest.raises(DeviceError, match="energy_mj could not be measured"):
+        choose(Scripted(dense_ms=10.0, factors=[1.0] * 5), ep.Budget(energy_mj=12.0))
 
 
 def test_the_loop_ends_inside_the_budget(loop: Callable[[Scripted, float], Choice]) -> None:

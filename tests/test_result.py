@@ -13,6 +13,7 @@ import torch
 import edgeprune as ep
 from edgeprune.choice import Choice, Round
 from edgeprune.device.cost import predict_graph
+from edgeprune.device.energy import Energy
 from edgeprune.device.measure import Measurement
 from edgeprune.export import Artifact
 from edgeprune.graph.slim import Proof
@@ -103,6 +104,38 @@ def test_measured_figures_replace_predicted_ones() -> None:
     assert (figure["before"]["value"], figure["after"]["value"], figure["basis"]) == (40.0, 28.0, "measured")
     assert "predicted" not in figure["how"] + budget["how"]
     assert words["rounds"][0]["measured_ms"] == 31.0
+
+
+def test_a_measured_energy_is_the_figure_and_judges_the_budget() -> None:
+    energy = Energy(
+        total_mj=9.0, total_low_mj=8.0, total_high_mj=10.0, net_mj=5.0, net_low_mj=4.5, net_high_mj=5.5, calibrated_mj=None, active_mw=1.0,
+        idle_mw=1.0, source="ina219 hwmon2", scope="board", trials=5, samples=20,
+    )  # fmt: skip
+    measured = {"dense": replace(measurement(40.0, 41.0), energy=replace(energy, net_mj=8.0)), "compressed": measurement(28.0, 30.5)}
+    budget = ep.Budget(energy_mj=5.4)
+    measured["compressed"] = replace(measured["compressed"], energy=energy)
+    words = told(found("rpi4", budget=budget, measurements=measured))
+    assert {k: by_name(words["budgets"])["energy_mj"][k] for k in ("reached", "met", "basis")} == {
+        "reached": 5.5,
+        "met": False,
+        "basis": "measured",
+    }
+    figure = by_name(words["figures"])["energy"]
+    assert (figure["before"]["value"], figure["after"], figure["basis"]) == (8.0, {"value": 5.0, "low": 4.5, "high": 5.5}, "measured")
+    assert "ina219" in figure["how"]
+
+
+def test_where_a_board_is_attached_a_prediction_meets_no_budget() -> None:
+    """Measured, but without memory and energy: their budgets are as good as missed."""
+    measured = {"dense": measurement(40.0, 41.0), "compressed": measurement(28.0, 30.5)}
+    budget = ep.Budget(energy_mj=1e6, peak_memory_bytes=1e12, latency_ms=31.0)
+    budgets = by_name(told(found("rpi4", budget=budget, measurements=measured))["budgets"])
+    assert {name: (b["met"], b["basis"]) for name, b in budgets.items()} == {
+        "latency_ms": (True, "measured"),
+        "energy_mj": (False, "predicted"),
+        "peak_memory_bytes": (False, "predicted"),
+    }
+    assert all(b["met"] for b in told(found("rpi4", budget=budget))["budgets"] if b["name"] != "latency_ms")
 
 
 def test_a_disturbed_measurement_is_said() -> None:

@@ -93,6 +93,9 @@ def evaluate(
     input_shape: Shape = None,
     mean: Numbers = None,
     std: Numbers = None,
+    host: Annotated[
+        str | None, typer.Option(help="the board that runs the artifact: [user@]name[:port] or a name of ~/.ssh/config")
+    ] = None,
     trust_pickle: TrustPickle = False,
     as_json: AsJson = False,
 ) -> None:
@@ -100,10 +103,12 @@ def evaluate(
     from edgeprune import api
 
     artifact = path.suffix in (".onnx", ".tflite")
+    if host and not artifact:
+        raise UsageError(f"--host runs artifacts (.onnx, .tflite), {path} is none: export it first.")
     source = _images(path, data, mean, std)
     model: Any = path if artifact else load(path, factory, shape_of(input_shape), trust_pickle, sample=source.sample_shape).model
     with progress_bars() as progress:
-        found = api.evaluate(model, source, progress=progress)
+        found = api.evaluate(model, source, host=host or "", progress=progress)
     if as_json:
         print_json({"accuracy": found.accuracy, "loss": found.loss, "images": found.images})
     else:

@@ -20,6 +20,9 @@ def bench(
     against: Annotated[str | None, typer.Option(help="compare with another git revision, both measured in alternation")] = None,
     max_regression: Annotated[float, typer.Option(help="percent a figure may be worse before this ends with 1", min=0)] = 10.0,
     latency: Annotated[bool, typer.Option(help="measure latency on this machine")] = True,
+    instructions: Annotated[
+        bool, typer.Option(help="count the ARM instructions of one inference, where `make test-board` has built its emulated board")
+    ] = True,
     out: Annotated[Path | None, typer.Option(help="write the figures, to be a baseline")] = None,
     artifacts: Annotated[Path | None, typer.Option(help="keep the artifacts in this folder")] = None,
     as_json: AsJson = False,
@@ -32,23 +35,29 @@ def bench(
     before = gate.read(baseline) if baseline else None
     with progress_bars() as progress:
         if against:
-            figures, theirs = gate.beside(against, names or (), progress=progress)
+            figures, theirs = gate.beside(against, names or (), instructions=instructions, progress=progress)
             found = gate.changes(figures, theirs, paired=True)
         else:
             with nullcontext(artifacts) if artifacts else tempfile.TemporaryDirectory() as folder:
-                figures = gate.run(names or (), Path(folder), latency=latency, progress=progress)
-            same = before is not None and before[1].get("cpu") == gate.machine()["cpu"]
-            found = gate.changes(figures, before[0], same_machine=same) if before else ()
+                figures = gate.run(names or (), Path(folder), latency=latency, instructions=instructions, progress=progress)
+            here = gate.machine()
+            same, alike = (before is not None and before[1].get(key) == here[key] for key in ("cpu", "emulated"))
+            found = gate.changes(figures, before[0], same_machine=same, same_board=alike) if before else ()
     if before and not same:
         say("the baseline is from another kind of machine: latency is not compared.")
+    if before and not alike and any(f.instructions for f in figures.values()):
+        say(f"the baseline counted instructions of {before[1].get('emulated') or 'nothing'}, here it is {here['emulated']}: not compared.")
     if out:
         gate.write(out, figures)
     worse = gate.regressions(found, max_regression)
     if as_json:
         print_json(gate.words(figures, found, worse))
     else:
-        rows = [[name, figure, f"{value:.6g}"] for name, f in figures.items() for figure, value in f.exact.items()]
+        rows: list[list[object]] = [[name, figure, f"{value:.6g}"] for name, f in figures.items() for figure, value in f.exact.items()]
+        rows += [[name, f"{gate.INSTRUCTIONS} on {cpu}", count] for name, f in figures.items() for cpu, count in f.instructions.items()]
         print_table(["network", "figure", "value"], rows)
+        for reason in {f.not_counted for f in figures.values() if not f.instructions}:
+            typer.echo(f"{gate.INSTRUCTIONS}: null ({reason})")
         for change in found:
             typer.echo(change.words())
     if worse:

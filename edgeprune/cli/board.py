@@ -44,16 +44,17 @@ def show(name: str) -> None:
 
 def calibrate(
     name: Annotated[str, typer.Argument(help="a board or profile of `edgeprune device list`")] = "host",
-    quick: Annotated[bool, typer.Option(help="12 small networks instead of 50 and no staircase of widths")] = False,
+    quick: Annotated[bool, typer.Option(help="14 small networks instead of 50 and no staircase of widths")] = False,
+    host: Annotated[str | None, typer.Option(help="where the board is; several of one kind, with commas between, share the work")] = None,
     anchors: Annotated[Path | None, typer.Option(help="3 to 10 networks measured on the board (JSON), which adapt the profile")] = None,
 ) -> None:
     """Fit a profile to a board: to small networks measured on it now, or with --anchors to what was measured on it."""
     from edgeprune.device.calibrate import anchored
     from edgeprune.device.calibrate import calibrate as fit_to_board
     from edgeprune.device.card import device as find_device
-    from edgeprune.device.store import replace_profile, stored_measurements, user_cards
+    from edgeprune.device.store import keep_table, profile_name, replace_profile, stored_measurements, user_cards
 
-    found = find_device(name)
+    found = find_device(name, host=host)
     if found.resolved:
         say(found.resolved)
     if anchors:
@@ -63,11 +64,13 @@ def calibrate(
     else:
         with progress_bars() as progress:
             profile = fit_to_board(found, quick=quick, store=stored_measurements(found), progress=progress).profile
-    path = replace_profile(found, profile, user_cards() / f"{found.name}.toml")
+    path, fitted = replace_profile(found, profile, user_cards() / f"{found.name}.toml"), profile_name(found, profile)
     fit = profile.fit
-    say(f"{found.profile}: {fit.mape:.1f} % off on average, {fit.within_10:.0f} % within ±10 % ({fit.held_out})")
+    say(f"{fitted}: {fit.mape:.1f} % off on average, {fit.within_10:.0f} % within ±10 % ({fit.held_out})")
     if profile.staircase:
         say(f"widths: multiples of {profile.staircase.channel_multiple} are the fastest per channel")
+    if not anchors:
+        say(f"what was measured is in {keep_table(stored_measurements(found), path, fitted)}")
     say(f"written to {path}, which from now on stands for the card that ships with edgeprune")
 
 

@@ -1,14 +1,16 @@
 """Fits a profile to a board that can be measured: small networks that tell kernel kinds apart, run there by the measuring protocol.
 
-Each probe is a chain of one kernel kind at one size, or a block as real networks have it; families are (kind, channels), so the error
-that is reported is that of sizes the fit has not seen. What was measured is kept after every probe: a calibration that is
-interrupted goes on where it was. Widths are measured apart, one by one, for the staircase: how fast a channel is at which width.
+Each probe is a chain of one kernel kind at one size, a block as real networks have it, or a whole network; families are (kind,
+channels), so the error that is reported is that of sizes the fit has not seen. What was measured is kept after every probe: a
+calibration that is interrupted goes on where it was. Widths are measured apart, one by one, for the staircase: how fast a channel is at
+which width.
 """
 
 from __future__ import annotations
 
 import json
 import tempfile
+import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,9 +21,12 @@ import torch
 from torch import Tensor, nn
 
 from edgeprune.device.card import Device, Profile, Staircase
+from edgeprune.device.card import device as find_device
+from edgeprune.device.connection import Connection
 from edgeprune.device.fit import COLUMNS, Fitted, Prior, Sample, constants_of, fit_profile, refine
+from edgeprune.device.fleet import shared
 from edgeprune.device.kernels import KernelsAt, kernels
-from edgeprune.device.measure import QUICK, Measurement, Schedule, measure
+from edgeprune.device.measure import QUICK, Measurement, Schedule, measure_on
 from edgeprune.errors import DeviceError
 from edgeprune.graph.trace import trace
 
@@ -30,17 +35,19 @@ FORMATS = {"onnxruntime": "onnx", "litert": "tflite"}
 # (kernel side, groups); 0 groups: one per channel
 _CONVS = {"conv1x1": (1, 1), "conv3x3": (3, 1), "conv_other": (5, 1), "depthwise": (3, 0), "depthwise_large": (5, 0), "grouped": (3, 8)}
 _SIZES = ((32, 32), (64, 14), (128, 28), (256, 14))
+ANCHORS = ("mobile", "residual")  # whole networks, of reference.py
 _MEMORY = ("activation", "elementwise", "scale", "pool", "cat", "resize")
 # As for the compress loop, with as few processes as give an interval: many networks matter more than the interval of each.
 _SCHEDULE: Schedule = {**QUICK, "processes": 3}
 # A width is as good as another when its time per channel is within this share of it.
 _SAME_SPEED = 0.02
+_EXPORTING = threading.Lock()  # torch's random state, and the exporters', belong to the process
 STAIRCASE_WIDTHS, STAIRCASE_SIDES, STAIRCASE_KINDS = tuple(range(40, 73, 4)), (14, 28), ("conv1x1", "conv3x3", "depthwise")
 
 
 @dataclass(frozen=True)
 class Probe:
-    """One network to measure: `depth` links of a kernel kind with `channels` at `side` x `side`, or a "block" or "linear"."""
+    """One network to measure: `depth` links of a kernel kind with `channels` at `side` x `side`, a "block", "linear" or an anchor."""
 
     kind: str
     channels: int
@@ -56,36 +63,44 @@ class Probe:
         """(the network, an example input); its weights are the same every time."""
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
+            if self.kind in ANCHORS:
+                from edgeprune.reference import reference
+
+                return reference(self.kind)[:2]
             shape = (1, self.channels) if self.kind == "linear" else (1, self.channels, self.side, self.side)
             return nn.Sequential(*(_link(self.kind, self.channels) for _ in range(self.depth))).eval(), torch.rand(shape)
 
 
 def probes(quick: bool) -> tuple[Probe, ...]:
-    """The networks of a calibration: about 50, or 12 for a quick one."""
+    """The networks of a calibration: about 50, or 14 for a quick one."""
+    anchors = [Probe(kind, 3, 32, 1) for kind in ANCHORS]
     if quick:
         convs = [Probe(kind, 64, 14) for kind in ("conv1x1", "conv3x3", "depthwise")]
         convs += [Probe(kind, 128, 28) for kind in ("conv1x1", "conv3x3")]
         rest = [Probe("elementwise", 64, 28, 6), Probe("activation", 64, 28, 6), Probe("pool", 64, 28), Probe("linear", 512, 1, 3)]
-        return (*convs, *rest, Probe("block", 32, 28), Probe("block", 96, 14), Probe("conv3x3", 16, 8, 2))
+        return (*convs, *rest, Probe("block", 32, 28), Probe("block", 96, 14), Probe("conv3x3", 16, 8, 2), *anchors)
     convs = [Probe(kind, c, s) for kind in _CONVS for c, s in _SIZES]
     memory = [Probe(kind, c, s, 6) for kind in _MEMORY for c, s in ((16, 32), (64, 28), (128, 28))]
     linear = [Probe("linear", c, 1, 3) for c in (128, 512, 1024)]
     blocks = [Probe("block", c, s) for c, s in ((16, 56), (32, 28), (96, 14), (192, 7))]
-    return (*convs, *memory, *linear, *blocks)
+    return (*convs, *memory, *linear, *blocks, *anchors)
 
 
 def calibrate(device: Device, *, quick: bool = False, store: Path, progress: Progress = lambda *_: None) -> Fitted:
     """A profile for `device`, which must be attached, fitted to networks measured there; the present profile is the prior.
 
-    Measurements are kept in `store` (JSON), and what is there is not measured again. A full calibration also measures the staircase.
-    Takes about 5 s a network, 50 of them and 54 widths, or 12 networks with `quick`. Raises DeviceError for a device that is not attached.
+    A board without a profile starts from that of a Raspberry Pi 4. Measurements are kept in `store` (JSON), and what is there is not
+    measured again; several hosts share them. A full calibration also measures the staircase. Takes about 5 s a network, 50 of them and
+    54 widths, or 14 networks with `quick`. Raises DeviceError for a device that is not attached, and for hosts of different kinds.
     """
-    present, chosen = device.constants, probes(quick)
+    if not device.attached:
+        raise DeviceError(f"{device.profile} is not attached, so there is nothing to calibrate it by: give --host user@board.")
+    present, chosen = start(device), probes(quick)
     samples = [_sample(probe, ms) for probe, ms in _measured(device, chosen, store, "networks", progress)]
     shape = dict(zip(COLUMNS, constants_of(present).tolist(), strict=True))
     prior = Prior(shape, 0.1 if quick else 0.01, present.cache_bytes)
     facts = {key: getattr(present, key) for key in ("runtime", "threads", "precision", "clock_mhz", "description", "power")}
-    where = f"{device.name} at {host}" if (host := getattr(device, "host", "")) else device.name
+    where = f"{device.name} at {' and '.join(device.hosts)}" if device.host else device.name
     prior_words = f"constants drawn to those of {device.profile} before; interval: split conformal"
     words = {
         "source": f"{len(samples)} small networks measured on {where}",
@@ -97,6 +112,15 @@ def calibrate(device: Device, *, quick: bool = False, store: Path, progress: Pro
         return made
     steps = staircase(device, store=store, progress=progress)
     return Fitted(made.profile.model_copy(update={"staircase": steps}), made.held_out_ms, made.covered)
+
+
+def start(device: Device) -> Profile:
+    """What a calibration starts from: the present profile; for a board that has none, a Raspberry Pi 4's constants as its own."""
+    if device.predicts:
+        return device.constants
+    board, description = device.card.board, f"ONNX Runtime, fp32, {device.threads} thread(s)"
+    own = {"threads": device.threads, "clock_mhz": board.clock_mhz, "description": description, "power": None, "staircase": None}
+    return find_device("rpi4-ort").constants.model_copy(update=own)
 
 
 def staircase(device: Device, *, store: Path, progress: Progress = lambda *_: None) -> Staircase:
@@ -144,36 +168,36 @@ def anchored(profile: Profile, path: Path) -> tuple[Profile, Any, Any, list[str]
 
 
 def _measured(device: Device, chosen: Sequence[Probe], store: Path, what: str, progress: Progress) -> list[tuple[Probe, float]]:
-    """The milliseconds of every probe: from the store, or measured now and put there."""
+    """The milliseconds of every probe: from the store, or measured now, by all hosts together, and put there."""
     known: dict[str, float] = json.loads(store.read_text()) if store.exists() else {}
-    found = []
-    for number, probe in enumerate(chosen):
-        progress(what, number, len(chosen))
-        if probe.name not in known:
-            known[probe.name] = _latency_ms(device, probe)
-            store.parent.mkdir(parents=True, exist_ok=True)
-            partial = store.with_suffix(".tmp")
-            partial.write_text(json.dumps(known, indent=0))
-            partial.replace(store)
-        found.append((probe, known[probe.name]))
-    progress(what, len(chosen), len(chosen))
-    return found
+    left = [probe for probe in chosen if probe.name not in known]
+    kinds: dict[str, str] = {}
+    progress(what, len(chosen) - len(left), len(chosen))
+    for number, (probe, found, host) in enumerate(shared(device.hosts, left, lambda board, probe: _measurement(device, board, probe)), 1):
+        kinds[" with ".join(str(found.fingerprint[key]) for key in ("board", "cpu", "runtime"))] = host
+        if len(kinds) > 1:
+            raise DeviceError(f"the hosts are not of one kind, so they cannot share a calibration: {' and '.join(kinds)}.")
+        # The fastest run where other programs had the CPU, because theirs is not the network's time.
+        known[probe.name] = found.min_ms if found.problems else found.latency_ms
+        store.parent.mkdir(parents=True, exist_ok=True)
+        partial = store.with_suffix(".tmp")
+        partial.write_text(json.dumps(known, indent=0))
+        partial.replace(store)
+        progress(what, len(chosen) - len(left) + number, len(chosen))
+    return [(probe, known[probe.name]) for probe in chosen]
 
 
-def _latency_ms(device: Device, probe: Probe) -> float:
-    """The median; the fastest run where other programs had the CPU, because theirs is not the network's time."""
+def _measurement(device: Device, board: Connection, probe: Probe) -> Measurement:
     from edgeprune.export import export
 
-    network, example = probe.build()
-    form = FORMATS.get(device.constants.runtime)
+    runtime = start(device).runtime
+    form = FORMATS.get(runtime)
     if form is None:
-        raise DeviceError(
-            f"{device.profile} runs {device.constants.runtime}, for which nothing is exported: {' and '.join(FORMATS)} can be calibrated."
-        )
+        raise DeviceError(f"{device.profile} runs {runtime}, for which nothing is exported: {' and '.join(FORMATS)} can be calibrated.")
     with tempfile.TemporaryDirectory() as folder:
-        artifact = export(network, example, Path(folder) / "probe", format=form)
-        found: Measurement = measure(artifact.path, device, **_SCHEDULE)
-    return found.min_ms if found.problems else found.latency_ms
+        with _EXPORTING:
+            artifact = export(*probe.build(), Path(folder) / "probe", format=form)
+        return measure_on(board, artifact.path, threads=device.threads, **_SCHEDULE)
 
 
 def _sample(probe: Probe, latency_ms: float) -> Sample:

@@ -172,7 +172,8 @@ class Device:
     """A board together with one of its profiles.
 
     `name` is the board ("rpi4"), `profile` the full name ("rpi4-ort"), the board's where its card has no profile. `resolved` says which
-    profile a bare board name led to, and is empty otherwise. `host` is where the board is reached over SSH, [user@]name[:port].
+    profile a bare board name led to, and is empty otherwise. `host` is where the board is reached over SSH, [user@]name[:port]; for a
+    calibration it may name several boards of this kind, with commas between.
     """
 
     name: str
@@ -200,6 +201,11 @@ class Device:
     def attached(self) -> bool:
         """Whether figures are measured rather than predicted: the board is this machine, or a host leads to it."""
         return self.card.board.attached or bool(self.host)
+
+    @property
+    def hosts(self) -> tuple[str, ...]:
+        """Every host named; one empty name for this machine."""
+        return tuple(name.strip() for name in self.host.split(","))
 
     @property
     def channel_multiple(self) -> int:

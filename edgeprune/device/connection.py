@@ -31,10 +31,9 @@ POWER_FILE = Path(agent.__file__).with_name("power.py")
 
 
 class Connection(ABC):
-    """An agent that answers. `where` names the machine in messages; `scratch` is where the agent may write for a moment."""
+    """An agent that answers. `where` names the machine in messages."""
 
     where: str
-    scratch: str | None = None
 
     def __init__(self) -> None:
         self._ids = itertools.count(1)
@@ -180,6 +179,8 @@ def connect(host: str = "") -> Connection:
 
     Raises Unreachable when there is no way there, DeviceError where asyncssh is not installed.
     """
+    if "," in host:
+        raise DeviceError(f"--host {host} names several boards: they can share a calibration, everything else is measured on one.")
     if host in ("", "local"):
         return Local()
     try:

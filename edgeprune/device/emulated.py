@@ -15,7 +15,7 @@ import platform
 import shutil
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from edgeprune.device import agent
@@ -41,6 +41,34 @@ def default_folder() -> Path:
     """Where the board's root lies: EDGEPRUNE_EMULATED_BOARD, or the user's cache folder."""
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     return Path(os.environ.get("EDGEPRUNE_EMULATED_BOARD") or cache / "edgeprune-emulated-board")
+
+
+def counts(artifacts: Mapping[str, Path], *, progress: Callable[[str, int, int], None]) -> tuple[dict[str, dict[str, int]], str]:
+    """(instructions per inference of every artifact by its name and the CPU, why there are none).
+
+    Nothing is installed for it: without a board that `prepare` has built (make test-board) there is a reason instead.
+    """
+    folder = default_folder()
+    if missing := [tool for tool in ("qemu-aarch64", "gcc") if not shutil.which(tool)]:
+        return {}, f"{' and '.join(missing)} not installed"
+    if not (folder / "complete").exists():
+        return {}, f"there is no emulated ARM board in {folder}: `make test-board` builds one"
+    found: dict[str, dict[str, int]] = {name: {} for name in artifacts}
+    try:
+        prepare(folder)
+        for number, (name, cpu) in enumerate(turns := [(name, cpu) for name in artifacts for cpu in CPUS]):
+            progress("counting ARM instructions", number, len(turns))
+            found[name][cpu] = arm_insns_per_inference(artifacts[name], folder, cpu=cpu)
+        progress("counting ARM instructions", len(turns), len(turns))
+    except DeviceError as error:
+        return {}, str(error)
+    return found, ""
+
+
+def runtime(folder: Path) -> str:
+    """The onnxruntime of the board, which decides the counts; empty where there is none."""
+    found = sorted((folder / "root/opt/site").glob("onnxruntime-*.dist-info"))
+    return found[0].name.removesuffix(".dist-info").replace("-", " ") if found else ""
 
 
 def missing_tools() -> list[str]:

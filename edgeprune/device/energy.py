@@ -22,6 +22,7 @@ from edgeprune.device.connection import POWER_FILE, START_SECONDS, Connection
 from edgeprune.errors import SensorError
 
 TRIALS = 5
+QUICK_TRIALS = 3  # for the compress loop
 SECONDS = 10.0
 LEAST_SAMPLES = 20
 _HZ = 10.0

@@ -52,6 +52,10 @@ QUICK: Schedule = {"processes": 5, "min_runs": 20, "min_seconds": 0.15, "warmup_
 """For the compress loop (2 to 3 s for a small network): `measure(artifact, device, **QUICK)`."""
 
 
+MEASURED = ("latency_ms", "energy_mj", "peak_memory_bytes")
+"""The figures of a budget that a board can say something about, by the budget's names."""
+
+
 class MeasuredDevice(Protocol):
     """What measuring needs to know of a device card."""
 
@@ -70,6 +74,16 @@ class MeasuredDevice(Protocol):
     @property
     def profile(self) -> str:
         """The profile's name, rpi4-ort."""
+
+
+@dataclass(frozen=True)
+class Figure:
+    """A measured figure; a budget is held to `high`. `how`: what the value and its ends are, in words."""
+
+    value: float
+    low: float
+    high: float
+    how: str
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,6 +113,17 @@ class Measurement:
     parity: Parity | None = None
     energy: Energy | None = None
     network_memory_bytes: int = 0
+
+    def figure(self, name: str) -> Figure | None:
+        """The figure that a budget calls by this name (see MEASURED); None where it was not measured."""
+        if name == "latency_ms":
+            return Figure(self.latency_ms, self.low_ms, self.high_ms, "upper end of the 95% interval of the median")
+        if name == "energy_mj" and (e := self.energy):
+            how = f"net of idling, the highest of {e.trials} trials ({e.source}, {e.scope})"
+            return Figure(e.net_mj, e.net_low_mj, e.net_high_mj, how)
+        if name == "peak_memory_bytes" and (grown := self.network_memory_bytes):
+            return Figure(grown, grown, grown, "what the largest process grew by after loading the runtime")
+        return None
 
     def to_json(self) -> dict[str, Any]:
         """Plain values, for measurements.json."""

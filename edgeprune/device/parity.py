@@ -9,16 +9,19 @@ from __future__ import annotations
 
 import base64
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from edgeprune.device.connection import Connection, Local
 from edgeprune.errors import ParityError, Unreachable
+
+if TYPE_CHECKING:
+    from edgeprune.export import Arrays
 
 FLOAT_TOLERANCE = 1e-3
 QUANTIZED_TOLERANCE = 0.05
@@ -52,8 +55,22 @@ def outputs(
             np.savez(file, **named)
         pushed, given = board.push(artifact), board.push(file)
         reply = board.ask("evaluate", fresh=True, limit_seconds=_LIMIT_SECONDS, artifact=pushed, arrays=given, threads=threads)
-    found = [np.frombuffer(base64.b64decode(o["base64"]), dtype=o["dtype"]).reshape(o["shape"]) for o in reply["outputs"]]
+    found = [np.frombuffer(base64.b64decode(o["base64"]), dtype=o["dtype"]).reshape(o["shape"]).copy() for o in reply["outputs"]]
     return found, reply
+
+
+def runner_on(board: Connection, artifact: Path, *, threads: int = 1) -> Callable[[Arrays], list[NDArray[Any]]]:
+    """The artifact as a function of NCHW images, as `load_artifact` gives it here, but run on the board: accuracy is evaluated by it."""
+    from edgeprune.export import read_metadata
+
+    last = read_metadata(artifact).get("layout") == "NHWC"
+
+    def run(inputs: Arrays) -> list[NDArray[Any]]:
+        arrays = [inputs] if isinstance(inputs, np.ndarray) else list(inputs)
+        fed = [np.ascontiguousarray(a.transpose(0, 2, 3, 1)) if last and a.ndim == 4 else a for a in arrays]
+        return outputs(board, artifact, {str(number): array for number, array in enumerate(fed)}, threads=threads)[0]
+
+    return run
 
 
 def compared(board: Connection, artifact: Path, arrays: Mapping[str, NDArray[Any]] | None = None) -> tuple[Parity | None, str]:

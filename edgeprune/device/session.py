@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any, Unpack
 
 from edgeprune.device.card import Device
-from edgeprune.device.connection import START_SECONDS, Connection, connect
+from edgeprune.device.connection import START_SECONDS, Connection, Local, connect
 from edgeprune.device.energy import SECONDS, TRIALS, Energy, energy_on, no_sensor
 from edgeprune.device.measure import Measurement, Schedule, artifact, measure_on, pin, take_turn
 from edgeprune.device.power import Meter
@@ -66,12 +66,12 @@ def sitting(
     return Sitting(found, operations, tuple(missing))
 
 
-def energy_of(artifact_path: str | Path, device: Device) -> Energy:
+def energy_of(artifact_path: str | Path, device: Device, *, trials: int = TRIALS) -> Energy:
     """Energy of one inference on an attached device, by its own sensor; see `energy_on`. Raises SensorError where it has none."""
     with connect(device.host) as board:
         take_turn(board)
         cpus = pin(board, board.hello(), device.threads)
-        found, reason = energy_on(board, artifact(artifact_path), threads=device.threads, cpus=cpus)
+        found, reason = energy_on(board, artifact(artifact_path), threads=device.threads, cpus=cpus, trials=trials)
     if found is None:
         raise SensorError(_no_sensor(device, reason))
     return found
@@ -93,7 +93,9 @@ def _no_sensor(device: Device, reason: str) -> str:
 
 def operations_on(board: Connection, file: Path, *, threads: int, cpus: list[int]) -> tuple[tuple[Operation, ...], str]:
     """(the artifact's operations in the order they ran, why there are none)."""
-    request: Mapping[str, Any] = {"artifact": board.push(file), "threads": threads, "cpus": cpus, "scratch": board.scratch}
+    pushed = board.push(file)
+    scratch = None if isinstance(board, Local) else str(PurePosixPath(pushed).parent)  # on a board nothing is written elsewhere
+    request: Mapping[str, Any] = {"artifact": pushed, "threads": threads, "cpus": cpus, "scratch": scratch}
     reply = board.ask("operations", fresh=True, limit_seconds=START_SECONDS + _OPERATIONS_SECONDS, **request)
     if reply["operations"] is None:
         return (), f"per operation: {reply['reason']}"

@@ -27,6 +27,7 @@ from edgeprune.errors import DeviceError, Unreachable
 CACHE = ".cache/edgeprune"  # below the account's home, where an SSH session begins
 CACHE_BYTES = 2 << 30
 CONNECT_SECONDS = 20.0
+_IN_USE = 4  # of the files brought last, none makes room for others
 HEARTBEAT_SECONDS = 5.0  # the agent ends after six of them in silence
 Value = TypeVar("Value")
 
@@ -41,14 +42,15 @@ class Ssh(Connection):
         self._process: asyncssh.SSHClientProcess[str] | None = None
         self._last_error = ""
         self._tasks: list[asyncio.Task[None]] = []
-        self._pushed: set[str] = set()
+        self._pushed: list[str] = []  # hashes, the latest last
         # A loop of its own, in a thread of its own: callers may have one running (notebooks), and Ctrl-C reaches the main thread.
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, daemon=True)
         self._thread.start()
         try:
             self._run(self._open(host))
-            self.hello()
+            if self.hello().get("agent_sha256") != hashlib.sha256(Path(agent.__file__).read_bytes()).hexdigest():
+                raise Unreachable(f"the agent on {host} is not the one that was sent: remove ~/{CACHE} there, and see who writes to it.")
         except BaseException:
             self.close()
             raise
@@ -101,11 +103,18 @@ class Ssh(Connection):
 
     async def _open(self, host: str) -> None:
         board = await self._connected(host, None)
-        self._sftp = await board.start_sftp_client()
-        script = await self._push(Path(agent.__file__))
+        try:
+            self._sftp = await board.start_sftp_client()
+            script = await self._push(Path(agent.__file__))
+        except (OSError, asyncssh.Error) as error:
+            raise Unreachable(
+                f"the agent cannot be copied to ~/{CACHE} on {host} over SFTP: {_reason(error)}. Is the folder writable, is the disk full, "
+                "is there an SFTP server (Debian: openssh-sftp-server)?"
+            ) from error
         silence = 6 * HEARTBEAT_SECONDS
         command = (
-            f"p={CACHE}/venv/bin/python3; test -x $p || p=python3; PYTHONHASHSEED=0 exec $p {script} --grace 0 --silence {silence:.0f}"
+            f"p={CACHE}/venv/bin/python3; test -x $p || p=python3; export PYTHONHASHSEED=0 PYTHONDONTWRITEBYTECODE=1; "
+            f"exec $p {script} --grace 0 --silence {silence:.0f}"
         )
         self._process = await board.create_process(f"/bin/sh -c '{command}'", errors="replace")
         self._tasks = [asyncio.ensure_future(self._listen()), asyncio.ensure_future(self._beat())]
@@ -132,6 +141,9 @@ class Ssh(Connection):
             connection.close()
             with contextlib.suppress(TimeoutError, asyncssh.Error, OSError):
                 await asyncio.wait_for(connection.wait_closed(), 3.0)
+        for task in asyncio.all_tasks() - {asyncio.current_task()}:
+            task.cancel()  # another thread may be waiting for an answer that will not come
+        await asyncio.sleep(0)
 
     async def _connected(self, host: str, through: asyncssh.SSHClientConnection | None) -> asyncssh.SSHClientConnection:
         """A connection to `host`, over the jump hosts of its configuration, whose keys are checked as its own is."""
@@ -185,7 +197,7 @@ class Ssh(Connection):
         digest = hashlib.sha256(content).hexdigest()
         folder = f"{CACHE}/{digest}"
         target = f"{folder}/file{file.suffix if file.suffix.isascii() and file.suffix[1:].isalnum() else ''}"
-        self._pushed.add(digest)
+        self._pushed = [*(known for known in self._pushed if known != digest), digest]
         await self._sftp.makedirs(folder, exist_ok=True)
         if await self._sftp.isfile(target) and await self._sftp.getsize(target) == len(content):
             await self._sftp.utime(target)
@@ -212,16 +224,21 @@ class Ssh(Connection):
                 raise DeviceError(f"the disk of {self.where} is full: {free:,} bytes are free, {size_bytes:,} are needed. Make room there.")
         ages = []
         for name in await self._sftp.listdir(CACHE):
-            if len(name) == 64 and name not in self._pushed and stat.S_ISDIR((await self._sftp.stat(f"{CACHE}/{name}")).permissions or 0):
-                files = [await self._sftp.stat(path) for path in await self._sftp.glob(f"{CACHE}/{name}/*")]
+            if len(name) == 64 and stat.S_ISDIR((await self._sftp.stat(f"{CACHE}/{name}")).permissions or 0):
+                files = [file.attrs async for file in self._sftp.scandir(f"{CACHE}/{name}") if file.filename not in (".", "..")]
                 newest = max((f.mtime or 0 for f in files), default=0)
                 ages.append((newest, sum(f.size or 0 for f in files), name))
-        used = sum(size for _, size, _ in ages)
-        for _, size, name in sorted(ages):
+        used, in_use = sum(size for _, size, _ in ages), {*self._pushed[:1], *self._pushed[-_IN_USE:]}  # the first is the agent
+        for _, size, name in sorted(age for age in ages if age[2] not in in_use):
             if used + size_bytes <= CACHE_BYTES:
                 break
             await self._sftp.rmtree(f"{CACHE}/{name}")
             used -= size
+        if used + size_bytes > CACHE_BYTES:
+            raise DeviceError(
+                f"what is being measured takes {used:,} bytes on {self.where}, and {size_bytes:,} more are above the {CACHE_BYTES:,} that "
+                "edgeprune uses on a board."
+            )
 
 
 def _parsed(host: str) -> tuple[Any, str, Any]:

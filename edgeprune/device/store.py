@@ -8,6 +8,7 @@ import tomllib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 from edgeprune.device.card import Card, Device, Profile
 from edgeprune.errors import DeviceError
@@ -21,21 +22,37 @@ def user_cards() -> Path:
 
 
 def stored_measurements(device: Device) -> Path:
-    """Where the measurements of a calibration of this profile are kept until the next one."""
+    """Where the measurements of a calibration of this profile are kept until it is complete."""
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    host = getattr(device, "host", "")
-    return cache / "edgeprune" / f"calibration-{device.profile}{f'-{host}' if host else ''}.json"
+    hosts = "".join(f"-{quote(host, safe='@')}" for host in sorted(device.hosts) if host)
+    return cache / "edgeprune" / f"calibration-{device.profile}{hosts}.json"
+
+
+def keep_table(measurements: Path, card: Path, profile: str) -> Path:
+    """Move the measurements of a complete calibration beside the card, as a table: the next calibration measures anew."""
+    found: dict[str, float] = json.loads(measurements.read_text())
+    table = card.with_name(f"{profile}.csv")
+    table.write_text("".join(["network,latency_ms\n", *(f"{name},{ms:.6g}\n" for name, ms in found.items())]))
+    measurements.unlink()
+    return table
 
 
 def replace_profile(device: Device, profile: Profile, path: Path) -> Path:
-    """Write the device's card to `path` with this profile in place of its own, and return the path."""
+    """Write the device's card to `path` with this profile in place of its own, its first one where it has none; the path comes back."""
+    name = profile_name(device, profile)
     board = device.card.model_dump(mode="json", include={"board"}, exclude_none=True)["board"]
+    board |= {} if device.predicts else {"default_profile": name}
     lines = [f"# {device.name}, calibrated by its user.", "", *_table("board", board)]
     if device.card.power:
         lines += _table("power", device.card.power.model_dump(mode="json", exclude_none=True))
-    profiles = {**device.card.profiles, device.profile: profile}
-    write_profiles(path, profiles, f"edgeprune device calibrate {device.profile}", above="\n".join(lines))
+    profiles = {**device.card.profiles, name: profile}
+    write_profiles(path, profiles, f"edgeprune device calibrate {name}", above="\n".join(lines))
     return path
+
+
+def profile_name(device: Device, profile: Profile) -> str:
+    """The device's own profile, or the name of the first one of a board that has none."""
+    return device.profile if device.predicts else f"{device.name}-{'ort' if profile.runtime == 'onnxruntime' else profile.runtime}"
 
 
 def write_profiles(path: Path, profiles: Mapping[str, Profile], by: str, *, above: str | None = None) -> None:

@@ -70,6 +70,12 @@ def test_hosts_that_make_no_sense(edgeprune: Command) -> None:
     refused = edgeprune("profile", "net.onnx", "--host", "pi@board")
     assert refused.code == 4
     assert "--device rpi4" in refused.message
+    several = edgeprune("device", "check", "rpi4", "--host", "pi@a,pi@b")
+    assert several.code == 4
+    assert "names several boards" in several.message
+    model = edgeprune("evaluate", "net.pt", "--data", "data.npz", "--host", "pi@board")
+    assert model.code == 2
+    assert "net.pt is none: export it first" in model.message
     lost = edgeprune("device", "check", "rpi4", "--host", "127.0.0.1:1")
     assert lost.code == 4
     assert "no connection to 127.0.0.1:1" in lost.message

@@ -3,11 +3,14 @@ from __future__ import annotations
 import base64
 import hashlib
 import io
+import itertools
 import json
 import os
 import signal
 import subprocess
 import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -64,6 +67,20 @@ def test_runs_until_runs_and_seconds_are_reached(artifact: Path) -> None:
     (reply,) = ask({"do": "measure", "artifact": str(artifact), **BRIEF, "min_seconds": 0.05})
     assert len(reply["times_ns"]) > 5
     assert sum(reply["times_ns"]) <= 10e9
+
+
+def test_warms_up_until_the_runs_are_equally_fast() -> None:
+    """A network whose runs become shorter, ever less so, settles; one whose runs become longer and longer is not waited for forever."""
+
+    def paced(seconds: Callable[[int], float]) -> Callable[[], None]:
+        numbers = itertools.count()
+        return lambda: time.sleep(seconds(next(numbers)))
+
+    settling = agent._warm(paced(lambda n: 0.002 + 0.02 * 0.9**n), 5, 0.1)
+    assert len(settling) > 15
+    restless = agent._warm(paced(lambda n: 0.001 * 1.1**n), 5, 0.05)
+    assert sum(restless) > 0.15e9
+    assert len(agent._warm(lambda: None, 7, 0.0)) == 7
 
 
 def test_inputs_can_be_given(artifact: Path) -> None:

@@ -1,23 +1,33 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
-from edgeprune.device.calibrate import Probe, anchored, best_multiple, calibrate, probes
-from edgeprune.device.card import device
+import edgeprune as ep
+from edgeprune.cli import main
+from edgeprune.device import calibrate as calibration
+from edgeprune.device.calibrate import ANCHORS, Probe, anchored, best_multiple, calibrate, probes, start
+from edgeprune.device.card import Device, device
 from edgeprune.device.fit import MAC_KINDS
 from edgeprune.device.kernels import kernels
-from edgeprune.errors import DeviceError
+from edgeprune.device.store import stored_measurements
+from edgeprune.errors import DeviceError, Unreachable
 from edgeprune.graph.trace import trace
+from tests.device.boards import Board, Client
 
 
 def test_probes_are_of_the_kind_they_name() -> None:
     for probe in {p.kind: p for p in probes(quick=False)}.values():
         network, example = probe.build()
         kinds = kernels(trace(network, example)).kinds
+        if probe.kind in ANCHORS:
+            assert len(set(kinds)) >= 4
+            continue
         wanted = "depthwise" if probe.kind == "block" else probe.kind
         assert kinds.count(wanted) >= probe.depth - 1, probe
     assert set(MAC_KINDS) <= {p.kind for p in probes(quick=False)}
@@ -27,12 +37,88 @@ def test_probes_are_of_the_kind_they_name() -> None:
 def test_measurements_in_the_store_are_not_measured_again(tmp_path: Path) -> None:
     store, seen = tmp_path / "kept.json", []
     store.write_text(json.dumps({probe.name: 0.1 + 1e-7 * probe.channels * probe.side**2 for probe in probes(quick=True)}))
-    made = calibrate(device("rpi4"), quick=True, store=store, progress=lambda *state: seen.append(state))
+    made = calibrate(device("rpi4", host="gone"), quick=True, store=store, progress=lambda *state: seen.append(state))
     assert made.profile.fit.rows == len(probes(quick=True))
-    assert seen[-1] == ("networks", 12, 12)
-    store.unlink()
-    with pytest.raises(DeviceError, match="not attached"):
-        calibrate(device("rpi4"), quick=True, store=store)
+    assert seen == [("networks", 14, 14)]
+
+
+@pytest.fixture
+def attached(card: Path) -> Device:
+    """A board without a profile, which this machine plays."""
+    return device(card, host="local")
+
+
+TINY = tuple(Probe(kind, 8, 8, 2) for kind in ("conv1x1", "conv3x3", "depthwise", "elementwise", "block"))
+BRIEF = {"processes": 3, "min_runs": 5, "min_seconds": 0.0, "warmup_runs": 1, "warmup_seconds": 0.0}
+
+
+@pytest.fixture
+def tiny(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A plan of seconds."""
+    monkeypatch.setattr(calibration, "probes", lambda quick: TINY)
+    monkeypatch.setattr(calibration, "_SCHEDULE", BRIEF)
+
+
+@pytest.mark.usefixtures("tiny")
+def test_two_boards_over_ssh_calibrate_a_card_without_a_profile(
+    board: Board, client: Client, card: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The command, interrupted once: what was measured until then is not measured again."""
+    tmp_path = card.parent
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path / "config"))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    folder = tmp_path / "config/edgeprune/devices"
+    folder.mkdir(parents=True)
+    card.rename(folder / "pi4.toml")
+    second = Board(tmp_path / "second")
+    second.use_python()
+    second.start()
+    try:
+        client.configure(client.knows("pi", board) + client.knows("other", second))
+        client.trust(board, second)
+        both = device("pi4", host="other,pi")
+        store = stored_measurements(both)
+
+        def stop(what: str, done: int, total: int) -> None:
+            if done == 2:
+                raise KeyboardInterrupt
+
+        with pytest.raises(KeyboardInterrupt):
+            calibrate(both, quick=True, store=store, progress=stop)
+        kept = json.loads(store.read_text())
+        assert len(kept) == 2
+        monkeypatch.setattr(sys, "argv", ["edgeprune", "device", "calibrate", "pi4", "--host", "other,pi", "--quick"])
+        with pytest.raises(SystemExit) as end:
+            main()
+        assert not end.value.code, capsys.readouterr().err
+        assert board.empties() and second.empties()
+        assert all(any((b.home / ".cache/edgeprune").rglob("*.onnx")) for b in (board, second))
+    finally:
+        second.stop()
+    made = device("pi4")
+    assert (made.profile, made.predicts, made.threads) == ("pi4-ort", True, 1)
+    assert made.constants.fit.source == "5 small networks measured on pi4 at other and pi"
+    assert "% off on average" in capsys.readouterr().err
+    rows = dict(line.split(",") for line in (folder / "pi4-ort.csv").read_text().splitlines()[1:])
+    assert set(rows) == {probe.name for probe in TINY}
+    assert all(float(rows[name]) == pytest.approx(ms, rel=1e-5) for name, ms in kept.items())
+    assert not store.exists()  # the next calibration measures anew
+    model = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3), torch.nn.ReLU())
+    assert ep.predict(model, torch.zeros(1, 3, 16, 16), "pi4").latency_ms.value > 0
+
+
+@pytest.mark.usefixtures("tiny")
+def test_what_cannot_be_calibrated(tmp_path: Path) -> None:
+    with pytest.raises(DeviceError, match="not attached, so there is nothing to calibrate"):
+        calibrate(device("rpi4"), quick=True, store=tmp_path / "kept.json")
+    with pytest.raises(Unreachable, match=r"no connection to 127\.0\.0\.1:1"):
+        calibrate(device("rpi4", host="127.0.0.1:1"), quick=True, store=tmp_path / "kept.json")
+
+
+def test_a_board_without_a_profile_starts_as_another_one(attached: Device) -> None:
+    begun = start(attached)
+    assert (begun.threads, begun.power, begun.kernels) == (1, None, device("rpi4-ort").constants.kernels)
+    assert start(device("rpi5")) is device("rpi5").constants
 
 
 def test_the_staircase_gives_the_multiple_it_has() -> None:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import signal
 import subprocess
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -15,16 +17,19 @@ import pytest
 import torch
 
 import edgeprune as ep
+from benchmarks.instructions import NETWORKS, RESULTS, exported
 from edgeprune import pipeline
-from edgeprune.device import emulated
+from edgeprune.device import calibrate, emulated
+from edgeprune.device.calibrate import Probe
 from edgeprune.device.card import Device, device
 from edgeprune.device.check import check
 from edgeprune.device.connection import Local, connect
 from edgeprune.device.measure import Schedule, measure, measure_on
 from edgeprune.device.parity import compared, outputs
 from edgeprune.device.session import sitting
+from edgeprune.device.store import replace_profile
 from edgeprune.errors import DeviceError, Unreachable
-from tests.colours import colour_net
+from tests.colours import colour_data, colour_net
 from tests.device.boards import Board, Client, children, is_agent, need_sshd
 
 BRIEF: Schedule = {"processes": 3, "min_runs": 5, "min_seconds": 0.0, "warmup_runs": 1, "warmup_seconds": 0.0}
@@ -124,6 +129,8 @@ def test_evaluate_agrees_with_the_host(pi: Device, net: Path) -> None:
         (expected,), _ = outputs(here, net, {"x": x})
     np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5)
     assert (found.argmax(1) == expected.argmax(1)).all()
+    there, here_too = ep.evaluate(net, colour_data(), host=pi.host), ep.evaluate(net, colour_data())
+    assert (there.accuracy, there.images) == (here_too.accuracy, here_too.images)
 
 
 def test_the_closed_loop_meets_a_budget_by_measurements_only(
@@ -189,6 +196,37 @@ def test_a_tflite_artifact_agrees_with_the_host(pi: Device, tflite_artifact: Pat
     with connect(pi.host) as there:
         assert compared(there, tflite_artifact)[0]
     assert measure(tflite_artifact, pi, **BRIEF).fingerprint["runtime"].startswith("ai-edge-litert")
+
+
+@pytest.mark.parametrize("cpu", list(emulated.CPUS))
+@pytest.mark.parametrize("name", NETWORKS)
+def test_reference_networks_execute_as_many_instructions_as_before(root: Path, tmp_path: Path, name: str, cpu: str) -> None:
+    """The gate on what is exported: at most one percent more or less than was written down, where the runtime is the same."""
+    known = json.loads(RESULTS.read_text())
+    if known["runtime"] != emulated.runtime(root):
+        pytest.skip(f"counted with {known['runtime']}, the board has {emulated.runtime(root)}: `make bench-instructions` counts anew")
+    count = emulated.arm_insns_per_inference(exported(name, tmp_path), root, cpu=cpu)
+    assert count == pytest.approx(known["arm_insns_per_inference"][name][cpu], rel=emulated.TOLERANCE)
+
+
+def test_two_boards_share_a_calibration(pi: Device, arm: Board, root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    plan = tuple(Probe(kind, 8, 8, 2) for kind in ("conv1x1", "conv3x3", "depthwise", "elementwise", "block"))
+    monkeypatch.setattr(calibrate, "probes", lambda quick: plan)
+    monkeypatch.setattr(calibrate, "_SCHEDULE", BRIEF)
+    home = tmp_path / "second home"
+    home.mkdir()
+    second = started(tmp_path / "second", root, home)
+    try:
+        client = Client(tmp_path / "user")
+        client.configure(client.knows("arm", arm) + client.knows("second", second))
+        client.trust(arm, second)
+        made = calibrate.calibrate(replace(pi, host="arm,second"), quick=True, store=tmp_path / "kept.json").profile
+    finally:
+        second.stop()
+    assert made.fit.source == "5 small networks measured on arm at arm and second"
+    assert any(home.rglob("*.onnx")) and any(arm.home.rglob("*.onnx"))
+    path = replace_profile(pi, made, tmp_path / "out/arm.toml")
+    assert device(path).constants.network_us == pytest.approx(made.network_us)
 
 
 @pytest.mark.parametrize("cpu", list(emulated.CPUS))

@@ -5,11 +5,15 @@ from pathlib import Path
 import numpy as np
 import onnx
 import pytest
+import torch
 from onnx import TensorProto, helper
 
+import edgeprune as ep
 from edgeprune.device.connection import Local
-from edgeprune.device.parity import FLOAT_TOLERANCE, compared, outputs
+from edgeprune.device.parity import FLOAT_TOLERANCE, compared, outputs, runner_on
 from edgeprune.errors import DeviceError, ParityError
+from tests.colours import SIDE, colour_data, colour_net
+from tests.device.boards import Board, Client
 
 
 def two_inputs(path: Path) -> Path:
@@ -75,3 +79,21 @@ def test_a_runtime_that_is_missing_here_is_no_verdict(artifact: Path, tmp_path: 
         found, why = compared(there, artifact)
     assert found is None
     assert "not here" in why
+
+
+def test_accuracy_is_evaluated_on_the_board(board: Board, client: Client, tmp_path: Path) -> None:
+    file, data = ep.export(colour_net(), torch.zeros(1, 3, SIDE, SIDE), tmp_path / "net.onnx").path, colour_data()
+    there, here = ep.evaluate(file, data, host="pi"), ep.evaluate(file, data)
+    assert (there.accuracy, there.images) == (here.accuracy, here.images)
+    assert there.loss == pytest.approx(here.loss, rel=1e-4)
+    assert board.empties()
+
+
+def test_images_come_last_where_the_artifact_says_so(tmp_path: Path) -> None:
+    pytest.importorskip("litert_torch")
+    model = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3), torch.nn.Flatten(), torch.nn.Linear(144, 5)).eval()
+    x = np.random.default_rng(0).random((3, 3, 8, 8), dtype=np.float32)
+    file = ep.export(model, torch.zeros(1, 3, 8, 8), tmp_path / "net.tflite", format="tflite").path
+    with Local() as board, torch.no_grad():
+        (found,) = runner_on(board, file)(x)
+        np.testing.assert_allclose(found, model(torch.from_numpy(x)), atol=1e-5)

@@ -5,6 +5,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from pathlib import Path
@@ -19,6 +20,7 @@ from edgeprune.device.card import device
 from edgeprune.device.connection import connect
 from edgeprune.device.measure import Schedule, measure
 from edgeprune.device.parity import outputs
+from edgeprune.device.session import sitting
 from edgeprune.errors import DeviceError, Unreachable
 from tests.device.boards import Board, Client, children, end, is_sshd, new_key
 
@@ -38,6 +40,19 @@ def test_measures_over_ssh_and_leaves_only_its_cache(board: Board, client: Clien
     assert names <= {"file.py", "file.onnx", "file.npy", "python3"}
     assert board.empties()
     assert not list(Path.cwd().glob("pwned"))
+
+
+def test_a_whole_sitting_writes_nothing_else(board: Board, client: Client, card: Path, artifact: Path) -> None:
+    """Sensors are read by a second file, and the profiler writes a trace: neither leaves anything, inside the cache or outside."""
+    before = set(Path(tempfile.gettempdir()).iterdir())
+    found = sitting(artifact, device(card, host="pi"), energy=True, trials=1, trial_seconds=0.1, **BRIEF)
+    assert found.operations
+    assert board.empties()
+    assert [p.name for p in board.home.iterdir()] == [".cache"]
+    left = [p for p in (board.home / ".cache/edgeprune").rglob("*") if "venv" not in p.parts]
+    assert {p.name for p in left if p.is_file()} <= {"file.py", "file.onnx", "file.npy"}
+    assert {len(p.name) for p in left if p.is_dir()} == {64}
+    assert not [p for p in set(Path(tempfile.gettempdir()).iterdir()) - before if "trace" in str(list(p.rglob("*")) if p.is_dir() else p)]
 
 
 def test_outputs_come_back_exactly(client: Client, artifact: Path) -> None:
@@ -202,6 +217,58 @@ def test_the_cache_has_a_limit(board: Board, client: Client, tmp_path: Path, mon
         with pytest.raises(DeviceError, match="100,001 bytes is more than the 100,000"):
             pi.push(files[2])
     assert not list(board.home.rglob("*.part"))
+
+
+def test_what_one_connection_brings_counts_too(board: Board, client: Client, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ssh, "CACHE_BYTES", 150_000)
+    files = [tmp_path / f"{number}.onnx" for number in range(3)]
+    for number, file in enumerate(files):
+        file.write_bytes(bytes([77 + number]) * 50_000)
+    with connect("pi") as pi:
+        kept = [pi.push(file) for file in files[:2]]
+        with pytest.raises(DeviceError, match=r"takes 1\d\d,\d+ bytes on pi, and 50,000 more are above the 150,000"):
+            pi.push(files[2])
+        assert all((board.home / path).exists() for path in kept)
+
+
+def test_what_an_interrupted_upload_left_is_in_nobody_s_way(board: Board, client: Client, artifact: Path) -> None:
+    cache = board.home / ".cache/edgeprune"
+    (cache / ("0" * 64)).mkdir(parents=True, exist_ok=True)
+    (cache / ("1" * 64)).mkdir(exist_ok=True)
+    (cache / ("1" * 64) / "ab.part").write_bytes(b"half")
+    with connect("pi") as pi:
+        assert pi.push(artifact)
+
+
+def test_another_agent_than_the_one_sent_is_not_asked(board: Board, client: Client) -> None:
+    with connect("pi"):
+        pass
+    (script,) = [p for p in (board.home / ".cache/edgeprune").rglob("file.py") if b"measuring agent" in p.read_bytes()]
+    text = script.read_bytes()
+    script.write_bytes(text.replace(b"measuring agent", b"measuring azent"))
+    try:
+        with pytest.raises(Unreachable, match="agent on pi is not the one that was sent: remove"):
+            connect("pi")
+    finally:
+        script.write_bytes(text)
+
+
+def test_a_board_that_takes_no_files_says_so(tmp_path: Path, board: Board, client: Client) -> None:
+    closed = Board(tmp_path / "closed")
+    closed.start()
+    try:
+        client.configure(client.knows("closed", closed))
+        client.trust(closed)
+        (closed.home / ".cache").write_text("in the way")
+        with pytest.raises(Unreachable, match=r"agent cannot be copied to ~/\.cache/edgeprune on closed over SFTP: .*SFTP server"):
+            connect("closed")
+    finally:
+        closed.stop()
+
+
+def test_several_boards_are_for_calibrations_only() -> None:
+    with pytest.raises(DeviceError, match="pi@a,pi@b names several boards"):
+        connect("pi@a,pi@b")
 
 
 @pytest.mark.parametrize(
