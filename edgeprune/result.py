@@ -192,13 +192,13 @@ def _reached(found: Findings) -> dict[str, tuple[float, str]]:
         "macs": (cost.macs, "counted: multiply-accumulates of conv and linear layers, one image"),
         "params": (cost.params, "counted"),
         "size_bytes": (largest.size_bytes, f"measured: the {largest.format} file"),
-        "peak_memory_bytes": (cost.peak_memory_bytes, "predicted: weights and live activations in float32, without the runtime's own"),
+        "peak_memory_bytes": (cost.peak_memory_bytes, "predicted: what the process has in an inference beyond the imported runtime"),
     }
     if found.measurements:
         m = found.measurements["compressed"]
         reached["latency_ms"] = (m.high_ms, "measured: upper end of the 95% interval of the median")
         if m.network_memory_bytes:
-            reached["peak_memory_bytes"] = (m.network_memory_bytes, "measured: what the process grew by after loading the runtime")
+            reached["peak_memory_bytes"] = (m.network_memory_bytes, "measured: what the process had beyond the imported runtime")
     else:
         reached["latency_ms"] = (cost.latency_ms.high, f"upper end of the 90% interval; {cost.basis}")
     if found.measurements and (spent := found.measurements["compressed"].energy):

@@ -106,6 +106,24 @@ class Power(_Table):
     validated: str = ""
 
 
+class Memory(_Table):
+    """What one inference keeps resident: base_bytes, and so many times the weights, the live activations and the pointers.
+
+    Resident is what the process has at most in its inferences, beyond what it had when the runtime was imported: packed copies of
+    weights, files that are mapped, workspace and the runtime's own objects count; what only loading needed does not. `mape` and
+    `worst` are the errors in percent on `networks` networks that did not set the constants.
+    """
+
+    base_bytes: Nonnegative
+    weights: Nonnegative
+    activations: Nonnegative
+    pointers: Nonnegative = 0.0
+    networks: Count
+    mape: Nonnegative
+    worst: Nonnegative
+    source: str
+
+
 class Staircase(_Table):
     """Milliseconds measured against width, by kind of convolution and side of the image, and the multiple of channels they favour."""
 
@@ -115,7 +133,10 @@ class Staircase(_Table):
 
 
 class Profile(_Table):
-    """One way of running networks on the board, with its fitted constants. `power` is that of this way; default: the card's."""
+    """One way of running networks on the board, with its fitted constants. `power` is that of this way; default: the card's.
+
+    Without `memory`, weights and live activations are all that is known.
+    """
 
     runtime: str
     threads: Count
@@ -127,6 +148,7 @@ class Profile(_Table):
     kernels: Mapping[KernelKind, Rate]
     fit: Fit
     power: Power | None = None
+    memory: Memory | None = None
     staircase: Staircase | None = None
 
     @property
@@ -323,9 +345,10 @@ def _allowed(where: tuple[int | str, ...]) -> list[str]:
         ("profiles",): Profile,
         ("profiles", "fit"): Fit,
         ("profiles", "power"): Power,
+        ("profiles", "memory"): Memory,
         ("profiles", "staircase"): Staircase,
         ("profiles", "kernels"): Rate,
     }
     # Names of profiles and kernel kinds are free keys inside these paths; what is left names the table.
-    fixed = tuple(str(part) for position, part in enumerate(where) if position not in (1, 3) or part in ("fit", "power", "staircase"))
+    fixed = tuple(str(part) for position, part in enumerate(where) if position not in (1, 3) or ("profiles", part) in tables)
     return list(tables[tuple(part for part in fixed if part)].model_fields)
