@@ -91,8 +91,12 @@ def measured(name: str, side: int, runtime: str, folder: Path) -> Row:
     from edgeprune.export import export
     from edgeprune.graph.trace import trace
 
+    torch.manual_seed(0)
     torch.set_num_threads(1)
     form, network, example = RUNTIMES[runtime][0], timm_network(name), torch.zeros(1, 3, side, side)
+    for module in network.modules():
+        if isinstance(module, torch.nn.BatchNorm2d):  # some start at zero, and a converter keeps equal weights once
+            torch.nn.init.uniform_(module.weight, 0.5, 1.5)
     path = folder / f"{name}-{side}.{form}"
     if not path.exists():
         folder.mkdir(parents=True, exist_ok=True)

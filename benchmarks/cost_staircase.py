@@ -114,9 +114,9 @@ def measured(row: dict[str, Any], folder: Path) -> dict[str, Any]:
     ms: dict[str, list[float]] = {"usual": [], "rounded": []}
     problems: set[str] = set()
     for _ in range(TURNS):
-        for key in ms:
+        for key, found in ms.items():
             m = measure_host(folder / row[key]["file"], **SCHEDULE)
-            ms[key].extend(m.process_medians_ms)
+            found.extend(m.process_medians_ms)
             problems.update(m.problems)
     return {"ms": {key: float(np.median(found)) for key, found in ms.items()}, "processes_ms": ms, "problems": sorted(problems)}
 

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from edgeprune.device.card import device, devices
+from edgeprune.device.card import Device, Memory, device, devices
 from edgeprune.device.cost import UNSEEN_WIDENING, CostModel, predict_graph
 from edgeprune.device.kernels import FLOAT_BYTES, KernelsAt, kernels
 from edgeprune.errors import UsageError
@@ -42,7 +42,7 @@ def test_cost_rises_with_every_width(profile: str, widths: tuple[int, int], more
     low, high = model.interval_ms(at)
     total = model.total_ms(at)
     assert (low <= total).all() and (total <= high).all()
-    for figure in (total, high, model.latency_ms(at), MADE.peak_memory_bytes(plans), MADE.size_bytes(plans)):
+    for figure in (total, high, model.latency_ms(at), model.peak_memory_bytes(MADE, plans), MADE.size_bytes(plans)):
         assert np.all(figure[0] <= figure[1] * (1 + 1e-12))
 
 
@@ -97,6 +97,25 @@ def _ratio(model: CostModel, one: KernelsAt, other: KernelsAt) -> float:
     """How much wider the interval of `one` is, as a share of its prediction."""
     widths = [float(model.interval_ms(at)[1][0] / model.total_ms(at)[0]) for at in (one, other)]
     return widths[0] / widths[1]
+
+
+def test_memory_is_what_the_runtime_makes_of_weights_activations_and_pointers() -> None:
+    pi, plans = device("rpi4-litert"), np.array([[8, 4], [4, 2]])
+    kept = Memory(base_bytes=1e6, weights=2.0, activations=1.5, pointers=1.0, networks=10, mape=2.0, worst=6.0, source="made up")
+    knows = _with_memory(pi, kept)
+    expected = 1e6 + 2.0 * MADE.weight_bytes(plans) + 1.5 * MADE.live_bytes(plans) + MADE.pointer_bytes
+    assert CostModel(knows).peak_memory_bytes(MADE, plans).tolist() == expected.tolist()
+    cost = predict_graph(GRAPH, None, knows)
+    assert cost.peak_memory_bytes == int(expected[0])
+    assert any("2 % off on average, 6 % at worst, on 10 networks" in note for note in cost.notes)
+    bare = predict_graph(GRAPH, None, _with_memory(pi, None))
+    assert bare.peak_memory_bytes == MADE.peak_memory_bytes(plans)[0]
+    assert any("not known for this profile" in note for note in bare.notes)
+
+
+def _with_memory(found: Device, memory: Memory | None) -> Device:
+    profiles = {**found.card.profiles, found.profile: found.constants.model_copy(update={"memory": memory})}
+    return replace(found, card=found.card.model_copy(update={"profiles": profiles}))
 
 
 def test_many_plans_at_once_are_as_each_alone() -> None:
