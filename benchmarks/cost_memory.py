@@ -68,12 +68,11 @@ def main() -> None:
     chosen = options.parse_args()
     store = RESULTS / "cost_memory.json"
     rows: list[Row] = json.loads(store.read_text(encoding="utf-8"))["rows"] if store.exists() else []
-    for runtime in RUNTIMES:
-        for name, side in (*JUDGED, *FITTED):
-            if not any((r["network"], r["side"], r["runtime"]) == (name, side, runtime) for r in rows):
-                rows.append(measured(name, side, runtime, chosen.artifacts))
-                print(f"{name} {side} {runtime}: {rows[-1]['resident_bytes'] / 1e6:.1f} MB", flush=True)
-                store.write_text(json.dumps({"rows": rows}, indent=1) + "\n", encoding="utf-8")
+    for name, side in (*JUDGED, *FITTED):
+        if not any((r["network"], r["side"]) == (name, side) for r in rows):
+            rows += measured(name, side, chosen.artifacts)
+            print(f"{name} {side}: {', '.join(str(r['resident_bytes']) for r in rows[-len(RUNTIMES) :])} bytes", flush=True)
+            store.write_text(json.dumps({"rows": rows}, indent=1) + "\n", encoding="utf-8")
     fits = {runtime: fitted(rows, runtime) for runtime in RUNTIMES}
     report(rows, fits)
     if chosen.write:
@@ -81,8 +80,8 @@ def main() -> None:
             with_memory(card, fits)
 
 
-def measured(name: str, side: int, runtime: str, folder: Path) -> Row:
-    """One network on one runtime: what the model counts in it, and what its processes had resident."""
+def measured(name: str, side: int, folder: Path) -> list[Row]:
+    """One network on every runtime: what the model counts in it, and what its processes had resident."""
     import torch
 
     from benchmarks.cost_tables import timm_network
@@ -93,27 +92,27 @@ def measured(name: str, side: int, runtime: str, folder: Path) -> Row:
 
     torch.manual_seed(0)
     torch.set_num_threads(1)
-    form, network, example = RUNTIMES[runtime][0], timm_network(name), torch.zeros(1, 3, side, side)
+    network, example = timm_network(name), torch.zeros(1, 3, side, side)
     for module in network.modules():
         if isinstance(module, torch.nn.BatchNorm2d):  # some start at zero, and a converter keeps equal weights once
             torch.nn.init.uniform_(module.weight, 0.5, 1.5)
-    path = folder / f"{name}-{side}.{form}"
-    if not path.exists():
-        folder.mkdir(parents=True, exist_ok=True)
-        export(network, example, path, format=form)
     graph = trace(network, example)
     made = kernels(graph)
-    found = measure_host(path, **RUNS)
-    return {
-        "network": name,
-        "side": side,
-        "runtime": runtime,
+    counted = {
         "weight_bytes": float(made.weight_bytes(graph.dense_widths)[0]),
         "live_bytes": float(made.live_bytes(graph.dense_widths)[0]),
         "pointer_bytes": made.pointer_bytes,
-        "resident_bytes": found.network_memory_bytes,
-        "whole_process_bytes": found.peak_memory_bytes,
     }
+    rows = []
+    for runtime, (form, _, _) in RUNTIMES.items():
+        path = folder / f"{name}-{side}.{form}"
+        if not path.exists():
+            folder.mkdir(parents=True, exist_ok=True)
+            export(network, example, path, format=form)
+        found = measure_host(path, **RUNS)
+        resident = {"resident_bytes": found.network_memory_bytes, "whole_process_bytes": found.peak_memory_bytes}
+        rows.append({"network": name, "side": side, "runtime": runtime, **counted, **resident})
+    return rows
 
 
 def fitted(rows: Sequence[Row], runtime: str) -> Memory:
