@@ -108,17 +108,20 @@ class Power(_Table):
 
 
 class Memory(_Table):
-    """What one inference keeps resident: base_bytes, and so many times the weights, the live activations and the pointers.
+    """What one inference keeps resident: base_bytes, kernel_bytes a kernel, and so many times weights, live activations and pointers.
 
-    Resident is what the process has at most in its inferences, beyond what it had when the runtime was imported: packed copies of
-    weights, files that are mapped, workspace and the runtime's own objects count; what only loading needed does not. `mape` and
-    `worst` are the errors in percent on `networks` networks that did not set the constants.
+    `copied`: the kinds of kernels whose inputs and outputs exist twice while they run (see Kernels.live_bytes). Resident is what the
+    process has at most in its inferences, beyond what it had when the runtime was imported: packed copies of weights, files that are
+    mapped, workspace and the runtime's own objects count; what only loading needed does not. `mape` and `worst` are the errors in
+    percent on `networks` networks that did not set the constants.
     """
 
     base_bytes: Nonnegative
+    kernel_bytes: Nonnegative
     weights: Nonnegative
     activations: Nonnegative
-    pointers: Nonnegative = 0.0
+    pointers: Nonnegative
+    copied: tuple[KernelKind, ...]
     networks: Count
     mape: Nonnegative
     worst: Nonnegative

@@ -131,8 +131,8 @@ class CostModel:
         memory = self.device.constants.memory
         if memory is None:
             return made.peak_memory_bytes(widths)
-        kept = memory.weights * made.weight_bytes(widths) + memory.activations * made.live_bytes(widths)
-        return memory.base_bytes + kept + memory.pointers * made.pointer_bytes
+        fixed = memory.base_bytes + memory.kernel_bytes * len(made.names) + memory.pointers * made.pointer_bytes
+        return fixed + memory.weights * made.weight_bytes(widths) + memory.activations * made.live_bytes(widths, memory.copied)
 
     def notes(self, at: KernelsAt) -> tuple[str, ...]:
         """Why the interval of the first plan is wider than the fit's own, in words."""

@@ -9,7 +9,7 @@ and weights are products of such sizes) and allocators ask in loops.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -30,6 +30,8 @@ _EXPONENTIAL = frozenset({"silu", "sigmoid", "hardswish", "hardsigmoid", "gelu",
 _PLAIN = frozenset({"relu", "sigmoid", "silu", "hardswish", "hardsigmoid", "tanh", "add", "mul", "sub"})
 # Activations that ONNX Runtime and LiteRT run as kernels of their own, even right after a convolution.
 _UNFUSED = frozenset({"silu", "hardswish", "gelu", "elu", "celu", "selu", "mish", "softplus"})
+# Those of them that are computed in two steps, such as x * sigmoid(x): the input is needed until the last one.
+_COMPOSED = frozenset({"silu", "gelu", "mish"})
 # Convolutions that gather patches of their input, or pointers into it.
 _GATHERING = ("conv3x3", "conv_other", "grouped")
 _NORM_TENSORS = ("weight", "bias", "running_mean", "running_var")
@@ -105,13 +107,17 @@ class Kernels:
         total: Floats = FLOAT_BYTES * (sizes @ self._first_use)
         return total
 
-    def live_bytes(self, widths: NDArray[Any]) -> Floats:
+    def live_bytes(self, widths: NDArray[Any], copied: Collection[str] = ()) -> Floats:
         """The largest set of activations alive at once, float32, (plans,).
 
-        Elementwise kernels overwrite an input that nobody reads later, as runtimes do.
+        Elementwise kernels overwrite an input that nobody reads later, as runtimes do. What kernels of the kinds `copied` read and write
+        exists twice while they run: in another layout, or padded.
         """
-        w = checked(widths, len(self.graph.groups))
-        peak: Floats = FLOAT_BYTES * (self._activations.at(w) @ self._alive).max(axis=1, initial=0.0)
+        held = self._activations.at(checked(widths, len(self.graph.groups)))
+        read, written = held @ self._reading, held[:, list(self.writes)]
+        twice = np.array([kind in copied for kind in self.kinds], dtype=np.float64)
+        used = held @ self._alive + twice * (read + written) + self._composed * written
+        peak: Floats = FLOAT_BYTES * used.max(axis=1, initial=0.0)
         return peak
 
     def peak_memory_bytes(self, widths: NDArray[Any]) -> Floats:
@@ -169,6 +175,11 @@ class Kernels:
         gathers = [kind in _GATHERING for kind in self.kinds]
         sizes = [math.prod(op.kernel) * op.positions for op in self._main]
         return np.array([g * s for g, s in zip(gathers, sizes, strict=True)], dtype=np.float64) / self._input_area
+
+    @cached_property
+    def _composed(self) -> Floats:
+        """1 for activations that are computed in two steps, with a result between them."""
+        return np.array([op.name in _COMPOSED for op in self._main], dtype=np.float64)
 
     @cached_property
     def _has_weight(self) -> Floats:

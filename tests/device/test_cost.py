@@ -107,9 +107,9 @@ def _ratio(model: CostModel, one: KernelsAt, other: KernelsAt) -> float:
 
 def test_memory_is_what_the_runtime_makes_of_weights_activations_and_pointers() -> None:
     pi, plans = device("rpi4-litert"), np.array([[8, 4], [4, 2]])
-    kept = Memory(base_bytes=1e6, weights=2.0, activations=1.5, pointers=1.0, networks=10, mape=2.0, worst=6.0, source="made up")
-    knows = _with_memory(pi, kept)
-    expected = 1e6 + 2.0 * MADE.weight_bytes(plans) + 1.5 * MADE.live_bytes(plans) + MADE.pointer_bytes
+    facts = {"base_bytes": 1e6, "kernel_bytes": 1e3, "weights": 2.0, "activations": 1.5, "pointers": 1.0, "copied": ("conv1x1",)}
+    knows = _with_memory(pi, Memory.model_validate({**facts, "networks": 10, "mape": 2.0, "worst": 6.0, "source": "made up"}))
+    expected = 1e6 + 4 * 1e3 + 2.0 * MADE.weight_bytes(plans) + 1.5 * MADE.live_bytes(plans, ["conv1x1"]) + MADE.pointer_bytes
     assert CostModel(knows).peak_memory_bytes(MADE, plans).tolist() == expected.tolist()
     cost = predict_graph(GRAPH, None, knows)
     assert cost.peak_memory_bytes == int(expected[0])

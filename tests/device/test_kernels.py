@@ -89,6 +89,9 @@ def test_peak_memory_by_hand() -> None:
     # conv b: 800 in, 400 out; silu overwrites its input.
     assert made.live_bytes(dense).tolist() == [4 * 1200]
     assert made.peak_memory_bytes(dense).tolist() == [weights + 4 * 1200]
+    # conv b's 1200 twice; or silu's input, its sigmoid, and both once more.
+    assert made.live_bytes(dense, ["conv1x1"]).tolist() == [4 * 2400]
+    assert made.live_bytes(dense, ["activation"]).tolist() == [4 * 1600]
     # Nine taps at each of conv a's 100 positions; a 1x1 conv and a linear layer need none.
     assert made.pointer_bytes == 8 * 900
 

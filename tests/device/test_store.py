@@ -43,7 +43,8 @@ def test_a_card_that_would_be_invalid_is_not_written(tmp_path: Path) -> None:
 def test_memory_goes_to_the_profiles_of_its_runtime(tmp_path: Path) -> None:
     pi = device("rpi4")
     path = replace_profile(pi, pi.constants, tmp_path / "rpi4.toml")
-    kept = Memory(base_bytes=1e6, weights=1.0, activations=1.0, networks=10, mape=2.0, worst=6.0, source="made up")
+    numbers = dict.fromkeys(("base_bytes", "kernel_bytes", "weights", "activations", "pointers", "mape", "worst"), 1.5)
+    kept = Memory.model_validate({**numbers, "copied": ("pool",), "networks": 10, "source": "made up"})
     maker = path.read_text().split("`")[1]
     with_memory(path, {"litert": kept})
     profiles = device(path).card.profiles
