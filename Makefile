@@ -4,7 +4,7 @@ BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint .ci/constraints.txt
 TORCH := torch==2.13.0
 
-.PHONY: demo test test-slow test-board lint type setup bench-accuracy bench-allocation bench-artifacts bench-board bench-cost bench-criteria bench-graph bench-instructions bench-regression bench-training clean style
+.PHONY: demo test test-slow test-board lint type setup bench-accuracy bench-allocation bench-artifacts bench-board bench-cost bench-criteria bench-graph bench-instructions bench-regression bench-staircase bench-training clean style
 
 demo: .venv/.core  ## the main job on data that ships with the installation, three to four minutes
 	$(BIN)/edgeprune demo
@@ -39,8 +39,14 @@ bench-artifacts: .venv/.dev  ## 25 networks as ONNX and TFLite against torch, th
 	$(BIN)/python -m benchmarks.artifacts parity
 	$(BIN)/python -m benchmarks.artifacts latency
 
-bench-cost: .venv/.dev  ## refit every shipped latency constant from the public tables and print the errors
+bench-cost: .venv/.dev  ## refit every shipped latency constant from the public tables, print the errors; speed of predictions; memory against what runtimes use
 	$(BIN)/python -m benchmarks.cost_models
+	$(BIN)/python -m benchmarks.cost_speed
+	$(BIN)/python -m benchmarks.cost_memory
+
+bench-staircase: .venv/.dev  ## calibrate this machine (10 minutes, wants it idle), then widths by its staircase against multiples of 8
+	$(BIN)/edgeprune device calibrate host
+	$(BIN)/python -m benchmarks.cost_staircase
 
 bench-criteria: .venv/.dev  ## every criterion on CIFAR-10 ResNets (EDGEPRUNE_DATA; goes on where it was; over an hour on one core)
 	$(BIN)/python -m benchmarks.criteria

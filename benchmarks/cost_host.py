@@ -15,7 +15,7 @@ from typing import Any
 
 from benchmarks.cost_models import CORE, DEVICES, RESULTS
 from edgeprune.device.calibrate import calibrate
-from edgeprune.device.card import Board, Card, Device, Fit, Profile
+from edgeprune.device.card import Board, Card, Device, Fit, Profile, device
 from edgeprune.device.fit import Prior, rates, shape_of
 from edgeprune.device.store import write_profiles
 
@@ -47,8 +47,8 @@ def main() -> None:
     chosen = options.parse_args()
     made = {}
     for name in chosen.profiles.split(","):
-        device = Device("host", name, Card(board=Board(**BOARD, default_profile=name), profiles={name: first_guess(name)}))
-        fitted = calibrate(device, store=chosen.store / f"{name}.json", quick=chosen.quick)
+        guess = Device("host", name, Card(board=Board(**BOARD, default_profile=name), profiles={name: first_guess(name)}))
+        fitted = calibrate(guess, store=chosen.store / f"{name}.json", quick=chosen.quick)
         # The steps are this machine's: they are shown, but not shipped as those of everybody's.
         made[name] = fitted.profile.model_copy(update={"staircase": None})
         if steps := fitted.profile.staircase:
@@ -56,7 +56,7 @@ def main() -> None:
             (RESULTS / f"cost_staircase_{name}.json").write_text(text + "\n", encoding="utf-8")
         fit = fitted.profile.fit
         print(f"{name}: {fit.rows} networks, {fit.mape:.1f} % off on unseen ones, {fit.within_10:.0f} % within ±10 %")
-    write_profiles(DEVICES / "host.toml", made, "python -m benchmarks.cost_host")
+    write_profiles(DEVICES / "host.toml", {**device(DEVICES / "host.toml").card.profiles, **made}, "python -m benchmarks.cost_host")
 
 
 def first_guess(name: str) -> Profile:

@@ -15,7 +15,7 @@ import os
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
-from functools import cache
+from functools import cache, reduce
 from itertools import pairwise
 from pathlib import Path
 from typing import NamedTuple
@@ -125,11 +125,15 @@ def nb201_kernels(text: str, framework: str, side: int = 32) -> KernelsAt:
     return kernels_of(list(_nb201_layers(_cell(text, framework), side)))
 
 
+_ZERO = -1  # a value that the converter knows
+
+
 def _cell(text: str, framework: str) -> list[str]:
     """The operations of one cell that the runtime executes: relu, zero, pool, conv1x1, conv3x3, add.
 
-    "none" is a multiplication by zero, which both runtimes execute; LiteRT's converter alone sees that its result needs no input.
-    The ReLU before the convolutions and the pooling of one node are computed once, whoever reads them.
+    "none" is a multiplication by zero. ONNX Runtime executes it, and what reads it. LiteRT's converter knows its result and what a ReLU
+    or a pooling makes of it, and drops additions of zero; convolutions of it remain (the table says so: 1.5 % off on average instead
+    of 2.2 %). The ReLU before the convolutions and the pooling of one node are computed once, whoever reads them.
     """
     cell = {
         (node, int(source)): op
@@ -140,6 +144,10 @@ def _cell(text: str, framework: str) -> list[str]:
     made_by: list[tuple[str, tuple[int, ...]]] = []
 
     def compute(op: str, *inputs: int, unique: object = None) -> int:
+        if (op == "zero" and framework == "litert") or (max(inputs) == _ZERO and not op.startswith("conv")):
+            return _ZERO
+        if op == "add" and _ZERO in inputs:
+            return max(inputs)
         key = (op, inputs, unique)
         if key not in made:
             made_by.append((op, inputs))
@@ -149,10 +157,7 @@ def _cell(text: str, framework: str) -> list[str]:
     values = [0]
     for node in (1, 2, 3):
         ends = [_edge(cell[node, source], values[source], (node, source), compute) for source in range(node)]
-        result = ends[0]
-        for end in ends[1:]:
-            result = compute("add", result, end)
-        values.append(result)
+        values.append(reduce(lambda result, end: compute("add", result, end), ends))
     return list(_executed(made_by, values[3], framework))
 
 
@@ -165,15 +170,14 @@ def _edge(op: str, value: int, edge: tuple[int, int], compute: Callable[..., int
 def _executed(made_by: Sequence[tuple[str, tuple[int, ...]]], result: int, framework: str) -> Iterator[str]:
     needed, kept = {result}, []
     for number in range(len(made_by), 0, -1):
-        op, inputs = made_by[number - 1]
         if number in needed:
             kept.append(number)
-            needed.update(() if op == "zero" and framework == "litert" else inputs)
+            needed.update(made_by[number - 1][1])
     uses = Counter(i for number in kept for i in made_by[number - 1][1])
     uses[result] += 1
     for number in reversed(kept):
         op, inputs = made_by[number - 1]
-        source = made_by[inputs[0] - 1][0] if inputs[0] else ""
+        source = made_by[inputs[0] - 1][0] if inputs[0] > 0 else ""
         fused = op == "relu" and uses[inputs[0]] == 1 and (source.startswith("conv") or (source == "add" and framework == "litert"))
         if not fused:
             yield op

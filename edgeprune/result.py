@@ -221,7 +221,7 @@ def _reached(found: Findings) -> dict[str, tuple[float, str]]:
         "macs": (cost.macs, "counted: multiply-accumulates of conv and linear layers, one image"),
         "params": (cost.params, "counted"),
         "size_bytes": (largest.size_bytes, f"measured: the {largest.format} file"),
-        "peak_memory_bytes": (cost.peak_memory_bytes, "predicted: weights and live activations in float32, without the runtime's own"),
+        "peak_memory_bytes": (cost.peak_memory_bytes, "predicted: what the process has in an inference beyond the imported runtime"),
     }
     reached["latency_ms"] = (cost.latency_ms.high, f"upper end of the 90% interval; {cost.basis}")
     if cost.energy_mj:

@@ -100,7 +100,9 @@ class Search:
         made = self._kernels
         found: dict[str, Floats] = {}
         for name in self.limits:
-            if name in ("macs", "params", "size_bytes", "peak_memory_bytes"):
+            if name == "peak_memory_bytes" and self.cost is not None:
+                found[name] = self.cost.peak_memory_bytes(made, widths)
+            elif name in ("macs", "params", "size_bytes", "peak_memory_bytes"):
                 found[name] = getattr(made, name)(widths)
             elif self.cost is not None:
                 at = made.at(widths)

@@ -29,7 +29,7 @@ def print_cost(cost: Cost, device: Device) -> None:
     typer.echo(f"\nlatency {_interval(latency, 'ms')}, 90% interval; {cost.basis}")
     if cost.energy_mj and cost.total_energy_mj:
         typer.echo(f"energy {_interval(cost.energy_mj, 'mJ')} above idle, {_interval(cost.total_energy_mj, 'mJ')} in total")
-    typer.echo(f"memory {cost.peak_memory_bytes / 1e6:.2f} MB for weights and activations, size {cost.size_bytes / 1e6:.2f} MB")
+    typer.echo(f"memory {cost.peak_memory_bytes / 1e6:.2f} MB in an inference, size {cost.size_bytes / 1e6:.2f} MB")
     for note in cost.notes:
         typer.echo(f"- {note}")
 

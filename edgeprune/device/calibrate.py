@@ -99,7 +99,7 @@ def calibrate(device: Device, *, quick: bool = False, store: Path, progress: Pro
     samples = [_sample(probe, ms) for probe, ms in _measured(device, chosen, store, "networks", progress)]
     shape = dict(zip(COLUMNS, constants_of(present).tolist(), strict=True))
     prior = Prior(shape, 0.1 if quick else 0.01, present.cache_bytes)
-    facts = {key: getattr(present, key) for key in ("runtime", "threads", "precision", "clock_mhz", "description", "power")}
+    facts = {key: getattr(present, key) for key in ("runtime", "threads", "precision", "clock_mhz", "description", "power", "memory")}
     where = f"{device.name} at {' and '.join(device.hosts)}" if device.host else device.name
     prior_words = f"constants drawn to those of {device.profile} before; interval: split conformal"
     words = {

@@ -38,8 +38,9 @@ class Rate(_Table):
     """What one kernel costs, as nonnegative constants: the sum of each times what its name counts (see cost.terms).
 
     mac_ns: multiply-accumulates; byte_ns: activation bytes read and written; weight_byte_ns: weight bytes; patch_byte_ns: bytes of the
-    input patches that a convolution gathers; far_byte_ns and far_weight_byte_ns: those activation and weight bytes that exceed the
-    profile's cache_bytes; group_us: groups of a grouped convolution; call_us: once per kernel.
+    input patches that a convolution gathers; far_byte_ns and far_weight_byte_ns: activation and weight bytes from beyond the cache (none
+    where they fit the profile's cache_bytes, all where they are twice that); group_us: groups of a grouped convolution; call_us: once per
+    kernel.
 
     `seen_share` (0..1): the largest part of a fitted network's time that kernels of this kind took; 0 means that the constants are
     borrowed from another board. Networks that spend more of their time here than that get a wider interval.
@@ -106,6 +107,27 @@ class Power(_Table):
     validated: str = ""
 
 
+class Memory(_Table):
+    """What one inference keeps resident: base_bytes, kernel_bytes a kernel, and so many times weights, live activations and pointers.
+
+    `copied`: the kinds of kernels whose inputs and outputs exist twice while they run (see Kernels.live_bytes). Resident is what the
+    process has at most in its inferences, beyond what it had when the runtime was imported: packed copies of weights, files that are
+    mapped, workspace and the runtime's own objects count; what only loading needed does not. `mape` and `worst` are the errors in
+    percent on `networks` networks that did not set the constants.
+    """
+
+    base_bytes: Nonnegative
+    kernel_bytes: Nonnegative
+    weights: Nonnegative
+    activations: Nonnegative
+    pointers: Nonnegative
+    copied: tuple[KernelKind, ...]
+    networks: Count
+    mape: Nonnegative
+    worst: Nonnegative
+    source: str
+
+
 class Staircase(_Table):
     """Milliseconds measured against width, by kind of convolution and side of the image, and the multiple of channels they favour."""
 
@@ -115,7 +137,10 @@ class Staircase(_Table):
 
 
 class Profile(_Table):
-    """One way of running networks on the board, with its fitted constants. `power` is that of this way; default: the card's."""
+    """One way of running networks on the board, with its fitted constants. `power` is that of this way; default: the card's.
+
+    Without `memory`, weights and live activations are all that is known.
+    """
 
     runtime: str
     threads: Count
@@ -127,6 +152,7 @@ class Profile(_Table):
     kernels: Mapping[KernelKind, Rate]
     fit: Fit
     power: Power | None = None
+    memory: Memory | None = None
     staircase: Staircase | None = None
 
     @property
@@ -329,9 +355,10 @@ def _allowed(where: tuple[int | str, ...]) -> list[str]:
         ("profiles",): Profile,
         ("profiles", "fit"): Fit,
         ("profiles", "power"): Power,
+        ("profiles", "memory"): Memory,
         ("profiles", "staircase"): Staircase,
         ("profiles", "kernels"): Rate,
     }
     # Names of profiles and kernel kinds are free keys inside these paths; what is left names the table.
-    fixed = tuple(str(part) for position, part in enumerate(where) if position not in (1, 3) or part in ("fit", "power", "staircase"))
+    fixed = tuple(str(part) for position, part in enumerate(where) if position not in (1, 3) or ("profiles", part) in tables)
     return list(tables[tuple(part for part in fixed if part)].model_fields)

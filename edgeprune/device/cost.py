@@ -17,7 +17,7 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from edgeprune.device.card import Device, Power, Profile
+from edgeprune.device.card import Device, Memory, Power, Profile
 from edgeprune.device.kernels import FLOAT_BYTES, Kernels, KernelsAt, kernels
 from edgeprune.errors import UsageError
 from edgeprune.graph.channels import ChannelGraph
@@ -126,6 +126,14 @@ class CostModel:
             raise UsageError(f"an energy budget cannot be predicted for {self.device.profile}: its card has no power figures.")
         return self.interval_ms(at)[1] * power.active_mw / 1e3 * (1 + power.uncertainty)
 
+    def peak_memory_bytes(self, made: Kernels, widths: NDArray[Any]) -> Floats:
+        """What an inference keeps resident beyond the imported runtime, see card.Memory: (plans, groups) -> (plans,)."""
+        memory = self.device.constants.memory
+        if memory is None:
+            return made.peak_memory_bytes(widths)
+        fixed = memory.base_bytes + memory.kernel_bytes * len(made.names) + memory.pointers * made.pointer_bytes
+        return fixed + memory.weights * made.weight_bytes(widths) + memory.activations * made.live_bytes(widths, memory.copied)
+
     def notes(self, at: KernelsAt) -> tuple[str, ...]:
         """Why the interval of the first plan is wider than the fit's own, in words."""
         profile, found = self.device.constants, []
@@ -152,12 +160,17 @@ def terms(at: KernelsAt, cache_bytes: float) -> Floats:
         activation,
         weight,
         FLOAT_BYTES * at.patch_elements,
-        np.maximum(activation - cache_bytes, 0.0),
-        np.maximum(weight - cache_bytes, 0.0),
+        _beyond(activation, cache_bytes),
+        _beyond(weight, cache_bytes),
         1e3 * at.groups,
         np.full_like(at.macs, 1e3),
     )
     return np.stack(counted)
+
+
+def _beyond(moved: Floats, cache_bytes: float) -> Floats:
+    """The bytes that come from beyond the cache: none of what fits, all of what is twice as large, because streams evict themselves."""
+    return np.asarray(moved * np.clip(moved / cache_bytes - 1, 0.0, 1.0), dtype=np.float64)
 
 
 def kernel_ms(profile: Profile, at: KernelsAt) -> Floats:
@@ -229,13 +242,13 @@ def predict_graph(graph: ChannelGraph, widths: NDArray[Any] | None, device: Devi
         latency_ms=latency,
         energy_mj=energy,
         total_energy_mj=total_energy,
-        peak_memory_bytes=int(made.peak_memory_bytes(chosen)[0]),
+        peak_memory_bytes=int(model.peak_memory_bytes(made, chosen)[0]),
         size_bytes=int(made.size_bytes(chosen)[0]),
         macs=int(made.macs(chosen)[0]),
         params=int(made.params(chosen)[0]),
         per_layer=tuple(_layers(device.constants, at, per_kernel, total)),
         basis=_basis(device, correction),
-        notes=(*model.notes(at), *energy_notes),
+        notes=(*model.notes(at), *energy_notes, _memory_note(device.constants.memory)),
     )
 
 
@@ -246,6 +259,15 @@ def _basis(device: Device, correction: float) -> str:
         f"{fit.within_10:.0f} % within ±10 % ({fit.held_out})"
     )
     return text if correction == 1 else f"{text}; multiplied by {correction:.3f}, the ratio of measured to predicted on this device"
+
+
+def _memory_note(memory: Memory | None) -> str:
+    if memory is None:
+        return "memory is weights and live activations; what the runtime keeps besides is not known for this profile."
+    return (
+        f"memory is what the process has in an inference beyond the imported runtime, predicted: {memory.mape:.0f} % off on average, "
+        f"{memory.worst:.0f} % at worst, on {memory.networks} networks that did not set the constants ({memory.source})."
+    )
 
 
 def _layers(profile: Profile, at: KernelsAt, per_kernel: Floats, total: float) -> Iterator[LayerCost]:

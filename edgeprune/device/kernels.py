@@ -9,7 +9,7 @@ and weights are products of such sizes) and allocators ask in loops.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from edgeprune.graph.channels import ChannelGraph, Op
 from edgeprune.graph.lengths import Floats, Sizes, axis_lengths, checked, elements
 
-FLOAT_BYTES = 4
+FLOAT_BYTES, POINTER_BYTES = 4, 8
 # An ONNX file beyond its weights: header, opset and graph tables, and the node, names and attributes of each kernel.
 FILE_BYTES, KERNEL_FILE_BYTES = 512, 256
 
@@ -30,6 +30,10 @@ _EXPONENTIAL = frozenset({"silu", "sigmoid", "hardswish", "hardsigmoid", "gelu",
 _PLAIN = frozenset({"relu", "sigmoid", "silu", "hardswish", "hardsigmoid", "tanh", "add", "mul", "sub"})
 # Activations that ONNX Runtime and LiteRT run as kernels of their own, even right after a convolution.
 _UNFUSED = frozenset({"silu", "hardswish", "gelu", "elu", "celu", "selu", "mish", "softplus"})
+# Those of them that are computed in two steps, such as x * sigmoid(x): the input is needed until the last one.
+_COMPOSED = frozenset({"silu", "gelu", "mish"})
+# Convolutions that gather patches of their input, or pointers into it.
+_GATHERING = ("conv3x3", "conv_other", "grouped")
 _NORM_TENSORS = ("weight", "bias", "running_mean", "running_var")
 
 
@@ -94,18 +98,37 @@ class Kernels:
 
     def size_bytes(self, widths: NDArray[Any]) -> Floats:
         """The float32 artifact: weights after folding, each shared weight once, and a little for the container, (plans,)."""
-        return self._weight_bytes(checked(widths, len(self.graph.groups))) + FILE_BYTES + KERNEL_FILE_BYTES * len(self.names)
+        return self.weight_bytes(widths) + FILE_BYTES + KERNEL_FILE_BYTES * len(self.names)
+
+    def weight_bytes(self, widths: NDArray[Any]) -> Floats:
+        """Weights after folding, float32, each shared weight once, (plans,)."""
+        w = checked(widths, len(self.graph.groups))
+        sizes = self._sizes_at(w) * self._has_weight + self._biases.at(w)
+        total: Floats = FLOAT_BYTES * (sizes @ self._first_use)
+        return total
+
+    def live_bytes(self, widths: NDArray[Any], copied: Collection[str] = ()) -> Floats:
+        """The largest set of activations alive at once, float32, (plans,).
+
+        Elementwise kernels overwrite an input that nobody reads later, as runtimes do. What kernels of the kinds `copied` read and write
+        exists twice while they run: in another layout, or padded.
+        """
+        held = self._activations.at(checked(widths, len(self.graph.groups)))
+        read, written = held @ self._reading, held[:, list(self.writes)]
+        twice = np.array([kind in copied for kind in self.kinds], dtype=np.float64)
+        used = held @ self._alive + twice * (read + written) + self._composed * written
+        peak: Floats = FLOAT_BYTES * used.max(axis=1, initial=0.0)
+        return peak
 
     def peak_memory_bytes(self, widths: NDArray[Any]) -> Floats:
-        """Weights and the largest set of activations alive at once, float32, (plans,).
+        """Weights and live activations, the least that any runtime needs, (plans,); `CostModel.peak_memory_bytes` knows runtimes."""
+        return self.weight_bytes(widths) + self.live_bytes(widths)
 
-        Elementwise kernels overwrite an input that nobody reads later, as runtimes do. Scratch buffers of the runtime (im2col,
-        packed weights) and the runtime itself are not in it.
-        """
-        w = checked(widths, len(self.graph.groups))
-        arena = (self._activations.at(w) @ self._alive).max(axis=1, initial=0.0)
-        peak: Floats = self._weight_bytes(w) + FLOAT_BYTES * arena
-        return peak
+    @cached_property
+    def pointer_bytes(self) -> float:
+        """Pointers to the inputs of every output position, which some runtimes keep instead of patches; the same for all widths."""
+        taps = [math.prod(op.kernel) * op.positions for op, kind in zip(self._main, self.kinds, strict=True) if kind in _GATHERING]
+        return POINTER_BYTES * float(sum(taps))
 
     def _sizes_at(self, w: Floats) -> Floats:
         """Elements of each kernel's weight, 1 where it has none."""
@@ -118,11 +141,6 @@ class Kernels:
             return np.zeros_like(read)
         filters = np.where(grouped, self._weights[1].at(w), 1.0)
         return np.asarray(grouped * read / self._input_area / np.maximum(filters, 1.0), dtype=np.float64)
-
-    def _weight_bytes(self, w: Floats) -> Floats:
-        sizes = self._sizes_at(w) * self._has_weight + self._biases.at(w)
-        total: Floats = FLOAT_BYTES * (sizes @ self._first_use)
-        return total
 
     @cached_property
     def _main(self) -> tuple[Op, ...]:
@@ -154,9 +172,14 @@ class Kernels:
     @cached_property
     def _taps(self) -> Floats:
         """How often a convolution's patches hold each input element; 0 for 1x1 (no patches) and depthwise (its MACs count them)."""
-        gathers = [kind in ("conv3x3", "conv_other", "grouped") for kind in self.kinds]
+        gathers = [kind in _GATHERING for kind in self.kinds]
         sizes = [math.prod(op.kernel) * op.positions for op in self._main]
         return np.array([g * s for g, s in zip(gathers, sizes, strict=True)], dtype=np.float64) / self._input_area
+
+    @cached_property
+    def _composed(self) -> Floats:
+        """1 for activations that are computed in two steps, with a result between them."""
+        return np.array([op.name in _COMPOSED for op in self._main], dtype=np.float64)
 
     @cached_property
     def _has_weight(self) -> Floats:

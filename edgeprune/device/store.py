@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
-from edgeprune.device.card import Card, Device, Profile
+from edgeprune.device.card import Card, Device, Memory, Profile
 from edgeprune.errors import DeviceError
 
 _MARKER = "# Written by"
@@ -75,10 +75,19 @@ def write_profiles(path: Path, profiles: Mapping[str, Profile], by: str, *, abov
     temporary.replace(path)
 
 
+def with_memory(path: Path, memories: Mapping[str, Memory]) -> None:
+    """Put these constants, by runtime, into every profile of the card at `path` that runs one of them."""
+    text = path.read_text(encoding="utf-8")
+    profiles = Card.model_validate(tomllib.loads(text)).profiles
+    changed = {n: p.model_copy(update={"memory": memories.get(p.runtime, p.memory)}) for n, p in profiles.items()}
+    if changed:
+        write_profiles(path, changed, text.partition(_MARKER)[2].split("`")[1])
+
+
 def _profile_lines(name: str, profile: Profile) -> list[str]:
     values = profile.model_dump(mode="json", exclude_none=True)
     kernels = values.pop("kernels")
-    inner = {key: values.pop(key) for key in ("fit", "power", "staircase") if key in values}
+    inner = {key: values.pop(key) for key in ("fit", "power", "memory", "staircase") if key in values}
     rows = inner.get("staircase", {}).pop("latency_ms", {})
     lines = _table(name, values)
     for key, table in inner.items():

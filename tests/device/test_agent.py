@@ -63,6 +63,13 @@ def test_measures_every_run(artifact: Path) -> None:
     assert reply["artifact_sha256"] == hashlib.sha256(artifact.read_bytes()).hexdigest()
 
 
+def test_the_memory_of_inferences_is_told_apart_from_what_loading_took() -> None:
+    garbage = np.ones(8_000_000)
+    del garbage
+    loading = agent._forget_loading()
+    assert agent.peak_memory_bytes() <= loading - 50e6
+
+
 def test_runs_until_runs_and_seconds_are_reached(artifact: Path) -> None:
     (reply,) = ask({"do": "measure", "artifact": str(artifact), **BRIEF, "min_seconds": 0.05})
     assert len(reply["times_ns"]) > 5

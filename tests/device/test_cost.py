@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from edgeprune.device.card import device, devices
-from edgeprune.device.cost import UNSEEN_WIDENING, CostModel, predict_graph
+from edgeprune.device.card import Device, Memory, device, devices
+from edgeprune.device.cost import RATES, UNSEEN_WIDENING, CostModel, predict_graph, terms
 from edgeprune.device.kernels import FLOAT_BYTES, KernelsAt, kernels
 from edgeprune.errors import UsageError
 from tests.device.test_kernels import tiny
@@ -26,10 +26,16 @@ def test_a_kernel_by_hand() -> None:
     rate = pi.constants.kernels["conv3x3"]
     got = CostModel(pi).latency_ms(one_kernel("conv3x3", 1e9, 1e6))
     moved = FLOAT_BYTES * 1e6
-    far = (moved - pi.constants.cache_bytes) * rate.far_byte_ns
+    far = moved * rate.far_byte_ns  # more than twice the cache
     expected = (1e9 * rate.mac_ns + moved * rate.byte_ns + far + 1e3 * rate.call_us) / 1e6
     assert got.shape == (1, 1)
     assert got[0, 0] == pytest.approx(expected)
+
+
+def test_what_fits_the_cache_is_near_and_what_is_twice_as_large_is_far() -> None:
+    moved = (1e6, 1.5e6, 2e6, 3e6)
+    counted = [terms(one_kernel("pool", 0, m / FLOAT_BYTES), 1e6)[RATES.index("far_byte_ns"), 0, 0] for m in moved]
+    assert counted == pytest.approx([0.0, 0.75e6, 2e6, 3e6])
 
 
 @pytest.mark.parametrize("profile", PROFILES)
@@ -42,7 +48,7 @@ def test_cost_rises_with_every_width(profile: str, widths: tuple[int, int], more
     low, high = model.interval_ms(at)
     total = model.total_ms(at)
     assert (low <= total).all() and (total <= high).all()
-    for figure in (total, high, model.latency_ms(at), MADE.peak_memory_bytes(plans), MADE.size_bytes(plans)):
+    for figure in (total, high, model.latency_ms(at), model.peak_memory_bytes(MADE, plans), MADE.size_bytes(plans)):
         assert np.all(figure[0] <= figure[1] * (1 + 1e-12))
 
 
@@ -97,6 +103,25 @@ def _ratio(model: CostModel, one: KernelsAt, other: KernelsAt) -> float:
     """How much wider the interval of `one` is, as a share of its prediction."""
     widths = [float(model.interval_ms(at)[1][0] / model.total_ms(at)[0]) for at in (one, other)]
     return widths[0] / widths[1]
+
+
+def test_memory_is_what_the_runtime_makes_of_weights_activations_and_pointers() -> None:
+    pi, plans = device("rpi4-litert"), np.array([[8, 4], [4, 2]])
+    facts = {"base_bytes": 1e6, "kernel_bytes": 1e3, "weights": 2.0, "activations": 1.5, "pointers": 1.0, "copied": ("conv1x1",)}
+    knows = _with_memory(pi, Memory.model_validate({**facts, "networks": 10, "mape": 2.0, "worst": 6.0, "source": "made up"}))
+    expected = 1e6 + 4 * 1e3 + 2.0 * MADE.weight_bytes(plans) + 1.5 * MADE.live_bytes(plans, ["conv1x1"]) + MADE.pointer_bytes
+    assert CostModel(knows).peak_memory_bytes(MADE, plans).tolist() == expected.tolist()
+    cost = predict_graph(GRAPH, None, knows)
+    assert cost.peak_memory_bytes == int(expected[0])
+    assert any("2 % off on average, 6 % at worst, on 10 networks" in note for note in cost.notes)
+    bare = predict_graph(GRAPH, None, _with_memory(pi, None))
+    assert bare.peak_memory_bytes == MADE.peak_memory_bytes(plans)[0]
+    assert any("not known for this profile" in note for note in bare.notes)
+
+
+def _with_memory(found: Device, memory: Memory | None) -> Device:
+    profiles = {**found.card.profiles, found.profile: found.constants.model_copy(update={"memory": memory})}
+    return replace(found, card=found.card.model_copy(update={"profiles": profiles}))
 
 
 def test_many_plans_at_once_are_as_each_alone() -> None:

@@ -84,8 +84,16 @@ def test_sizes_by_hand() -> None:
 
 def test_peak_memory_by_hand() -> None:
     weights = 4 * (224 + 36 + 2005)
+    made, dense = kernels(tiny()), np.array([8, 4])
+    assert made.weight_bytes(dense).tolist() == [weights]
     # conv b: 800 in, 400 out; silu overwrites its input.
-    assert kernels(tiny()).peak_memory_bytes(np.array([8, 4])).tolist() == [weights + 4 * 1200]
+    assert made.live_bytes(dense).tolist() == [4 * 1200]
+    assert made.peak_memory_bytes(dense).tolist() == [weights + 4 * 1200]
+    # conv b's 1200 twice; or silu's input, its sigmoid, and both once more.
+    assert made.live_bytes(dense, ["conv1x1"]).tolist() == [4 * 2400]
+    assert made.live_bytes(dense, ["activation"]).tolist() == [4 * 1600]
+    # Nine taps at each of conv a's 100 positions; a 1x1 conv and a linear layer need none.
+    assert made.pointer_bytes == 8 * 900
 
 
 def test_dense_totals_are_the_graph_s() -> None:

@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from edgeprune.device.card import Staircase, device
-from edgeprune.device.store import replace_profile, write_profiles
+from edgeprune.device.card import Memory, Staircase, device
+from edgeprune.device.store import replace_profile, with_memory, write_profiles
 from edgeprune.errors import DeviceError
 
 
@@ -38,3 +38,16 @@ def test_a_card_that_would_be_invalid_is_not_written(tmp_path: Path) -> None:
     with pytest.raises(DeviceError, match="valid card"):
         write_profiles(path, {"rpi4-other": pi.constants}, "a test")  # the default profile is gone
     assert path.read_text() == before
+
+
+def test_memory_goes_to_the_profiles_of_its_runtime(tmp_path: Path) -> None:
+    pi = device("rpi4")
+    path = replace_profile(pi, pi.constants, tmp_path / "rpi4.toml")
+    numbers = dict.fromkeys(("base_bytes", "kernel_bytes", "weights", "activations", "pointers", "mape", "worst"), 1.5)
+    kept = Memory.model_validate({**numbers, "copied": ("pool",), "networks": 10, "source": "made up"})
+    maker = path.read_text().split("`")[1]
+    with_memory(path, {"litert": kept})
+    profiles = device(path).card.profiles
+    assert profiles["rpi4-litert"].memory == kept
+    assert profiles["rpi4-ort"] == pi.constants
+    assert f"`{maker}`" in path.read_text()
