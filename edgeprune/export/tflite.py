@@ -26,10 +26,9 @@ from edgeprune.errors import ExportError, UsageError
 from edgeprune.export import Arrays, Artifact, Draft, Quantizer, Runner
 from edgeprune.export.flatbuffer import averaged_in_place, changed, described, metadata_of, named_like_torch, shuffled_in_place
 from edgeprune.export.fold import as_args, frozen_copy
-from edgeprune.export.parity import accept, compare, numbered, probe_of, texts, write_checked
+from edgeprune.export.parity import accept, compare, numbered, probe_of, recorded, texts, write_checked
 from edgeprune.export.prepare import NETWORK_ERRORS, explained, prepared
 from edgeprune.graph.running import first_line, silent_torch, single_sample
-from edgeprune.run import hash_file
 
 LAYOUTS = ("NHWC", "NCHW")
 SCHEMA_VERSION = 3
@@ -79,21 +78,8 @@ class TfliteFormat:
         def verify(file: Path) -> Artifact:
             parity = compare(original, self.load(file), inputs)
             accept(parity, path.name, tolerance=tolerance, quantizer=quantizer)
-            return Artifact(
-                path=path,
-                format=self.name,
-                sha256=hash_file(file),
-                size_bytes=file.stat().st_size,
-                opset=SCHEMA_VERSION,
-                dynamic_batch=False,
-                parity_max_abs=parity.max_abs,
-                parity_relative=parity.relative,
-                parity_sqnr_db=parity.sqnr_db,
-                parity_top1=parity.top1,
-                samples=parity.samples,
-                metadata=metadata_of(content),
-                bits=dict(quantizer.bits) if quantizer else {},
-            )
+            facts = {"format": self.name, "opset": SCHEMA_VERSION, "dynamic_batch": False, "metadata": metadata_of(content)}
+            return recorded(parity, file, path, quantizer, **facts)
 
         return write_checked(content, path, verify)
 
