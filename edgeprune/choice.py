@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -17,6 +17,7 @@ from edgeprune.errors import BudgetError
 from edgeprune.graph import ChannelGraph
 from edgeprune.graph.slim import slim
 from edgeprune.plan import Budget, Plan, Scores
+from edgeprune.quantize.size import float32_limit
 
 if TYPE_CHECKING:
     from edgeprune.pipeline import Pipeline
@@ -76,8 +77,10 @@ class Chooser:
         )
 
     def choose(self, budget: Budget) -> Choice:
-        """The plan at one budget. Raises BudgetError when none meets it."""
-        device = self._stages.job.device
+        """The plan at one budget; a size is that of the file as delivered. Raises BudgetError when none meets it."""
+        device, way, asked = self._stages.job.device, self._stages.job.quantize, budget.size_bytes
+        if asked is not None and way != "none":
+            budget = replace(budget, size_bytes=float32_limit(asked, way, self._stages.graph))
         if device.attached and budget.latency_ms is not None:
             return self._closed_loop(budget, budget.latency_ms)
         return Choice(self._planner.plan(budget, CostModel(device)), 1.0, (), self._planner.facts)

@@ -1,8 +1,9 @@
 """From fp32 to few bits: which layer and which channel gets how many, calibrated on real images, written for the runtimes.
 
 bits.py is the plan; network.py reads an ONNX network; calibrate.py sees its activations; grid.py rounds weights; preparation.py makes
-ranges and biases fit; influence.py says what rounding costs, channels.py and mixed.py decide with it; qdq.py and tflite.py write the
-files; quantizer.py is what export() takes. Nothing heavy is imported here.
+ranges and biases fit; influence.py says what rounding costs, channels.py and mixed.py (for another device: elsewhere.py) decide with it;
+qdq.py and tflite.py write the files; quantizer.py is what export() takes; size.py says beforehand how large they become. Nothing heavy
+is imported here.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from edgeprune.quantize.bits import BitPlan, Precision
 
 if TYPE_CHECKING:
     from edgeprune.data import Data
+    from edgeprune.quantize.elsewhere import Elsewhere
     from edgeprune.quantize.quantizer import BitQuantizer
 
 WAYS = ("none", "int8", "mixed")
@@ -28,11 +30,20 @@ def check_way(way: str, data: object) -> None:
 
 
 def quantizer_for(
-    way: str, data: Data | None, *, threads: int = 1, latency_ms: float | None = None, seed: int = 0, images: int = 256
+    way: str,
+    data: Data | None,
+    *,
+    threads: int = 1,
+    latency_ms: float | None = None,
+    size_bytes: float | None = None,
+    elsewhere: Elsewhere | None = None,
+    seed: int = 0,
+    images: int = 256,
 ) -> Any:
     """What `export(…, quantizer=)` takes for a way of WAYS: None for "none". Calibrates on training images, else on validation ones.
 
-    mixed: chosen by timings of this machine with `threads`; `latency_ms` is the budget, None takes the fastest mix.
+    mixed: chosen by timings of this machine with `threads`, or for a device that is `elsewhere`; `latency_ms` and `size_bytes` are the
+    budget, without a latency the fastest mix is taken.
     """
     check_way(way, data)
     if way == "none" or data is None:
@@ -48,7 +59,8 @@ def quantizer_for(
     quantizer: BitQuantizer = BitQuantizer(calibration)
 
     def choose(proto: Any, write: Any, shown: CalibrationImages) -> BitPlan:
-        found = mixed_plan(proto, write, shown.batches, threads=threads, latency_ms=latency_ms)
+        limits = {"latency_ms": latency_ms, "size_bytes": size_bytes}
+        found = mixed_plan(proto, write, shown.batches, threads=threads, elsewhere=elsewhere, **limits)
         quantizer.facts |= {"mixed": dict(found.facts)}
         return found.plan
 

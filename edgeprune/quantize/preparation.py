@@ -44,7 +44,7 @@ def equalized(proto: onnx.ModelProto) -> onnx.ModelProto:
             weights[second] *= np.expand_dims(scale, [i for i in range(weights[second].ndim) if i != axis])
     changed = {network.layers[name].node.input[1]: network.layers[name].stored(w) for name, w in weights.items()}
     changed |= {network.layers[name].node.input[2]: b for name, b in biases.items()}
-    return _with_constants(proto, changed)
+    return with_constants(proto, changed)
 
 
 def corrected(proto: onnx.ModelProto, plan: BitPlan, means: Mapping[str, NDArray[np.float64]]) -> onnx.ModelProto:
@@ -58,7 +58,7 @@ def corrected(proto: onnx.ModelProto, plan: BitPlan, means: Mapping[str, NDArray
             shift = _mean_output(layer, difference, means[layer.input])
             if shift is not None:
                 changed[layer.node.input[2]] = layer.bias - shift
-    return _with_constants(proto, changed)
+    return with_constants(proto, changed)
 
 
 def _pairs(network: Network) -> list[tuple[str, str]]:
@@ -110,7 +110,8 @@ def _mean_output(layer: Layer, weight: NDArray[np.float64], mean: NDArray[np.flo
     return np.asarray(made.mean(dim=(0, 2, 3)).numpy())
 
 
-def _with_constants(proto: onnx.ModelProto, values: Mapping[str, NDArray[np.float64]]) -> onnx.ModelProto:
+def with_constants(proto: onnx.ModelProto, values: Mapping[str, NDArray[Any]]) -> onnx.ModelProto:
+    """A copy with other values of these constants, as float32."""
     made = onnx.ModelProto()
     made.CopyFrom(proto)
     for constant in made.graph.initializer:
