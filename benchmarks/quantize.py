@@ -31,7 +31,7 @@ from benchmarks.accuracy import DATA, RESULTS, WEIGHTS
 from benchmarks.cifar10 import datasets
 from benchmarks.imagenet import MEAN, STD, efficientnet_lite0, images
 from edgeprune.data import Data, Split, load_data
-from edgeprune.export import Artifact, export, load_artifact
+from edgeprune.export import Draft, export, load_artifact
 from edgeprune.quantize.bits import BitPlan
 from edgeprune.quantize.calibrate import Ranges, observe
 from edgeprune.quantize.channels import CODEC, channel_bits, transfer_bytes
@@ -114,42 +114,25 @@ def channels(name: str, seed: int, folder: Path) -> list[Row]:
     influence = influences(proto, CalibrationImages(train, limit=INFLUENCE_IMAGES, seed=seed).batches())
     influence = measured(proto, influence, [x for x, _ in calibration.batches(MEASURED_IMAGES)])
 
-    def made(bits: dict[str, tuple[int, ...]]) -> tuple[Artifact, BitPlan]:
+    draft = Draft(format="onnx", content=proto.SerializeToString(), layers={}, as_fed=lambda array: array)
+
+    def made(bits: dict[str, tuple[int, ...]]) -> tuple[bytes, BitPlan]:
         plan = BitPlan(dict.fromkeys(layers, "int8"), bits)
-        quantizer = BitQuantizer(calibration, plan, variants=("bias",), least_sqnr_db=0.0)
-        return export(model, samples[:1], folder / "bits.onnx", samples=samples, quantizer=quantizer), plan
+        return BitQuantizer(calibration, plan, variants=("bias",))(draft), plan
 
     rows = []
     for mean in MEANS:
-        artifact, plan = made({key: (mean,) * shape[0] for key, shape in shapes.items()})
-        limit = transfer_bytes(artifact.path.read_bytes())
-        rows.append(
-            _row(
-                name,
-                seed,
-                mean=mean,
-                how="uniform",
-                artifact=artifact,
-                mean_bits=plan.mean_bits(shapes),
-                right=accuracy(artifact.path, data.val),
-            )
-        )
+        content, plan = made({key: (mean,) * shape[0] for key, shape in shapes.items()})
+        limit = transfer_bytes(content)
+        facts: dict[str, Any] = {"mean": mean, "mean_bits": plan.mean_bits(shapes), "right": _right(content, data.val, folder)}
+        rows.append(_row(name, seed, content, how="uniform", **facts))
         budget = float(mean)
-        artifact, plan = made(channel_bits(proto, influence, budget))
-        while (found := transfer_bytes(artifact.path.read_bytes())) > limit:
+        content, plan = made(channel_bits(proto, influence, budget))
+        while (found := transfer_bytes(content)) > limit:
             budget -= max(0.02, 0.8 * budget * (found - limit) / found)
-            artifact, plan = made(channel_bits(proto, influence, budget))
-        rows.append(
-            _row(
-                name,
-                seed,
-                mean=mean,
-                how="influence",
-                artifact=artifact,
-                mean_bits=plan.mean_bits(shapes),
-                right=accuracy(artifact.path, data.val),
-            )
-        )
+            content, plan = made(channel_bits(proto, influence, budget))
+        facts = {"mean": mean, "mean_bits": plan.mean_bits(shapes), "right": _right(content, data.val, folder)}
+        rows.append(_row(name, seed, content, how="influence", **facts))
     return rows
 
 
@@ -179,7 +162,13 @@ def mixed(name: str, folder: Path) -> Row:
     return {"network": name, "facts": dict(found.facts), "over": over}
 
 
-def _row(name: str, seed: int, *, mean: int, how: str, artifact: Artifact, mean_bits: float, right: float) -> Row:
+def _right(content: bytes, split: Split, folder: Path) -> float:
+    file = folder / "bits.onnx"
+    file.write_bytes(content)
+    return accuracy(file, split)
+
+
+def _row(name: str, seed: int, content: bytes, *, mean: int, how: str, mean_bits: float, right: float) -> Row:
     return {
         "network": name,
         "seed": seed,
@@ -187,8 +176,8 @@ def _row(name: str, seed: int, *, mean: int, how: str, artifact: Artifact, mean_
         "bits": how,
         "mean_bits": mean_bits,
         "accuracy": right,
-        "bytes": artifact.size_bytes,
-        "transfer_bytes": transfer_bytes(artifact.path.read_bytes()),
+        "bytes": len(content),
+        "transfer_bytes": transfer_bytes(content),
     }
 
 

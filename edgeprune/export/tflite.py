@@ -92,9 +92,10 @@ class TfliteFormat:
             content = path.read_bytes()
         except OSError as error:
             raise ExportError(f"{path} cannot be read: {error.strerror}.") from error
+        last = read_metadata(path).get("layout") == "NHWC"  # a truncated file ends here
         if changed(content):
             raise ExportError(f"{path} was changed after it was written: its content does not match the hash it carries. Export it again.")
-        return _runner(content, path, last=read_metadata(path).get("layout") == "NHWC")
+        return _runner(content, path, last=last)
 
 
 def read_metadata(path: Path) -> dict[str, str]:
@@ -123,7 +124,7 @@ class _ImagesLast(nn.Module):
 
 
 def _converter() -> ModuleType:
-    with _silent(), warnings.catch_warnings():
+    with silent(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of jax and torchao, about themselves
         import litert_torch
     found: ModuleType = litert_torch
@@ -137,7 +138,7 @@ def _converted(converter: ModuleType, model: nn.Module, args: tuple[Tensor, ...]
     try:
         with torch.no_grad():
             outputs = len(wrapped(*fed))
-        with _silent(), silent_torch(), warnings.catch_warnings():
+        with silent(), silent_torch(), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # torch, jax and the converter, about each other
             content: bytes = converter.convert(wrapped, fed).model_content()
     except _CONVERTER_ERRORS as error:
@@ -178,7 +179,7 @@ def _runner(content: bytes, path: Path, *, last: bool) -> Runner:
     from ai_edge_litert.interpreter import Interpreter
 
     try:
-        with _silent():  # the delegate announces itself
+        with silent():  # the delegate announces itself
             interpreter = Interpreter(model_content=content, num_threads=len(os.sched_getaffinity(0)))
             interpreter.allocate_tensors()
     except (ValueError, RuntimeError) as error:
@@ -217,7 +218,7 @@ def _unusable(path: Path, error: BaseException) -> ExportError:
 
 
 @contextmanager
-def _silent() -> Iterator[None]:
+def silent() -> Iterator[None]:
     """Nothing of what native code prints reaches the terminal: the converter and the runtime write past Python's streams."""
     sys.stdout.flush()
     sys.stderr.flush()

@@ -23,7 +23,7 @@ from edgeprune.quantize.network import Network
 from edgeprune.quantize.preparation import corrected, with_constants
 
 PROBE_BITS = 4
-PARTS = 8
+PARTS = 4
 _LEAST_CHANNELS = 2  # of a part
 
 Floats = NDArray[np.float64]
