@@ -15,12 +15,11 @@ import numpy as np
 import onnx
 from numpy.typing import NDArray
 
-from edgeprune.quantize.bits import BitPlan
 from edgeprune.quantize.calibrate import Means, observe, runner
 from edgeprune.quantize.grid import grid_errors, on_grid, restored
 from edgeprune.quantize.influence import Influence
 from edgeprune.quantize.network import Network
-from edgeprune.quantize.preparation import corrected, with_constants
+from edgeprune.quantize.preparation import mean_output, with_constants
 
 PROBE_BITS = 4
 PARTS = 4
@@ -47,14 +46,15 @@ def measured(proto: onnx.ModelProto, influence: Mapping[str, Influence], images:
         coarse = restored(*on_grid(layer.weight, [PROBE_BITS] * count))
         channels = given.channels.copy()
         for part in np.array_split(np.argsort(errors * given.channels), max(1, min(PARTS, count // _LEAST_CHANNELS))):
-            bits = np.full(count, 8)
-            bits[part] = PROBE_BITS
             weight = layer.weight.copy()
             weight[part] = coarse[part]
-            biased = corrected(proto, BitPlan({name: "int8"}, {name: tuple(bits.tolist())}), means.found())
+            changed = {layer.node.input[1]: layer.stored(weight)}
+            shift = mean_output(layer, weight.astype(np.float64) - layer.weight, means.found()[layer.input])
+            if layer.bias is not None and shift is not None:
+                changed[layer.node.input[2]] = layer.bias - shift
             noise = errors[part].sum() * given.energy
             if noise > 0:
-                channels[part] = moved(with_constants(biased, {layer.node.input[1]: layer.stored(weight)})) / noise
+                channels[part] = moved(with_constants(proto, changed)) / noise
         found[name] = Influence(channels, given.energy)
     return found
 
