@@ -78,9 +78,18 @@ class Chooser:
 
     def choose(self, budget: Budget) -> Choice:
         """The plan at one budget; a size is that of the file as delivered. Raises BudgetError when none meets it."""
-        device, way, asked = self._stages.job.device, self._stages.job.quantize, budget.size_bytes
-        if asked is not None and way != "none":
-            budget = replace(budget, size_bytes=float32_limit(asked, way, self._stages.graph))
+        way, asked = self._stages.job.quantize, budget.size_bytes
+        if asked is None or way == "none":
+            return self._choose(budget)
+        floats = float32_limit(asked, way, self._stages.graph)
+        try:
+            return self._choose(replace(budget, size_bytes=floats))
+        except BudgetError as error:
+            told = f"{error} Bytes here are those of the float32 file: {floats:,.0f} of them become {asked:,.0f} in {way}."
+            raise BudgetError(told, error.plan) from error
+
+    def _choose(self, budget: Budget) -> Choice:
+        device = self._stages.job.device
         if device.attached and budget.latency_ms is not None:
             return self._closed_loop(budget, budget.latency_ms)
         return Choice(self._planner.plan(budget, CostModel(device)), 1.0, (), self._planner.facts)

@@ -211,6 +211,7 @@ class Pipeline:
         job = self.job
         return {
             "budget": [budget.limits() for budget in budgets],
+            "quantize": [job.quantize for budget in budgets if budget.size_bytes is not None],  # how large a plan's file becomes
             "allocator": job.allocator,
             "search": {name: value for name, value in job.search.items() if name not in ("jobs", "cluster")},
             "rules": job.rules.to_json(),
