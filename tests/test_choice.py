@@ -126,6 +126,6 @@ def test_a_size_is_that_of_the_quantized_file(tmp_path: Path) -> None:
     whole = compress(tmp_path / "floats", budget=ep.Budget(size_bytes=40_000)).facts["artifacts"][0]["size_bytes"]
     found = compress(tmp_path / "bytes", budget=ep.Budget(size_bytes=13_000), quantize="int8")
     assert found.met and found.facts["artifacts"][0]["size_bytes"] <= 13_000 < whole
-    assert 0.25 < next(f["after"]["value"] / f["before"]["value"] for f in found.facts["figures"] if f["name"] == "macs")
+    assert next(f["after"]["value"] / f["before"]["value"] for f in found.facts["figures"] if f["name"] == "macs") > 0.25
     with pytest.raises(BudgetError, match="become 2,000 in int8"):
         compress(tmp_path / "none", budget=ep.Budget(size_bytes=2_000), quantize="int8")
