@@ -11,7 +11,7 @@ by shares of the range, and signed tensors keep their zero point.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, Literal, Protocol, get_args
+from typing import Any, Protocol
 
 import numpy as np
 import onnx
@@ -19,11 +19,10 @@ import onnxruntime
 from numpy.typing import NDArray
 
 from edgeprune.errors import DataError, UsageError
+from edgeprune.quantize.bits import METHODS, Method
 
 Batch = tuple[NDArray[np.float32], NDArray[np.int64]]
 Range = tuple[float, float]
-Method = Literal["minmax", "percentile", "entropy"]
-METHODS: tuple[Method, ...] = get_args(Method)
 BINS = 4096
 SHARE_INSIDE = 0.9999  # of the values, for percentile
 _MEMORY_BYTES = 192 << 20  # of activations at a time

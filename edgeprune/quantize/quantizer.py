@@ -21,8 +21,8 @@ from numpy.typing import NDArray
 from edgeprune.data import Split
 from edgeprune.errors import UsageError
 from edgeprune.export import Draft
-from edgeprune.quantize.bits import WEIGHT_BITS, BitPlan
-from edgeprune.quantize.calibrate import Batch, Means, Method, Ranges, observe, runner
+from edgeprune.quantize.bits import WEIGHT_BITS, BitPlan, Method
+from edgeprune.quantize.calibrate import Batch, Means, Ranges, observe, runner
 from edgeprune.quantize.network import Network
 from edgeprune.quantize.preparation import corrected, equalized
 from edgeprune.quantize.qdq import observed_tensors, write_qdq
@@ -153,6 +153,8 @@ class BitQuantizer:
     def _tflite(self, draft: Draft) -> tuple[bytes, BitPlan]:
         from edgeprune.quantize.tflite import quantized
 
+        if self.method != "minmax":
+            raise UsageError(f"TFLite artifacts are calibrated by minmax, not by {self.method}: use the format onnx alone, or minmax.")
         plan = self.plan or BitPlan(dict.fromkeys(draft.layers, "int8"))
         if not isinstance(plan, BitPlan) and self.bits:
             plan = self.chosen  # for the ONNX file just before
