@@ -305,7 +305,7 @@ class Pipeline:
             portable.save(model, self.run.path("model.safetensors"), plan=plan)
             batch = next(iter(job.data.val.batches(PARITY_SAMPLES, limit=PARITY_SAMPLES)))[0] if job.data else None
             artifacts = []
-            limits = {"latency_ms": job.budget.latency_ms, "size_bytes": job.budget.size_bytes}
+            limits: dict[str, Any] = {"latency_ms": job.budget.latency_ms, "size_bytes": job.budget.size_bytes}
             other = elsewhere(job.device, model, job.example_inputs) if job.quantize == "mixed" else None
             quantizer = quantizer_for(job.quantize, job.data, threads=job.device.threads, elsewhere=other, seed=job.seed, **limits)
             for number, name in enumerate(job.formats):

@@ -62,7 +62,7 @@ def quantizer_for(
     quantizer: BitQuantizer = BitQuantizer(calibration, method=method)
 
     def choose(proto: Any, write: Any, shown: CalibrationImages) -> BitPlan:
-        limits = {"latency_ms": latency_ms, "size_bytes": size_bytes}
+        limits: dict[str, Any] = {"latency_ms": latency_ms, "size_bytes": size_bytes}
         found = mixed_plan(proto, write, shown.batches, threads=threads, elsewhere=elsewhere, **limits)
         quantizer.facts |= {"mixed": dict(found.facts)}
         return found.plan

@@ -180,8 +180,8 @@ class _Problem:
         known = [unit for unit in self.units if self.float_ns[unit] and layer_ms.get(unit)]
         scale = 1e6 * sum(layer_ms[unit] for unit in known) / sum(self.float_ns[unit] for unit in known) if known else 1.0
         of = {unit: 1e6 * layer_ms[unit] / self.float_ns[unit] if unit in known else scale for unit in self.units}
-        times = ({unit: own[unit] * of[unit] for unit in self.units} for own in (self.float_ns, self.byte_ns))
-        return _Problem(self.units, *times, self.loss, {edge: cost * scale for edge, cost in self.edges.items()})
+        floats, bytes_ = ({unit: own[unit] * of[unit] for unit in self.units} for own in (self.float_ns, self.byte_ns))
+        return _Problem(self.units, floats, bytes_, self.loss, {edge: cost * scale for edge, cost in self.edges.items()})
 
     def milliseconds(self, byte: set[str]) -> float:
         """Predicted time of the units with those of `byte` in int8."""
