@@ -187,7 +187,7 @@ def _export(model: nn.Module, args: tuple[Tensor, ...], dynamic: tuple[dict[int,
                 output_names=numbered("output", outputs),
             )
     except _EXPORT_ERRORS as error:
-        raise explained(error, "ONNX") from error
+        raise explained(error, "ONNX", model, args) from error
     if program is None:
         raise ExportError("the exporter gave no ONNX program for this model.")
     proto: onnx.ModelProto = program.model_proto

@@ -142,7 +142,7 @@ def _converted(converter: ModuleType, model: nn.Module, args: tuple[Tensor, ...]
             warnings.simplefilter("ignore")  # torch, jax and the converter, about each other
             content: bytes = converter.convert(wrapped, fed).model_content()
     except _CONVERTER_ERRORS as error:
-        raise explained(error, "TFLite") from error
+        raise explained(error, "TFLite", model, args) from error
     ends = numbered("input", len(args)), numbered("output", outputs)
     return named_like_torch(shuffled_in_place(averaged_in_place(content)), _tags(wrapped), _weights(model), *ends)
 
