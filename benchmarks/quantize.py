@@ -2,11 +2,13 @@
 
     python -m benchmarks.quantize [int8 | channels | mixed | table]      # goes on where it was; needs EDGEPRUNE_DATA
 
-int8: ONNX artifacts, u8 activations and s8 weights, calibrated on 256 images. CIFAR-10: calibrated on training images, accuracy on the
-10,000 test images. EfficientNet-Lite0: calibrated on 200 of the 1,000 ImageNet images and evaluated on all of them (the same set: see
-imagenet.py). channels: ResNets with every layer int8 and weights of 4 or 5 bits: uniform, and by discriminant information at the
-largest mean whose compressed artifact is no larger than the uniform one's. Nothing is chosen on test images. Three seeds.
-mixed: the plan against both ends, timed in turns on one thread; MobileNetV3-small has random weights: only its times mean something.
+int8: ONNX and TFLite artifacts, calibrated on 256 images. CIFAR-10: calibrated on training images, accuracy on the 10,000 test images;
+ResNet-8 is MLPerf Tiny's trained float network (resnet8.py), whose own int8 file is evaluated beside ours. EfficientNet-Lite0:
+calibrated on 200 of the 1,000 ImageNet images and evaluated on all of them (the same set: see imagenet.py).
+channels: ResNets with every layer int8 and weights of 4 or 5 bits: uniform, and by discriminant information at the largest mean whose
+compressed artifact is no larger than the uniform one's. Nothing is chosen on test images. Three seeds.
+mixed: the plan against both ends, timed in turns on one thread once it was chosen, CHECKS times; library networks have random weights:
+only their times mean something.
 Writes benchmarks/results/quantize.json and quantize.md.
 """
 
@@ -24,12 +26,12 @@ import onnx
 import torch
 
 import edgeprune as ep
+from benchmarks import artifacts, resnet8
 from benchmarks.accuracy import DATA, RESULTS, WEIGHTS
 from benchmarks.cifar10 import datasets
-from benchmarks.graph import library_model
 from benchmarks.imagenet import MEAN, STD, efficientnet_lite0, images
 from edgeprune.data import Data, Split, load_data
-from edgeprune.export import Artifact, export, load_artifact
+from edgeprune.export import Draft, export, load_artifact
 from edgeprune.quantize.bits import BitPlan
 from edgeprune.quantize.calibrate import Ranges, observe
 from edgeprune.quantize.channels import CODEC, channel_bits, transfer_bytes
@@ -38,10 +40,14 @@ from edgeprune.quantize.mixed import mixed_plan, time_ratio
 from edgeprune.quantize.network import Network
 from edgeprune.quantize.qdq import observed_tensors, write_qdq
 from edgeprune.quantize.quantizer import BitQuantizer, CalibrationImages
+from edgeprune.quantize.sensitivity import measured
 
 SEEDS = (0, 1, 2)
 MEANS = (4, 5)
-INFLUENCE_IMAGES = 512
+INFLUENCE_IMAGES, MEASURED_IMAGES = 512, 128
+INT8 = (*WEIGHTS, "resnet8", "efficientnet_lite0")
+MIXED = ("resnet56", "mobilenet_v2", "mobilenet_v3_small", "mobilenet_v3_large", "efficientnet_b0", "efficientnet_lite0")
+CHECKS = 3
 Row = dict[str, Any]
 
 
@@ -51,6 +57,9 @@ def network(name: str) -> tuple[torch.nn.Module, Data, Split]:
         x, y = images()
         data = load_data(((x[2::5], y[2::5]), (x, y)), mean=MEAN, std=STD)
         return efficientnet_lite0(), data, data.train
+    if name == "resnet8":
+        data = load_data(datasets(), mean=resnet8.MEAN, std=resnet8.STD)
+        return resnet8.trained(), data, data.train
     loaded = ep.load_model(DATA / "weights" / WEIGHTS[name], factory=f"benchmarks.networks:{name}", input_shape=(1, 3, 32, 32))
     data = load_data(datasets())
     return loaded.model, data, data.train
@@ -63,27 +72,35 @@ def accuracy(path: Path, split: Split) -> float:
     return right / len(split)
 
 
-def int8(name: str, folder: Path) -> Row:
-    """fp32 and int8 artifacts of one network."""
+def int8(name: str, folder: Path) -> list[Row]:
+    """fp32 and int8 artifacts of one network in both formats."""
     model, data, train = network(name)
     samples = next(iter(data.val.batches(32)))[0]
-    started = time.process_time()
-    float_one = export(model, samples[:1], folder / "fp32.onnx", samples=samples)
-    quantizer = BitQuantizer(CalibrationImages(train, limit=256))
-    made = export(model, samples[:1], folder / "int8.onnx", samples=samples, quantizer=quantizer)
-    seconds = time.process_time() - started
-    return {
-        "network": name,
-        "images": len(data.val),
-        "calibration_images": len(quantizer.images),
-        "fp32": accuracy(float_one.path, data.val),
-        "int8": accuracy(made.path, data.val),
-        "sqnr_db": made.parity_sqnr_db,
-        "bytes": [float_one.size_bytes, made.size_bytes],
-        "transfer_bytes": [transfer_bytes(a.path.read_bytes()) for a in (float_one, made)],
-        "facts": quantizer.facts,
-        "cpu_seconds": round(seconds, 1),
-    }
+    rows = []
+    for form in ("onnx", "tflite"):
+        started = time.process_time()
+        float_one = export(model, samples[:1], folder / f"fp32.{form}", format=form, samples=samples)
+        quantizer = BitQuantizer(CalibrationImages(train, limit=256))
+        made = export(model, samples[:1], folder / f"int8.{form}", format=form, samples=samples, quantizer=quantizer)
+        seconds = time.process_time() - started
+        rows.append(
+            {
+                "network": name,
+                "format": form,
+                "images": len(data.val),
+                "calibration_images": len(quantizer.images),
+                "fp32": accuracy(float_one.path, data.val),
+                "int8": accuracy(made.path, data.val),
+                "sqnr_db": made.parity_sqnr_db,
+                "bytes": [float_one.size_bytes, made.size_bytes],
+                "transfer_bytes": [transfer_bytes(a.path.read_bytes()) for a in (float_one, made)],
+                "facts": quantizer.facts,
+                "cpu_seconds": round(seconds, 1),
+            }
+        )
+    if name == "resnet8":
+        rows.append(resnet8.published(data.val))
+    return rows
 
 
 def channels(name: str, seed: int, folder: Path) -> list[Row]:
@@ -95,53 +112,39 @@ def channels(name: str, seed: int, folder: Path) -> list[Row]:
     shapes = {key: layer.weight.shape for key, layer in layers.items()}
     calibration = CalibrationImages(train, limit=256, seed=seed)
     influence = influences(proto, CalibrationImages(train, limit=INFLUENCE_IMAGES, seed=seed).batches())
+    influence = measured(proto, influence, [x for x, _ in calibration.batches(MEASURED_IMAGES)])
 
-    def made(bits: dict[str, tuple[int, ...]]) -> tuple[Artifact, BitPlan]:
+    draft = Draft(format="onnx", content=proto.SerializeToString(), layers={}, as_fed=lambda array: array)
+
+    def made(bits: dict[str, tuple[int, ...]]) -> tuple[bytes, BitPlan]:
         plan = BitPlan(dict.fromkeys(layers, "int8"), bits)
-        quantizer = BitQuantizer(calibration, plan, variants=("bias",), least_sqnr_db=0.0)
-        return export(model, samples[:1], folder / "bits.onnx", samples=samples, quantizer=quantizer), plan
+        return BitQuantizer(calibration, plan, variants=("bias",))(draft), plan
 
     rows = []
     for mean in MEANS:
-        artifact, plan = made({key: (mean,) * shape[0] for key, shape in shapes.items()})
-        limit = transfer_bytes(artifact.path.read_bytes())
-        rows.append(
-            _row(
-                name,
-                seed,
-                mean=mean,
-                how="uniform",
-                artifact=artifact,
-                mean_bits=plan.mean_bits(shapes),
-                right=accuracy(artifact.path, data.val),
-            )
-        )
+        content, plan = made({key: (mean,) * shape[0] for key, shape in shapes.items()})
+        limit = transfer_bytes(content)
+        facts: dict[str, Any] = {"mean": mean, "mean_bits": plan.mean_bits(shapes), "right": _right(content, data.val, folder)}
+        rows.append(_row(name, seed, content, how="uniform", **facts))
         budget = float(mean)
-        artifact, plan = made(channel_bits(proto, influence, budget))
-        while (found := transfer_bytes(artifact.path.read_bytes())) > limit:
+        content, plan = made(channel_bits(proto, influence, budget))
+        while (found := transfer_bytes(content)) > limit:
             budget -= max(0.02, 0.8 * budget * (found - limit) / found)
-            artifact, plan = made(channel_bits(proto, influence, budget))
-        rows.append(
-            _row(
-                name,
-                seed,
-                mean=mean,
-                how="influence",
-                artifact=artifact,
-                mean_bits=plan.mean_bits(shapes),
-                right=accuracy(artifact.path, data.val),
-            )
-        )
+            content, plan = made(channel_bits(proto, influence, budget))
+        facts = {"mean": mean, "mean_bits": plan.mean_bits(shapes), "right": _right(content, data.val, folder)}
+        rows.append(_row(name, seed, content, how="influence", **facts))
     return rows
 
 
 def mixed(name: str, folder: Path) -> Row:
     """What `--quantize mixed` chooses for a network, and its time over those of both ends."""
-    if name == "mobilenet_v3_small":
-        x, y = images()
-        model, train = library_model(name), load_data(((x[::5], y[::5]), (x[1::5], y[1::5])), mean=MEAN, std=STD).train
-    else:
+    if name in INT8:
         model, _, train = network(name)
+    else:
+        model, x = artifacts.network(name)
+        artifacts.calibrate(model, x[: artifacts.CALIBRATION_IMAGES])
+        x, y = x.numpy(), np.arange(len(x)) % 10
+        train = load_data(((x, y), (x, y))).train
     samples = next(iter(train.batches(8)))[0]
     plain = export(model, samples[:1], folder / "fp32.onnx", samples=samples)
     calibration = CalibrationImages(train, limit=64)
@@ -155,10 +158,17 @@ def mixed(name: str, folder: Path) -> Row:
     found = mixed_plan(proto, write, calibration.batches)
     made = write(found.plan)
     ends = {"fp32": proto, "int8": write(BitPlan(dict.fromkeys(layers.layers, "int8")))}
-    return {"network": name, "facts": dict(found.facts), "over": {end: time_ratio(made, other) for end, other in ends.items()}}
+    over = {end: [time_ratio(made, other) for _ in range(CHECKS)] for end, other in ends.items()}
+    return {"network": name, "facts": dict(found.facts), "over": over}
 
 
-def _row(name: str, seed: int, *, mean: int, how: str, artifact: Artifact, mean_bits: float, right: float) -> Row:
+def _right(content: bytes, split: Split, folder: Path) -> float:
+    file = folder / "bits.onnx"
+    file.write_bytes(content)
+    return accuracy(file, split)
+
+
+def _row(name: str, seed: int, content: bytes, *, mean: int, how: str, mean_bits: float, right: float) -> Row:
     return {
         "network": name,
         "seed": seed,
@@ -166,8 +176,8 @@ def _row(name: str, seed: int, *, mean: int, how: str, artifact: Artifact, mean_
         "bits": how,
         "mean_bits": mean_bits,
         "accuracy": right,
-        "bytes": artifact.size_bytes,
-        "transfer_bytes": transfer_bytes(artifact.path.read_bytes()),
+        "bytes": len(content),
+        "transfer_bytes": transfer_bytes(content),
     }
 
 
@@ -176,13 +186,13 @@ def tables(found: dict[str, list[Row]]) -> str:
     lines = [
         "### int8",
         "",
-        "| network | images | fp32 | int8 | drop, points | file, kB | compressed, kB |",
-        "|---|---|---|---|---|---|---|",
+        "| network | format | images | fp32 | int8 | drop, points | file, kB | compressed, kB |",
+        "|---|---|---|---|---|---|---|---|",
     ]
     for r in found["int8"]:
-        sizes = [" → ".join(f"{b / 1e3:,.0f}" for b in r[key]) for key in ("bytes", "transfer_bytes")]
+        sizes = [" → ".join(f"{b / 1e3:,.0f}" for b in r[key] or ()) for key in ("bytes", "transfer_bytes")]
         lines.append(
-            f"| {r['network']} | {r['images']:,} | {100 * r['fp32']:.2f}% | {100 * r['int8']:.2f}% | "
+            f"| {r['network']} | {r['format']} | {r['images']:,} | {100 * r['fp32']:.2f}% | {100 * r['int8']:.2f}% | "
             f"{100 * (r['fp32'] - r['int8']):.2f} | {sizes[0]} | {sizes[1]} |"
         )
     lines += [
@@ -209,13 +219,14 @@ def tables(found: dict[str, list[Row]]) -> str:
         "",
         "### mixed",
         "",
-        "| network | int8 layers | all-int8 / fp32 | mixed / fp32 | mixed / all-int8 | repairs |",
-        "|---|---|---|---|---|---|",
+        "| network | int8 layers | all-int8 / fp32 | mixed / fp32 | mixed / all-int8 | mixed / the faster, each time | repairs |",
+        "|---|---|---|---|---|---|---|",
     ]
     for r in found["mixed"]:
         f, over = r["facts"], r["over"]
-        ratios = " | ".join(f"{x:.2f}" for x in (f["int8_over_fp32"], over["fp32"], over["int8"]))
-        lines.append(f"| {r['network']} | {f['int8_layers']} of {f['layers']} | {ratios} | {f['repairs']} |")
+        ratios = " | ".join(f"{x:.2f}" for x in (f["int8_over_fp32"], np.median(over["fp32"]), np.median(over["int8"])))
+        each = ", ".join(f"{x:.3f}" for x in over[f["faster_end"]])
+        lines.append(f"| {r['network']} | {f['int8_layers']} of {f['layers']} | {ratios} | {each} | {f['repairs']} |")
     return "\n".join([*lines, "", f"Compressed with {CODEC}.", ""])
 
 
@@ -233,11 +244,11 @@ def main() -> None:
     found: dict[str, list[Row]] = {"int8": [], "channels": [], "mixed": []} | (json.loads(file.read_text()) if file.exists() else {})
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
-        for name in (*WEIGHTS, "efficientnet_lite0") if part in (None, "int8") else ():
+        for name in INT8 if part in (None, "int8") else ():
             if name not in {r["network"] for r in found["int8"]}:
-                found["int8"].append(int8(name, Path(folder)))
+                found["int8"] += int8(name, Path(folder))
                 _save(found)
-        for name in ("resnet56", "mobilenet_v3_small") if part in (None, "mixed") else ():
+        for name in MIXED if part in (None, "mixed") else ():
             if name not in {r["network"] for r in found["mixed"]}:
                 found["mixed"].append(mixed(name, Path(folder)))
                 _save(found)

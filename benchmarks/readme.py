@@ -28,6 +28,8 @@ TABLES = {
     "docs/quantization.md": {
         "int8": ("quantize.md", "### int8"),
         "channels": ("quantize.md", "### channels"),
+        "mixed": ("quantize.md", "### mixed"),
+        "latency": ("artifacts_latency.md", ""),
     },
 }
 

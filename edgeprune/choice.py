@@ -18,6 +18,7 @@ from edgeprune.errors import BudgetError, DeviceError
 from edgeprune.graph import ChannelGraph
 from edgeprune.graph.slim import slim
 from edgeprune.plan import Budget, Plan, Scores
+from edgeprune.quantize.size import float32_limit
 
 if TYPE_CHECKING:
     from edgeprune.pipeline import Pipeline
@@ -135,7 +136,18 @@ class Chooser:
         )
 
     def choose(self, budget: Budget) -> Choice:
-        """The plan at one budget. Raises BudgetError when none meets it."""
+        """The plan at one budget; a size is that of the file as delivered. Raises BudgetError when none meets it."""
+        way, asked = self._stages.job.quantize, budget.size_bytes
+        if asked is None or way == "none":
+            return self._choose(budget)
+        floats = float32_limit(asked, way, self._stages.graph)
+        try:
+            return self._choose(replace(budget, size_bytes=floats))
+        except BudgetError as error:
+            told = f"{error} Bytes here are those of the float32 file: {floats:,.0f} of them become {asked:,.0f} in {way}."
+            raise BudgetError(told, error.plan) from error
+
+    def _choose(self, budget: Budget) -> Choice:
         device = self._stages.job.device
         if device.attached and budget.limits().keys() & MEASURED:
             return self._closed_loop(budget)

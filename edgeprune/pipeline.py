@@ -35,6 +35,7 @@ from edgeprune.graph.trace import trace
 from edgeprune.origin import Origin
 from edgeprune.plan import Budget, Plan, Scores
 from edgeprune.quantize import quantizer_for
+from edgeprune.quantize.elsewhere import elsewhere
 from edgeprune.run import Run, write_atomic, write_json
 from edgeprune.train import Epoch, Progress, Recipe
 from edgeprune.train.augment import augment_of
@@ -216,6 +217,7 @@ class Pipeline:
         job = self.job
         return {
             "budget": [budget.limits() for budget in budgets],
+            "quantize": [job.quantize for budget in budgets if budget.size_bytes is not None],  # how large a plan's file becomes
             "allocator": job.allocator,
             "search": {name: value for name, value in job.search.items() if name not in ("jobs", "cluster")},
             "rules": job.rules.to_json(),
@@ -322,7 +324,9 @@ class Pipeline:
             portable.save(model, self.run.path("model.safetensors"), plan=plan)
             batch = next(iter(job.data.val.batches(PARITY_SAMPLES, limit=PARITY_SAMPLES)))[0] if job.data else None
             artifacts = []
-            quantizer = quantizer_for(job.quantize, job.data, threads=job.device.threads, latency_ms=job.budget.latency_ms, seed=job.seed)
+            limits: dict[str, Any] = {"latency_ms": job.budget.latency_ms, "size_bytes": job.budget.size_bytes}
+            other = elsewhere(job.device, model, job.example_inputs) if job.quantize == "mixed" else None
+            quantizer = quantizer_for(job.quantize, job.data, threads=job.device.threads, elsewhere=other, seed=job.seed, **limits)
             for number, name in enumerate(job.formats):
                 self.progress(f"exporting {name}", number, len(job.formats))
                 options: dict[str, Any] = {"samples": batch, "metadata": metadata, "quantizer": quantizer}

@@ -13,7 +13,7 @@ import typer
 import edgeprune as ep
 from edgeprune.allocate import layer_compensated
 from edgeprune.cli.options import limits_of
-from edgeprune.errors import UsageError
+from edgeprune.errors import BudgetError, UsageError
 from edgeprune.result import Result
 from tests.colours import SIDE, colour_data, colour_net
 
@@ -130,3 +130,12 @@ def test_limits_on_the_command_line() -> None:
         limits_of({"peak_memory_bytes": "1;2"})
     with pytest.raises(UsageError, match="equally many, got 2 and 3"):
         limits_of({"latency_ms": "3,2,1", "macs": "0.5,0.4"})
+
+
+def test_a_size_is_that_of_the_quantized_file(tmp_path: Path) -> None:
+    whole = compress(tmp_path / "floats", budget=ep.Budget(size_bytes=40_000)).facts["artifacts"][0]["size_bytes"]
+    found = compress(tmp_path / "bytes", budget=ep.Budget(size_bytes=13_000), quantize="int8")
+    assert found.met and found.facts["artifacts"][0]["size_bytes"] <= 13_000 < whole
+    assert next(f["after"]["value"] / f["before"]["value"] for f in found.facts["figures"] if f["name"] == "macs") > 0.25
+    with pytest.raises(BudgetError, match="become 2,000 in int8"):
+        compress(tmp_path / "none", budget=ep.Budget(size_bytes=2_000), quantize="int8")

@@ -39,6 +39,7 @@ def export(
     std: Numbers = None,
     layout: Annotated[str | None, typer.Option(help="of images in .tflite files: NHWC (no transposes, the default) or NCHW")] = None,
     quantize: Annotated[str, typer.Option(help="none, int8, or mixed: int8 where it is faster on this machine; needs --data")] = "none",
+    calibration: Annotated[str, typer.Option(help="ranges of int8: minmax, percentile or entropy (.tflite: only minmax)")] = "minmax",
     out: Annotated[Path | None, typer.Option(help="folder for the artifacts (default: runs/<model>-export)")] = None,
     trust_pickle: TrustPickle = False,
     as_json: AsJson = False,
@@ -52,7 +53,7 @@ def export(
     require(asked)
     if layout not in (None, "NHWC", "NCHW"):
         raise UsageError(f"--layout must be NHWC or NCHW, got {layout!r}.")
-    check_way(quantize, data)
+    check_way(quantize, data, calibration)
     if out:
         must_be_writable(out)
 
@@ -71,7 +72,7 @@ def export(
     if source and source.classes:
         metadata["labels"] = list(source.classes)
     artifacts = []
-    quantizer = quantizer_for(quantize, source)
+    quantizer = quantizer_for(quantize, source, method=calibration)
     for form in asked:
         say(f"exporting {form} …")
         order = layout if form == "tflite" else None

@@ -50,14 +50,24 @@ def schema() -> ModuleType:
 
 
 def unpacked(content: bytes) -> Any:
-    """The file as the schema's mutable objects (ModelT). Raises ExportError for bytes that are no such file."""
+    """The file as the schema's mutable objects (ModelT). Raises ExportError for bytes that are no such file.
+
+    Data that lie behind the flatbuffer, as litert-quantizer puts larger ones, are brought into it: offsets do not survive `packed`.
+    """
     reader = schema().ModelT
     if content[4:8] != b"TFL3":
         raise ExportError("it does not begin like a TFLite flatbuffer")
     try:
-        return reader.InitFromPackedBuf(content, 0)
+        model = reader.InitFromPackedBuf(content, 0)
+        for buffer in model.buffers:
+            if buffer.offset:
+                if buffer.offset + buffer.size > len(content):
+                    raise ExportError("it is truncated")
+                buffer.data = np.frombuffer(content, np.uint8, buffer.size, buffer.offset)
+                buffer.offset = buffer.size = 0
     except _DAMAGE as error:
         raise ExportError(f"it is truncated or damaged ({type(error).__name__})") from error
+    return model
 
 
 def packed(model: Any) -> bytes:

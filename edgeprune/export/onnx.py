@@ -26,10 +26,10 @@ from torch.utils._pytree import tree_leaves
 from edgeprune.errors import ExportError, UnsupportedOp, UsageError
 from edgeprune.export import Arrays, Artifact, Draft, Quantizer, Runner
 from edgeprune.export.fold import as_args, frozen_copy
-from edgeprune.export.parity import accept, compare, numbered, probe_of, texts, write_checked
+from edgeprune.export.parity import accept, compare, numbered, probe_of, recorded, texts, write_checked
 from edgeprune.export.prepare import NETWORK_ERRORS, explained, prepared
 from edgeprune.graph.running import first_line, quiet_torch, silent_torch
-from edgeprune.run import hash_file, product_version
+from edgeprune.run import product_version
 
 # onnxruntime's errors share no base class of their own
 _RUNTIME_ERRORS = tuple(e for e in vars(ort_state).values() if isinstance(e, type) and issubclass(e, Exception))
@@ -56,95 +56,53 @@ class OnnxFormat:
         reference: nn.Module | None,
         layout: str | None,
     ) -> Artifact:
-        """See `export_onnx`."""
+        """See `edgeprune.export.export`; the opset is what the exporter gives (20 in torch 2.13).
+
+        The batch dimension is dynamic where the network allows it, else that of the example. Inputs are named input (or input_0,
+        input_1 …), outputs output. Parity is checked on `samples` as one batch and as the first sample alone. edgeprune_version and
+        content_sha256 are added to the metadata. Takes 1 s for a tiny network, 4 s for ResNet-56 on one idle core.
+        """
         if layout not in (None, "NCHW"):
             raise UsageError(f"onnx artifacts keep the network's own layout (NCHW), got {layout!r}; NHWC is for tflite.")
-        return export_onnx(
-            model,
-            example_inputs,
-            path,
-            samples=samples,
-            metadata=metadata,
-            tolerance=tolerance,
-            quantizer=quantizer,
-            reference=reference,
-        )
+        network = prepared(model, example_inputs)
+        original = network.original if reference is None else frozen_copy(reference).cpu()
+        proto = _simplified(_stripped(_convert(network.lean, network.args)))
+        if quantizer is not None:
+            layers = _layers(proto, network.lean)
+            draft = Draft(format=self.name, content=proto.SerializeToString(), layers=layers, as_fed=lambda array: array)
+            proto = onnx.load_model_from_string(quantizer(draft))
+        extra = {"layout": "NCHW", "quantize": "none", **(quantizer.metadata if quantizer else {}), **(metadata or {})}
+        if probe := probe_of(original, _runner(proto.SerializeToString(), path), network.args):
+            extra["probe"] = probe
+        _describe(proto, extra)
+        fixed_batch = proto.graph.input[0].type.tensor_type.shape.dim[0].dim_value  # 0 where it is dynamic
+        inputs = network.args if samples is None else tuple(s.detach().cpu() for s in as_args(samples))
+
+        def verify(file: Path) -> Artifact:
+            parity = compare(original, self.load(file), inputs, batch=fixed_batch)
+            accept(parity, path.name, tolerance=tolerance, quantizer=quantizer)
+            opset = next(o.version for o in proto.opset_import if o.domain == "")
+            facts = {"format": self.name, "opset": opset, "dynamic_batch": not fixed_batch, "metadata": read_metadata(proto)}
+            return recorded(parity, file, path, quantizer, **facts)
+
+        return write_checked(proto.SerializeToString(), path, verify)
 
     def load(self, path: Path) -> Runner:
-        """See `load_onnx`."""
-        return load_onnx(path)
+        """A function from input arrays to output arrays (onnxruntime, CPU). Raises ExportError for a damaged or unusable file.
 
-
-def export_onnx(
-    model: nn.Module,
-    example_inputs: Tensor | Sequence[Tensor],
-    path: str | Path,
-    *,
-    samples: Tensor | Sequence[Tensor] | None = None,
-    metadata: Mapping[str, Any] | None = None,
-    tolerance: float = 1e-4,
-    quantizer: Quantizer | None = None,
-    reference: nn.Module | None = None,
-) -> Artifact:
-    """Write `model` to `path` as ONNX and return the Artifact; the opset is what the exporter gives (20 in torch 2.13).
-
-    The batch dimension is dynamic where the network allows it, else that of the example. Inputs are named input (or input_0,
-    input_1 …), outputs output. Parity is checked on `samples` (tensors, batch first; default: the example inputs), as one
-    batch and as the first sample alone. `metadata`: text as it is, anything else as JSON; edgeprune_version and content_sha256
-    are added. `model` is not changed. Prints nothing; takes 1 s for a tiny network, 4 s for ResNet-56 on one idle core.
-    Raises UnsupportedOp, ParityError (relative error above `tolerance`), ExportError; nothing is left on disk then.
-    """
-    target = Path(path)
-    network = prepared(model, example_inputs)
-    original = network.original if reference is None else frozen_copy(reference).cpu()
-    proto = _simplified(_stripped(_convert(network.lean, network.args)))
-    if quantizer is not None:
-        layers = _layers(proto, network.lean)
-        draft = Draft(format="onnx", content=proto.SerializeToString(), layers=layers, as_fed=lambda array: array)
-        proto = onnx.load_model_from_string(quantizer(draft))
-    extra = {"layout": "NCHW", "quantize": "none", **(quantizer.metadata if quantizer else {}), **(metadata or {})}
-    if probe := probe_of(original, _runner(proto.SerializeToString(), target), network.args):
-        extra["probe"] = probe
-    _describe(proto, extra)
-    fixed_batch = proto.graph.input[0].type.tensor_type.shape.dim[0].dim_value  # 0 where it is dynamic
-    inputs = network.args if samples is None else tuple(s.detach().cpu() for s in as_args(samples))
-
-    def verify(file: Path) -> Artifact:
-        parity = compare(original, load_onnx(file), inputs, batch=fixed_batch)
-        accept(parity, target.name, tolerance=tolerance, quantizer=quantizer)
-        return Artifact(
-            path=target,
-            format="onnx",
-            sha256=hash_file(file),
-            size_bytes=file.stat().st_size,
-            opset=next(o.version for o in proto.opset_import if o.domain == ""),
-            dynamic_batch=not fixed_batch,
-            parity_max_abs=parity.max_abs,
-            parity_relative=parity.relative,
-            parity_sqnr_db=parity.sqnr_db,
-            parity_top1=parity.top1,
-            samples=parity.samples,
-            metadata=read_metadata(proto),
-            bits=dict(quantizer.bits) if quantizer else {},
-        )
-
-    return write_checked(proto.SerializeToString(), target, verify)
-
-
-def load_onnx(path: Path) -> Runner:
-    """A function from input arrays to output arrays (onnxruntime, CPU). Raises ExportError for a damaged or unusable file.
-
-    The function raises ExportError for inputs the artifact does not take.
-    """
-    try:
-        content = path.read_bytes()
-        proto = onnx.load_model_from_string(content)
-        expected = read_metadata(proto).get(_CONTENT_HASH)
-        if expected and expected != _content_hash(proto):
-            raise ExportError(f"{path} was changed after it was written: its content does not match the hash it carries. Export it again.")
-    except (DecodeError, OSError) as error:
-        raise ExportError(f"{path} is not a usable ONNX file (truncated or damaged?): {first_line(error)}. Export it again.") from error
-    return _runner(content, path)
+        The function raises ExportError for inputs the artifact does not take.
+        """
+        try:
+            content = path.read_bytes()
+            proto = onnx.load_model_from_string(content)
+            expected = read_metadata(proto).get(_CONTENT_HASH)
+            if expected and expected != _content_hash(proto):
+                raise ExportError(
+                    f"{path} was changed after it was written: its content does not match the hash it carries. Export it again."
+                )
+        except (DecodeError, OSError) as error:
+            raise ExportError(f"{path} is not a usable ONNX file (truncated or damaged?): {first_line(error)}. Export it again.") from error
+        return _runner(content, path)
 
 
 def _runner(content: bytes, path: Path) -> Runner:
@@ -229,7 +187,7 @@ def _export(model: nn.Module, args: tuple[Tensor, ...], dynamic: tuple[dict[int,
                 output_names=numbered("output", outputs),
             )
     except _EXPORT_ERRORS as error:
-        raise explained(error, "ONNX") from error
+        raise explained(error, "ONNX", model, args) from error
     if program is None:
         raise ExportError("the exporter gave no ONNX program for this model.")
     proto: onnx.ModelProto = program.model_proto

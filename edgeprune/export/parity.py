@@ -22,6 +22,7 @@ from torch.utils._pytree import tree_leaves
 
 from edgeprune.errors import ExportError, ParityError
 from edgeprune.export import Artifact, Quantizer, Runner
+from edgeprune.run import hash_file
 
 PROBE_VALUES = 64  # of every output
 MOST_DB = 300.0  # instead of infinity, which JSON has not
@@ -102,6 +103,22 @@ def accept(parity: Parity, name: str, *, tolerance: float, quantizer: Quantizer 
             f"{name} does not compute what the network computes: {measured}; the limit is {tolerance:.3g}. Nothing was written. "
             "A network that draws random numbers or whose outputs are not finite cannot pass."
         )
+
+
+def recorded(parity: Parity, file: Path, path: Path, quantizer: Quantizer | None, **facts: Any) -> Artifact:
+    """The Artifact of a `file` that will be called `path`; `facts`: what the format says of it."""
+    return Artifact(
+        path=path,
+        sha256=hash_file(file),
+        size_bytes=file.stat().st_size,
+        parity_max_abs=parity.max_abs,
+        parity_relative=parity.relative,
+        parity_sqnr_db=parity.sqnr_db,
+        parity_top1=parity.top1,
+        samples=parity.samples,
+        bits=dict(quantizer.bits) if quantizer else {},
+        **facts,
+    )
 
 
 def made_up_inputs(shapes: Sequence[Sequence[int]]) -> list[NDArray[np.float32]]:

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import re
+import traceback
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -12,10 +15,11 @@ from torch.utils._pytree import tree_leaves
 
 from edgeprune.errors import ExportError, UnsupportedOp
 from edgeprune.export.fold import as_args, fold_batchnorm, frozen_copy
-from edgeprune.graph.running import first_line
+from edgeprune.graph.running import Observer, first_line
 
 NETWORK_ERRORS = (RuntimeError, ValueError, TypeError, AssertionError)  # what running or exporting somebody's network raises
-_MISSING = (r"No ONNX function found for <OpOverload\(op='([^']+)'", r"Lowering not found: (\S+)")
+_LIBRARIES = str(Path(torch.__file__).parent), str(Path(__file__).parents[1])
+_MISSING = (r"No ONNX function found for <OpOverload\(op='(\w+\.[^']+)'", r"Lowering not found: (\w+\.\S+)")
 
 
 @dataclass(frozen=True, eq=False)
@@ -44,8 +48,11 @@ def prepared(model: nn.Module, example_inputs: Tensor | Sequence[Tensor]) -> Pre
     return Prepared(original, lean, args)
 
 
-def explained(error: BaseException, format: str) -> ExportError:
-    """UnsupportedOp with the operation and the source line where the converter names them, else ExportError with its reason."""
+def explained(error: BaseException, format: str, model: nn.Module, args: tuple[Tensor, ...]) -> ExportError:
+    """UnsupportedOp with the operation where the converter names it, else ExportError with its reason; with the source line.
+
+    A converter that does not tell the line of an operation leaves it to a run of `model`, which finds where it is called.
+    """
     chain: list[BaseException] = [error]
     while (cause := chain[-1].__cause__ or chain[-1].__context__) is not None:
         chain.append(cause)
@@ -54,8 +61,31 @@ def explained(error: BaseException, format: str) -> ExportError:
     where = " at {}:{} ({})".format(*(part.strip() for part in lines[-1])) if lines else ""
     missing = next((found[1] for pattern in _MISSING if (found := re.search(pattern, text))), None)
     if missing:
+        where = where or _called_at(missing, model, args)
         return UnsupportedOp(f"{format} has no operation for {missing}{where}: replace it in the model by operations {format} has.")
     return ExportError(f"the model cannot be exported to {format}{where}: {_reason(chain[-1])}.")
+
+
+class _Caller(Observer):
+    """Notes the line of the user's code that first calls an operation whose name holds a word."""
+
+    def __init__(self, word: str) -> None:
+        super().__init__()
+        self._word = word
+        self.where = ""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if not self.where and self._word in func.__name__:
+            ours = [f for f in traceback.extract_stack() if f.line and not f.filename.startswith(_LIBRARIES)]
+            self.where = f" at {ours[-1].filename}:{ours[-1].lineno} ({ours[-1].line})" if ours else ""
+        return func(*args, **(kwargs or {}))
+
+
+def _called_at(operation: str, model: nn.Module, args: tuple[Tensor, ...]) -> str:
+    """Where `model` calls an operation (namespace.name.overload) in whatever namespace; "" where it does so under another name."""
+    with _Caller(operation.split(".")[1]) as caller, torch.no_grad():
+        model(*(a.clone() for a in args))
+    return caller.where
 
 
 def _reason(error: BaseException) -> str:

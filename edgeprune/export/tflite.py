@@ -26,10 +26,9 @@ from edgeprune.errors import ExportError, UsageError
 from edgeprune.export import Arrays, Artifact, Draft, Quantizer, Runner
 from edgeprune.export.flatbuffer import averaged_in_place, changed, described, metadata_of, named_like_torch, shuffled_in_place
 from edgeprune.export.fold import as_args, frozen_copy
-from edgeprune.export.parity import accept, compare, numbered, probe_of, texts, write_checked
+from edgeprune.export.parity import accept, compare, numbered, probe_of, recorded, texts, write_checked
 from edgeprune.export.prepare import NETWORK_ERRORS, explained, prepared
 from edgeprune.graph.running import first_line, silent_torch, single_sample
-from edgeprune.run import hash_file
 
 LAYOUTS = ("NHWC", "NCHW")
 SCHEMA_VERSION = 3
@@ -79,21 +78,8 @@ class TfliteFormat:
         def verify(file: Path) -> Artifact:
             parity = compare(original, self.load(file), inputs)
             accept(parity, path.name, tolerance=tolerance, quantizer=quantizer)
-            return Artifact(
-                path=path,
-                format=self.name,
-                sha256=hash_file(file),
-                size_bytes=file.stat().st_size,
-                opset=SCHEMA_VERSION,
-                dynamic_batch=False,
-                parity_max_abs=parity.max_abs,
-                parity_relative=parity.relative,
-                parity_sqnr_db=parity.sqnr_db,
-                parity_top1=parity.top1,
-                samples=parity.samples,
-                metadata=metadata_of(content),
-                bits=dict(quantizer.bits) if quantizer else {},
-            )
+            facts = {"format": self.name, "opset": SCHEMA_VERSION, "dynamic_batch": False, "metadata": metadata_of(content)}
+            return recorded(parity, file, path, quantizer, **facts)
 
         return write_checked(content, path, verify)
 
@@ -106,9 +92,10 @@ class TfliteFormat:
             content = path.read_bytes()
         except OSError as error:
             raise ExportError(f"{path} cannot be read: {error.strerror}.") from error
+        last = read_metadata(path).get("layout") == "NHWC"  # a truncated file ends here
         if changed(content):
             raise ExportError(f"{path} was changed after it was written: its content does not match the hash it carries. Export it again.")
-        return _runner(content, path, last=read_metadata(path).get("layout") == "NHWC")
+        return _runner(content, path, last=last)
 
 
 def read_metadata(path: Path) -> dict[str, str]:
@@ -137,7 +124,7 @@ class _ImagesLast(nn.Module):
 
 
 def _converter() -> ModuleType:
-    with _silent(), warnings.catch_warnings():
+    with silent(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of jax and torchao, about themselves
         import litert_torch
     found: ModuleType = litert_torch
@@ -151,11 +138,11 @@ def _converted(converter: ModuleType, model: nn.Module, args: tuple[Tensor, ...]
     try:
         with torch.no_grad():
             outputs = len(wrapped(*fed))
-        with _silent(), silent_torch(), warnings.catch_warnings():
+        with silent(), silent_torch(), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # torch, jax and the converter, about each other
             content: bytes = converter.convert(wrapped, fed).model_content()
     except _CONVERTER_ERRORS as error:
-        raise explained(error, "TFLite") from error
+        raise explained(error, "TFLite", model, args) from error
     ends = numbered("input", len(args)), numbered("output", outputs)
     return named_like_torch(shuffled_in_place(averaged_in_place(content)), _tags(wrapped), _weights(model), *ends)
 
@@ -192,7 +179,7 @@ def _runner(content: bytes, path: Path, *, last: bool) -> Runner:
     from ai_edge_litert.interpreter import Interpreter
 
     try:
-        with _silent():  # the delegate announces itself
+        with silent():  # the delegate announces itself
             interpreter = Interpreter(model_content=content, num_threads=len(os.sched_getaffinity(0)))
             interpreter.allocate_tensors()
     except (ValueError, RuntimeError) as error:
@@ -231,7 +218,7 @@ def _unusable(path: Path, error: BaseException) -> ExportError:
 
 
 @contextmanager
-def _silent() -> Iterator[None]:
+def silent() -> Iterator[None]:
     """Nothing of what native code prints reaches the terminal: the converter and the runtime write past Python's streams."""
     sys.stdout.flush()
     sys.stderr.flush()

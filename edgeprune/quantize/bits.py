@@ -23,6 +23,8 @@ Precision = Literal["fp32", "fp16", "int8", "int4"]
 PRECISIONS: tuple[Precision, ...] = get_args(Precision)
 WEIGHT_BITS: Mapping[Precision, int] = {"fp32": 32, "fp16": 16, "int8": 8, "int4": 4}
 CHANNEL_BITS = (2, 3, 4, 6, 8)
+Method = Literal["minmax", "percentile", "entropy"]  # of calibration, see calibrate.py
+METHODS: tuple[Method, ...] = get_args(Method)
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ by shares of the range, and signed tensors keep their zero point.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, Literal, Protocol, get_args
+from typing import Any, Protocol
 
 import numpy as np
 import onnx
@@ -19,14 +19,14 @@ import onnxruntime
 from numpy.typing import NDArray
 
 from edgeprune.errors import DataError, UsageError
+from edgeprune.quantize.bits import METHODS, Method
 
 Batch = tuple[NDArray[np.float32], NDArray[np.int64]]
 Range = tuple[float, float]
-Method = Literal["minmax", "percentile", "entropy"]
-METHODS: tuple[Method, ...] = get_args(Method)
 BINS = 4096
 SHARE_INSIDE = 0.9999  # of the values, for percentile
 _MEMORY_BYTES = 192 << 20  # of activations at a time
+_AT_ONCE = 32  # images, where only outputs are kept
 _LEVELS = 128  # of the entropy calibration's coarse histogram, on each side of zero
 _SHARES = np.linspace(1.0, 0.2, 33)
 _LEAST_PER_BIN = 64  # values: with fewer, the noise of the fine histogram counts as information
@@ -67,6 +67,21 @@ def observe(proto: onnx.ModelProto, batches: Iterable[Batch], *observers: Observ
     if not seen:
         raise DataError("there are no images to calibrate with: give data with training images.")
     return seen
+
+
+def runner(proto: onnx.ModelProto) -> Callable[[NDArray[np.float32]], NDArray[np.float64]]:
+    """A function from images to the first output; one image at a time where the network insists on its batch."""
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 4
+    session = onnxruntime.InferenceSession(proto.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    given = session.get_inputs()[0]
+    step = given.shape[0] if isinstance(given.shape[0], int) else _AT_ONCE
+
+    def run(images: NDArray[np.float32]) -> NDArray[np.float64]:
+        parts = [session.run(None, {given.name: images[i : i + step]})[0] for i in range(0, len(images), step)]
+        return np.concatenate(parts).astype(np.float64)
+
+    return run
 
 
 class Ranges:

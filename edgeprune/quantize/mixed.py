@@ -4,8 +4,12 @@ Every layer has a time in fp32 and in int8 (one profiled run of each whole netwo
 (influence.py: of its weights and of the 8-bit tensor it reads), and every tensor between an int8 and a float node costs a conversion.
 For one price of loss the best choice is a minimum cut of the network's graph, exactly; the price is lowered until the predicted time
 meets the budget: what is asked for, at most the faster of all-fp32 and all-int8; by default 1 % above the fastest choice.
-Predictions are not trusted: the plan and the faster end are timed in turns, and while the plan is more than 3 % slower, the half of
-its layers that differ from that end and matter least goes over to it. The end itself is the last resort, so the result is never slower.
+Predictions are not trusted: the plan and the faster end are timed in turns, and while the plan is more than 1 % slower, the half of
+its layers that differ from that end and matter least goes over to it. The end itself is the last resort, so whoever measures again
+finds the plan at most SLOWER times the faster end, noise of 2 % included.
+Another device (Elsewhere): its card has fp32 times, which are multiplied by what int8 does to each layer here: an assumption, and the
+facts say so. With a board attached its own timings judge and repair; without, nothing is measured and the prediction stands.
+Where a size is asked, float layers are stored in 16 bits, then in 4, the largest and least important first, until the file fits.
 Source: Greig, Porteous, Seheult, Exact Maximum A Posteriori Estimation for Binary Images, 1989, for the cut; the model is ours.
 """
 
@@ -28,17 +32,21 @@ from numpy.typing import NDArray
 from scipy.sparse import coo_array, csr_array
 from scipy.sparse.csgraph import breadth_first_order, maximum_flow
 
-from edgeprune.quantize.bits import BitPlan
+from edgeprune.quantize.bits import BitPlan, Precision
 from edgeprune.quantize.calibrate import Batch, Ranges, observe
-from edgeprune.quantize.grid import on_grid, squared_errors
+from edgeprune.quantize.elsewhere import Elsewhere, Ratio
+from edgeprune.quantize.grid import grid_errors
 from edgeprune.quantize.influence import Influence, influences
 from edgeprune.quantize.network import ARITHMETIC, MOVES, Network
 
-SLOWER = 1.03  # than the faster end: what a plan may measure
+SLOWER = 1.03  # times the faster end: what a plan may take
+REPAIRED = 1.01  # times the faster end: what it must measure when it is chosen
 WORTH = 1.01  # times the fastest choice: what accuracy is worth where no latency is asked for
 _CONVERSION_NS = (1500.0, 0.25)  # of one tensor between the precisions: per call, and per element
 _RUNS = 30
-_PAIRS = 60
+_SESSIONS = 3  # where a session's memory happens to lie makes a difference of some percent
+_PAIRS = 30  # of runs in each
+_FILE_BYTES = 8192  # of metadata, which comes later
 _STEPS = 24  # of the bisection
 _LARGEST = 2**30  # the sum of the cut's whole numbers
 
@@ -58,35 +66,77 @@ def mixed_plan(
     *,
     threads: int = 1,
     latency_ms: float | None = None,
+    size_bytes: float | None = None,
+    elsewhere: Elsewhere | None = None,
 ) -> Choice:
-    """The precision of every layer; `write` gives the network with a plan, `batches` calibration batches, again at every call."""
+    """The precision of every layer; `write` gives the network with a plan, `batches` calibration batches, again at every call.
+
+    `latency_ms` and `size_bytes` of the file are limits, None where there is none; `threads` of this machine.
+    """
     network = Network(proto)
-    ends = {"fp32": proto, "int8": write(BitPlan(dict.fromkeys(network.layers, "int8")))}
-    ratio = time_ratio(ends["int8"], ends["fp32"], threads)
-    faster = "int8" if ratio < 1 else "fp32"
-    problem = _Problem.of(network, ends, influences(proto, batches()), batches, threads)
-    best_ms = min(problem.milliseconds(set()), problem.milliseconds(set(problem.units)))
+    layers = network.layers.keys()
+    ends = {"fp32": proto, "int8": write(BitPlan(dict.fromkeys(layers, "int8")))}
+    influence = influences(proto, batches())
+    problem = _Problem.of(network, ends, influence, batches, threads)
+    if elsewhere is not None:
+        problem = problem.moved(elsewhere.layer_ms)
+    ratio: Ratio | None = elsewhere.ratio if elsewhere else lambda one, other: time_ratio(one, other, threads)
+    predicted = {"fp32": problem.milliseconds(set()), "int8": problem.milliseconds(set(problem.units))}
+    over_fp32 = ratio(ends["int8"], ends["fp32"]) if ratio else predicted["int8"] / predicted["fp32"]
+    faster = "int8" if over_fp32 < 1 else "fp32"
     fastest_ms = problem.milliseconds(problem.solved(0.0))
-    budget_ms = fastest_ms * WORTH if latency_ms is None else min(best_ms, max(latency_ms, fastest_ms))
-    chosen = problem.solved(budget_ms) & network.layers.keys()
-    facts: dict[str, Any] = {
-        "basis": f"timed on this machine, {threads} thread(s), batch 1",
-        "int8_over_fp32": round(ratio, 4),
-        "predicted_ms": {"budget": budget_ms, "fp32": problem.milliseconds(set()), "int8": problem.milliseconds(set(problem.units))},
-        "int8_layers_predicted": len(chosen),
-    }
-    end = set(network.layers) if faster == "int8" else set()
+    budget_ms = fastest_ms * WORTH if latency_ms is None else min(*predicted.values(), max(latency_ms, fastest_ms))
+    units = problem.solved(budget_ms)
+    chosen, end = units & layers, set(layers) if faster == "int8" else set()
 
-    def measured() -> float:
-        return 1.0 if chosen == end else time_ratio(write(_plan(chosen)), ends[faster], threads)
+    def over_end() -> float:
+        if chosen == end:
+            return 1.0
+        return ratio(write(_plan(chosen)), ends[faster]) if ratio else problem.milliseconds(units) / predicted[faster]
 
-    over, repairs = measured(), 0
-    while over > SLOWER:
+    predicted_layers, repairs, over = len(chosen), 0, over_end()
+    while over > REPAIRED and ratio:
         differing = sorted(chosen ^ end, key=problem.importance)
         chosen = chosen ^ set(differing[: -(-len(differing) // 2)])
-        over, repairs = measured(), repairs + 1
-    facts |= {"int8_layers": len(chosen), "layers": len(network.layers), "faster_end": faster, "over_faster_end": over, "repairs": repairs}
-    return Choice(_plan(chosen), facts)
+        over, repairs = over_end(), repairs + 1
+    plan = _plan(chosen) if size_bytes is None else _fitting(_plan(chosen), network, influence, write, size_bytes)
+    facts = {
+        "basis": elsewhere.basis if elsewhere else f"timed on this machine, {threads} thread(s), batch 1",
+        "int8_over_fp32": round(over_fp32, 4),
+        "predicted_ms": {"budget": budget_ms, **predicted},
+        "int8_layers_predicted": predicted_layers,
+        "int8_layers": len(chosen),
+        "layers": len(layers),
+        "faster_end": faster,
+        "over_faster_end": over,
+        "repairs": repairs,
+    }
+    return Choice(plan, facts)
+
+
+def _fitting(
+    plan: BitPlan,
+    network: Network,
+    influence: Mapping[str, Influence],
+    write: Callable[[BitPlan], onnx.ModelProto],
+    size_bytes: float,
+) -> BitPlan:
+    """The plan with as many float layers as needed stored in 16 bits, then in 4; the smallest file where none fits."""
+    excess = write(plan).ByteSize() + _FILE_BYTES - size_bytes
+    kept = [name for name in network.layers if plan.precision(name) == "fp32"]
+    weights = {name: network.layers[name].weight for name in kept}
+    loss = {name: _rounding_loss(weights[name], influence[name], 4) / weights[name].size for name in kept}
+    steps: tuple[tuple[Precision, float, list[str]], ...] = (
+        ("fp16", 2.0, sorted(kept, key=lambda name: -weights[name].size)),
+        ("int4", 1.5, sorted(kept, key=lambda name: loss[name])),
+    )
+    layers = dict(plan.layers)
+    for precision, saved, order in steps:
+        for name in order:
+            if excess > 0:
+                layers[name] = precision
+                excess -= saved * weights[name].size
+    return BitPlan(layers)
 
 
 @dataclass(frozen=True, eq=False)
@@ -124,6 +174,14 @@ class _Problem:
         units = tuple(dict.fromkeys(unit_of.values()))
         own = {end: {unit: found.get(unit, 0.0) for unit in units} for end, found in times.items()}
         return _Problem(units, own["fp32"], own["int8"], _losses(network, influence, ranges.found()), edges)
+
+    def moved(self, layer_ms: Mapping[str, float]) -> _Problem:
+        """The same problem where fp32 layers take `layer_ms`; all else keeps its proportion to them."""
+        known = [unit for unit in self.units if self.float_ns[unit] and layer_ms.get(unit)]
+        scale = 1e6 * sum(layer_ms[unit] for unit in known) / sum(self.float_ns[unit] for unit in known) if known else 1.0
+        of = {unit: 1e6 * layer_ms[unit] / self.float_ns[unit] if unit in known else scale for unit in self.units}
+        floats, bytes_ = ({unit: own[unit] * of[unit] for unit in self.units} for own in (self.float_ns, self.byte_ns))
+        return _Problem(self.units, floats, bytes_, self.loss, {edge: cost * scale for edge, cost in self.edges.items()})
 
     def milliseconds(self, byte: set[str]) -> float:
         """Predicted time of the units with those of `byte` in int8."""
@@ -196,9 +254,13 @@ def _losses(network: Network, influence: Mapping[str, Influence], ranges: Mappin
         low, high = ranges[layer.input]
         rounding = ((high - low) / 255) ** 2 / 12
         rows = np.square(layer.weight.reshape(len(layer.weight), -1).astype(np.float64)).sum(axis=1)
-        errors = squared_errors(layer.weight, *on_grid(layer.weight, [8] * len(layer.weight)))
-        losses[name] = float((influence[name].channels * (errors * influence[name].energy + rounding * rows)).sum())
+        losses[name] = float((influence[name].channels * rounding * rows).sum()) + _rounding_loss(layer.weight, influence[name], 8)
     return losses
+
+
+def _rounding_loss(weight: NDArray[np.float32], influence: Influence, bits: int) -> float:
+    """Discriminant information a layer loses by its weights on a grid of `bits`."""
+    return float((grid_errors(weight, [bits])[:, 0] * influence.channels).sum() * influence.energy)
 
 
 def _units(network: Network) -> dict[int, str]:
@@ -262,17 +324,17 @@ def _profiled(proto: onnx.ModelProto, owners: Mapping[str, str], threads: int) -
 
 def time_ratio(one: onnx.ModelProto, other: onnx.ModelProto, threads: int = 1) -> float:
     """How much longer `one` takes than `other`: median over pairs of neighbouring runs, so that a busy machine disturbs both alike."""
-    sessions = [_session(proto, threads) for proto in (one, other)]
-    for session, feed in sessions:
-        for _ in range(5):
-            session.run(None, feed)
     ratios = []
-    for number in range(_PAIRS):
-        taken = [0, 0]
-        for which in ((0, 1), (1, 0))[number % 2]:
-            session, feed = sessions[which]
-            started = time.perf_counter_ns()
+    for _ in range(_SESSIONS):
+        sessions = [_session(proto, threads) for proto in (one, other)]
+        for session, feed in sessions * 5:
             session.run(None, feed)
-            taken[which] = time.perf_counter_ns() - started
-        ratios.append(taken[0] / taken[1])
+        for number in range(_PAIRS):
+            taken = [0, 0]
+            for which in ((0, 1), (1, 0))[number % 2]:
+                session, feed = sessions[which]
+                started = time.perf_counter_ns()
+                session.run(None, feed)
+                taken[which] = time.perf_counter_ns() - started
+            ratios.append(taken[0] / taken[1])
     return statistics.median(ratios)

@@ -44,7 +44,7 @@ def equalized(proto: onnx.ModelProto) -> onnx.ModelProto:
             weights[second] *= np.expand_dims(scale, [i for i in range(weights[second].ndim) if i != axis])
     changed = {network.layers[name].node.input[1]: network.layers[name].stored(w) for name, w in weights.items()}
     changed |= {network.layers[name].node.input[2]: b for name, b in biases.items()}
-    return _with_constants(proto, changed)
+    return with_constants(proto, changed)
 
 
 def corrected(proto: onnx.ModelProto, plan: BitPlan, means: Mapping[str, NDArray[np.float64]]) -> onnx.ModelProto:
@@ -55,10 +55,10 @@ def corrected(proto: onnx.ModelProto, plan: BitPlan, means: Mapping[str, NDArray
         if plan.precision(name) == "int8" and layer.bias is not None and layer.input in means:
             bits = plan.channels.get(name) or (8,) * len(layer.weight)
             difference = restored(*on_grid(layer.weight, bits)).astype(np.float64) - layer.weight
-            shift = _mean_output(layer, difference, means[layer.input])
+            shift = mean_output(layer, difference, means[layer.input])
             if shift is not None:
                 changed[layer.node.input[2]] = layer.bias - shift
-    return _with_constants(proto, changed)
+    return with_constants(proto, changed)
 
 
 def _pairs(network: Network) -> list[tuple[str, str]]:
@@ -91,7 +91,7 @@ def _scale(first: NDArray[np.float64], second: NDArray[np.float64], group: int) 
     return np.where(live, np.sqrt(np.where(live, made, 1.0) / np.where(live, read, 1.0)), 1.0)
 
 
-def _mean_output(layer: Layer, weight: NDArray[np.float64], mean: NDArray[np.float64]) -> NDArray[np.float64] | None:
+def mean_output(layer: Layer, weight: NDArray[np.float64], mean: NDArray[np.float64]) -> NDArray[np.float64] | None:
     """(channels,): the mean over positions of what `weight` makes of the mean input; None for convs of other than two dimensions."""
     if layer.node.op_type != "Conv":
         return np.asarray(weight @ mean.reshape(-1, mean.shape[-1]).mean(axis=0))
@@ -110,7 +110,8 @@ def _mean_output(layer: Layer, weight: NDArray[np.float64], mean: NDArray[np.flo
     return np.asarray(made.mean(dim=(0, 2, 3)).numpy())
 
 
-def _with_constants(proto: onnx.ModelProto, values: Mapping[str, NDArray[np.float64]]) -> onnx.ModelProto:
+def with_constants(proto: onnx.ModelProto, values: Mapping[str, NDArray[Any]]) -> onnx.ModelProto:
+    """A copy with other values of these constants, as float32."""
     made = onnx.ModelProto()
     made.CopyFrom(proto)
     for constant in made.graph.initializer:

@@ -16,14 +16,13 @@ from typing import Any
 
 import numpy as np
 import onnx
-import onnxruntime
 from numpy.typing import NDArray
 
 from edgeprune.data import Split
 from edgeprune.errors import UsageError
 from edgeprune.export import Draft
-from edgeprune.quantize.bits import WEIGHT_BITS, BitPlan
-from edgeprune.quantize.calibrate import Batch, Means, Method, Ranges, observe
+from edgeprune.quantize.bits import WEIGHT_BITS, BitPlan, Method
+from edgeprune.quantize.calibrate import Batch, Means, Ranges, observe, runner
 from edgeprune.quantize.network import Network
 from edgeprune.quantize.preparation import corrected, equalized
 from edgeprune.quantize.qdq import observed_tensors, write_qdq
@@ -140,8 +139,8 @@ class BitQuantizer:
 
     def _errors(self, proto: onnx.ModelProto, variants: Mapping[str, onnx.ModelProto]) -> dict[str, float]:
         """Power of each variant's error over that of the fp32 network's outputs, on calibration images."""
-        runs = {name: _runner(variant) for name, variant in variants.items()}
-        reference, power = _runner(proto), 0.0
+        runs = {name: runner(variant) for name, variant in variants.items()}
+        reference, power = runner(proto), 0.0
         errors = dict.fromkeys(variants, 0.0)
         for images, _ in self.images.batches(_JUDGED):
             for start in range(0, len(images), _BATCH):
@@ -154,6 +153,8 @@ class BitQuantizer:
     def _tflite(self, draft: Draft) -> tuple[bytes, BitPlan]:
         from edgeprune.quantize.tflite import quantized
 
+        if self.method != "minmax":
+            raise UsageError(f"TFLite artifacts are calibrated by minmax, not by {self.method}: use the format onnx alone, or minmax.")
         plan = self.plan or BitPlan(dict.fromkeys(draft.layers, "int8"))
         if not isinstance(plan, BitPlan) and self.bits:
             plan = self.chosen  # for the ONNX file just before
@@ -163,18 +164,3 @@ class BitQuantizer:
             )
         batches = (draft.as_fed(images) for images, _ in self.images.batches())
         return quantized(draft.content, draft.layers, plan, batches), plan
-
-
-def _runner(proto: onnx.ModelProto) -> Callable[[NDArray[np.float32]], NDArray[np.float64]]:
-    """A function from images to the first output; one image at a time where the network insists on its batch."""
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 4
-    session = onnxruntime.InferenceSession(proto.SerializeToString(), options, providers=["CPUExecutionProvider"])
-    given = session.get_inputs()[0]
-    step = given.shape[0] if isinstance(given.shape[0], int) else _BATCH
-
-    def run(images: NDArray[np.float32]) -> NDArray[np.float64]:
-        parts = [session.run(None, {given.name: images[i : i + step]})[0] for i in range(0, len(images), step)]
-        return np.concatenate(parts).astype(np.float64)
-
-    return run

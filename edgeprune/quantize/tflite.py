@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 
 from edgeprune.errors import ExportError, UsageError
 from edgeprune.export.flatbuffer import unpacked
+from edgeprune.export.tflite import silent
 from edgeprune.quantize.bits import BitPlan
 
 
@@ -50,7 +51,7 @@ def quantized(content: bytes, layers: Mapping[str, str], plan: BitPlan, batches:
     previous = logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:
-        with warnings.catch_warnings(), contextlib.redirect_stderr(io.StringIO()):  # its progress bars
+        with warnings.catch_warnings(), silent(), contextlib.redirect_stderr(io.StringIO()):  # its progress bars
             warnings.simplefilter("ignore")
             watch: Any = calibrator.Calibrator(content, num_threads=1, qsv_update_func=qsv_utils.min_max_update)
             for batch in batches:  # a part at a time: it counts what it is given before it reads it

@@ -48,8 +48,9 @@ def test_speed_table() -> None:
     found = rounds({"dense onnx 1": lambda: ran.append("d"), "pruned onnx 1": lambda: ran.append("p")}, total=3, block_seconds=0)
     assert len(found["dense onnx 1"]) == len(found["pruned onnx 1"]) and {"d", "p"} == set(ran)
     row = {"latency_ms": 2.0, "speedup": 1.8, "speedup_low": 1.7, "speedup_high": 1.9}
-    sizes = {"dense onnx": 4_000_000, "uniform onnx": 2_000_000}
-    removed = {"dense": 0.0, "uniform": 0.5}
-    network = {"network": "net", "macs_removed": removed, "size_bytes": sizes, "rows": {"dense onnx 1": row, "uniform onnx 1": row}}
+    sizes = {"dense fp32 onnx": 4_000_000, "plain int8 onnx": 2_000_000}
+    removed = {"dense fp32": 0.0, "plain int8": 0.5}
+    rows = {"dense fp32 onnx 1": row, "plain int8 onnx 1": row}
+    network = {"network": "mobilenet_v2", "macs_removed": removed, "size_bytes": sizes, "rows": rows}
     text = speed_table({"machine": "m", "versions": {"torch": "2"}, "rounds": 3, "networks": [network]})
-    assert "| net | pruned fp32 (uniform) | ONNX Runtime | 1 | 2.00 | 2.00 | 1.80 (1.70 to 1.90) | 50.0% | 0.90 |" in text
+    assert "| mobilenet_v2 | int8, --macs 0.5 | ONNX Runtime | 1 | 2.00 | 2.00 | 1.80 (1.70 to 1.90) | 50.0% | 0.90 |" in text

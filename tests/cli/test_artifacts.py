@@ -88,6 +88,7 @@ def test_compress_writes_both_and_verify_checks_the_run(edgeprune: Command, here
         (["--format", "caffe"], "there is: onnx, tflite"),
         (["--layout", "CHW"], "NHWC or NCHW"),
         (["--quantize", "int9"], "int9"),
+        (["--quantize", "int8", "--calibration", "median"], "median"),
     ],
 )
 def test_options_that_make_no_sense(edgeprune: Command, here: Path, words: list[str], message: str) -> None:

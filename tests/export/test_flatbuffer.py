@@ -94,6 +94,24 @@ def test_data_begins_at_multiples_of_sixteen() -> None:
     assert content.index((2 * np.eye(2, dtype=np.float32)).tobytes()) % 16 == 0
 
 
+def behind(content: bytes) -> bytes:
+    """The same file with its weight after the flatbuffer, where litert-quantizer puts the data of larger networks."""
+    model = unpacked(content)
+    weight, model.buffers[1].data = bytes(model.buffers[1].data), None
+    model.buffers[1].offset, model.buffers[1].size = 1, len(weight)
+    start = -(-len(packed(model)) // 16) * 16
+    model.buffers[1].offset = start
+    return packed(model).ljust(start, b"\0") + weight
+
+
+def test_data_behind_the_flatbuffer_come_along() -> None:
+    content = behind(linear())
+    assert run(content) == [[3.0, 0.0]]
+    assert run(described(content, {"layout": "NHWC"})) == [[3.0, 0.0]]
+    with pytest.raises(ExportError, match="truncated"):
+        unpacked(content[:-1])
+
+
 def test_names_of_torch() -> None:
     named, layers = named_like_torch(linear(), {TAG.rstrip(";"): "0"}, {}, ["input"], ["output"])
     assert [t.name for t in unpacked(named).subgraphs[0].tensors] == [b"input", b"0.weight", b"0", b"output"]

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from edgeprune.errors import ExportError, ParityError, UnsupportedOp
-from edgeprune.export import Artifact, load_artifact, run_artifact
-from edgeprune.export.onnx import export_onnx, read_metadata
+from edgeprune.export import Artifact, export, load_artifact, run_artifact
+from edgeprune.export.onnx import read_metadata
 from edgeprune.graph.exported import Exported
 from edgeprune.graph.slim import slim
 from edgeprune.graph.trace import trace
@@ -30,7 +30,7 @@ def written(tmp_path_factory: pytest.TempPathFactory) -> tuple[nn.Module, Artifa
     model = settle(Plain())
     metadata = {"preprocessing": {"mean": [0.5], "std": [0.25], "size": [12, 12]}, "labels": ["a", "é"], "plan_sha256": "ab" * 32}
     path = tmp_path_factory.mktemp("plain") / "deep" / "model.onnx"
-    return model, export_onnx(model, X, path, samples=torch.rand(6, 3, 12, 12), metadata=metadata)
+    return model, export(model, X, path, samples=torch.rand(6, 3, 12, 12), metadata=metadata)
 
 
 @pytest.mark.parametrize("name", NETS)
@@ -38,7 +38,7 @@ def test_the_artifact_computes_what_the_network_computes(name: str, tmp_path: Pa
     model, samples = settle(NETS[name]()), torch.rand(5, 3, 12, 12)
     before = {key: value.clone() for key, value in model.state_dict().items()}
 
-    artifact = export_onnx(model, X, tmp_path / "m.onnx", samples=samples)
+    artifact = export(model, X, tmp_path / "m.onnx", samples=samples)
 
     (got,) = run_artifact(artifact.path, samples.numpy())
     expected = model(samples).detach().numpy()
@@ -59,12 +59,12 @@ def test_a_slim_network_of_exported_operations_is_exported_after_it_trained(tmp_
     small = slim(dense, graph, Plan.uniform(graph, 0.5)).train()
     assert isinstance(small, Exported)
     small(x).square().sum().backward()
-    artifact = export_onnx(small.eval(), x[:1], tmp_path / "m.onnx", samples=x)
+    artifact = export(small.eval(), x[:1], tmp_path / "m.onnx", samples=x)
     (got,) = run_artifact(artifact.path, x.numpy())
     assert np.abs(got - small(x).detach().numpy()).max() < 1e-5
     assert artifact.dynamic_batch and artifact.parity_relative < 1e-5
     assert "BatchNormalization" not in {n.op_type for n in onnx.load(artifact.path).graph.node}
-    dense_artifact = export_onnx(dense, x[:1], tmp_path / "dense.onnx", samples=x)
+    dense_artifact = export(dense, x[:1], tmp_path / "dense.onnx", samples=x)
     assert artifact.size_bytes < dense_artifact.size_bytes
 
 
@@ -148,7 +148,7 @@ class NotFinite(nn.Module):
 
 
 FAILURES = [
-    (Bessel, UnsupportedOp, "bessel_j0"),
+    (Bessel, UnsupportedOp, r"bessel_j0 at .*test_onnx\.py:\d+ .*torch\.special\.bessel_j0"),
     (Branch, ExportError, r"test_onnx\.py:\d+ .*x\.sum"),
     (Noisy, ParityError, "differ by up to"),
 ]
@@ -160,7 +160,7 @@ def test_a_failed_export_leaves_nothing(
 ) -> None:
     (tmp_path / "m.onnx").write_text("the previous one")
     with pytest.raises(error, match=message) as caught:
-        export_onnx(make().eval(), X, tmp_path / "m.onnx")
+        export(make().eval(), X, tmp_path / "m.onnx")
     assert "\n" not in str(caught.value)
     assert [p.read_text() for p in tmp_path.iterdir()] == ["the previous one"]
     assert capfd.readouterr() == ("", "")
@@ -168,13 +168,13 @@ def test_a_failed_export_leaves_nothing(
 
 def test_an_input_the_model_does_not_take(tmp_path: Path) -> None:
     with pytest.raises(ExportError, match=r"\(1, 4, 12, 12\)"):
-        export_onnx(settle(Plain()), torch.rand(1, 4, 12, 12), tmp_path / "m.onnx")
+        export(settle(Plain()), torch.rand(1, 4, 12, 12), tmp_path / "m.onnx")
     assert not list(tmp_path.iterdir())
 
 
 def test_tolerance_is_what_decides(tmp_path: Path) -> None:
     with pytest.raises(ParityError, match="limit is 0"):
-        export_onnx(settle(NETS["squeeze"]()), X, tmp_path / "m.onnx", samples=torch.rand(8, 3, 12, 12), tolerance=0.0)
+        export(settle(NETS["squeeze"]()), X, tmp_path / "m.onnx", samples=torch.rand(8, 3, 12, 12), tolerance=0.0)
 
 
 class OneAtATime(nn.Module):
@@ -188,7 +188,7 @@ class OneAtATime(nn.Module):
 
 def test_a_network_for_one_batch_size_keeps_it(tmp_path: Path) -> None:
     model, samples = OneAtATime().eval(), torch.rand(3, 3, 12, 12)
-    artifact = export_onnx(model, X, tmp_path / "m.onnx", samples=samples)
+    artifact = export(model, X, tmp_path / "m.onnx", samples=samples)
     assert not artifact.dynamic_batch
     assert artifact.samples == 3
     (got,) = run_artifact(artifact.path, X.numpy())
@@ -211,11 +211,11 @@ class TwoInTwoOut(nn.Module):
 
 
 def test_in_place_side_effects_are_kept(tmp_path: Path) -> None:
-    assert export_onnx(ReliesOnInplace().eval(), X, tmp_path / "m.onnx").parity_relative < 1e-5
+    assert export(ReliesOnInplace().eval(), X, tmp_path / "m.onnx").parity_relative < 1e-5
 
 
 def test_several_inputs_and_outputs(tmp_path: Path) -> None:
-    artifact = export_onnx(TwoInTwoOut().eval(), (X, X + 1), tmp_path / "m.onnx")
+    artifact = export(TwoInTwoOut().eval(), (X, X + 1), tmp_path / "m.onnx")
     assert artifact.dynamic_batch
     batch = np.random.default_rng(0).random((4, 3, 12, 12), dtype=np.float32)
     total, product = run_artifact(artifact.path, [batch, batch])
@@ -227,13 +227,13 @@ def test_several_inputs_and_outputs(tmp_path: Path) -> None:
 def test_a_captured_program(tmp_path: Path) -> None:
     model = settle(Plain())
     captured = torch.export.export(model, (X,)).module()
-    artifact = export_onnx(captured, X, tmp_path / "m.onnx")
+    artifact = export(captured, X, tmp_path / "m.onnx")
     np.testing.assert_allclose(run_artifact(artifact.path, X.numpy())[0], model(X).detach().numpy(), atol=1e-5)
 
 
 def test_a_training_network_is_exported_for_inference_and_left_training(tmp_path: Path) -> None:
     model = settle(Plain()).train()
-    artifact = export_onnx(model, X, tmp_path / "m.onnx")
+    artifact = export(model, X, tmp_path / "m.onnx")
     assert model.training
     np.testing.assert_allclose(run_artifact(artifact.path, X.numpy())[0], model.eval()(X).detach().numpy(), atol=1e-5)
 
@@ -241,4 +241,4 @@ def test_a_training_network_is_exported_for_inference_and_left_training(tmp_path
 def test_a_folder_that_cannot_be_written(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(ExportError, match="cannot write"):
-        export_onnx(nn.ReLU(), X, tmp_path / "file" / "m.onnx")
+        export(nn.ReLU(), X, tmp_path / "file" / "m.onnx")

@@ -2,6 +2,7 @@
 # (what a module returns when called is Any to mypy)
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -57,12 +58,29 @@ File "net.py", line 24, in forward
     "text", ["Lowering not found: aten.odd.default", "No ONNX function found for <OpOverload(op='aten.odd.default', overload"]
 )
 def test_a_missing_operation_is_named_with_its_line(text: str) -> None:
-    error = explained(caused("conversion failed", f"{text}\n{TRACE}"), "TFLite")
+    error = explained(caused("conversion failed", f"{text}\n{TRACE}"), "TFLite", nn.Identity(), ())
     assert isinstance(error, UnsupportedOp)
     assert str(error).startswith("TFLite has no operation for aten.odd.default at net.py:24 (odd(x)): ")
 
 
 def test_any_other_reason_is_one_line() -> None:
-    error: Any = explained(caused("conversion failed", f"a shape is odd.\n{TRACE}"), "ONNX")
+    error: Any = explained(caused("conversion failed", f"a shape is odd.\n{TRACE}"), "ONNX", nn.Identity(), ())
     assert type(error) is ExportError
     assert str(error) == "the model cannot be exported to ONNX at net.py:24 (odd(x)): a shape is odd."
+
+
+class Odd(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        y = torch.relu(x)
+        return torch.special.bessel_j0(y)
+
+
+@pytest.mark.parametrize(
+    "text", ["Lowering not found: prims.bessel_j0.default", "No ONNX function found for <OpOverload(op='prims.bessel_j0', "]
+)
+def test_a_line_that_the_converter_does_not_tell_is_found(text: str) -> None:
+    error = explained(caused("conversion failed", text), "ONNX", Odd(), (torch.rand(2),))
+    line = next(n for n, words in enumerate(Path(__file__).read_text().splitlines(), 1) if "bessel_j0(y)" in words)
+    assert f"at {__file__}:{line} (return torch.special.bessel_j0(y))" in str(error)
+    other = explained(caused("conversion failed", text), "ONNX", nn.ReLU(), (torch.rand(2),))
+    assert isinstance(other, UnsupportedOp) and " at " not in str(other)

@@ -113,7 +113,7 @@ def test_a_damaged_file_is_refused(
     assert damaged != content
     file = tmp_path / "broken.tflite"
     file.write_bytes(damaged)
-    with pytest.raises(ExportError, match=r"broken\.tflite"):
+    with pytest.raises(ExportError, match=r"broken\.tflite.*" + ("changed" if "changed" in damage else "truncated")):
         run_artifact(file, X.numpy())
     assert capfd.readouterr() == ("", "")
 

@@ -8,7 +8,8 @@ import pytest
 from edgeprune.quantize import mixed
 from edgeprune.quantize.bits import BitPlan
 from edgeprune.quantize.calibrate import Ranges, observe
-from edgeprune.quantize.mixed import SLOWER, _Problem, mixed_plan
+from edgeprune.quantize.elsewhere import Elsewhere
+from edgeprune.quantize.mixed import REPAIRED, SLOWER, _Problem, mixed_plan
 from edgeprune.quantize.network import Network
 from edgeprune.quantize.qdq import observed_tensors, write_qdq
 from tests.quantize.onnx_nets import batches, proto
@@ -57,7 +58,8 @@ def write(plan: BitPlan) -> object:
 def test_a_plan_for_a_network_is_measured() -> None:
     found = mixed_plan(proto(), write, batches)  # type: ignore[arg-type]
     assert set(found.plan.layers.values()) <= {"int8"} and set(found.plan.layers) <= set(Network(proto()).layers)
-    assert found.facts["over_faster_end"] <= SLOWER
+    assert found.facts["over_faster_end"] <= REPAIRED < SLOWER
+    assert "timed on this machine" in found.facts["basis"]
     assert found.facts["int8_layers"] == len(found.plan.layers)
 
 
@@ -68,3 +70,40 @@ def test_repair_ends_at_the_faster_end(monkeypatch: pytest.MonkeyPatch) -> None:
     found = mixed_plan(proto(), write, batches)  # type: ignore[arg-type]
     assert found.plan == BitPlan({}) and found.facts["repairs"] == 2
     assert found.facts["faster_end"] == "fp32" and found.facts["over_faster_end"] == 1.0
+
+
+def test_another_device_has_its_own_proportions() -> None:
+    problem = random_problem(0)
+    there = problem.moved({u: 3 * problem.float_ns[u] / 1e6 for u in "abc"})
+    assert there.milliseconds(set()) == pytest.approx(3 * problem.milliseconds(set()))
+    assert there.byte_ns == pytest.approx({u: 3 * ns for u, ns in problem.byte_ns.items()})
+    assert problem.moved({}).milliseconds({"a"}) == pytest.approx(problem.milliseconds({"a"}))
+
+
+def test_a_board_that_is_not_attached_gets_a_prediction_and_no_timing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(mixed, "time_ratio", None)
+    layers = dict.fromkeys(Network(proto()).layers, 5.0)
+    found = mixed_plan(proto(), write, batches, elsewhere=Elsewhere("rpi4-ort", layers))  # type: ignore[arg-type]
+    assert found.facts["over_faster_end"] <= 1.01 and found.facts["repairs"] == 0
+    assert "an assumption for rpi4-ort, not measured" in found.facts["basis"]
+    assert found.facts["predicted_ms"]["fp32"] >= 5.0 * len(layers)
+
+
+def test_a_board_that_is_attached_judges(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(mixed, "time_ratio", None)
+    calls = iter([0.5, *[2.0] * 20])  # int8 is faster there, every mix slower than it
+    monkeypatch.setattr(_Problem, "solved", lambda self, _: {"stem", "b", "point"})
+    found = mixed_plan(proto(), write, batches, elsewhere=Elsewhere("rpi4-ort", {}, lambda *_: next(calls)))  # type: ignore[arg-type]
+    assert set(found.plan.layers) == set(Network(proto()).layers) and found.facts["repairs"] > 0
+
+
+@pytest.mark.parametrize("share", [0.8, 0.35])
+def test_float_layers_are_stored_smaller_until_the_file_fits(share: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(mixed, "_FILE_BYTES", 0)
+    monkeypatch.setattr(mixed, "time_ratio", lambda *_: 2.0)
+    size = proto().ByteSize()
+    found = mixed_plan(proto(), write, batches, size_bytes=share * size)  # type: ignore[arg-type]
+    stored = set(found.plan.layers.values())
+    assert stored == {"fp16"} if share > 0.5 else "int4" in stored
+    if share > 0.5:
+        assert write(found.plan).ByteSize() <= share * size  # type: ignore[attr-defined]

@@ -10,6 +10,7 @@ import torch
 from edgeprune.errors import ParityError, UsageError
 from edgeprune.export import Draft, export, load_artifact, read_metadata
 from edgeprune.quantize import BitPlan
+from edgeprune.quantize.bits import Method
 from edgeprune.quantize.quantizer import BitQuantizer, CalibrationImages
 from tests.quantize.onnx_nets import SIDE, data, images, net
 
@@ -44,6 +45,15 @@ def test_a_ruined_network_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ParityError, match="dB"):
         export(net(), X, tmp_path / "m.onnx", samples=torch.from_numpy(images()[0][:8]), quantizer=quantizer)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("method", ["percentile", "entropy"])
+def test_the_method_of_calibration_is_on_record(method: Method, tmp_path: Path) -> None:
+    quantizer = BitQuantizer(CalibrationImages(data().train), method=method)
+    made = export(net(), X, tmp_path / "m.onnx", quantizer=quantizer)
+    assert made.metadata["calibration_method"] == method
+    with pytest.raises(UsageError, match=f"minmax, not by {method}"):
+        quantizer(Draft(format="tflite", content=b"", layers={}, as_fed=np.asarray))
 
 
 def test_other_formats() -> None:
