@@ -11,8 +11,9 @@ of LeGR. form="affine": scale > 0 too (LeGR).
 We differ in: one pair per group instead of per layer, because scores are per group (a residual stream is one group whose importance
 counts once per layer that writes it); `per_cost` divides the importance by the share of the budget that a channel of the dense network
 saves, which scales then need not learn (False: as published); `start` adds the plans of other allocators, as compensations that give
-these plans, to the first generation (empty: as published); offspring are born `batch` at a time, so that they can be judged in
-parallel (1: as published); fitness is the divergence from the dense network's answers unless `loss` asks for cross-entropy.
+these plans, to the first generation (empty: as published); the last look is ours; offspring are born `batch` at a time, so that they
+can be judged in parallel (1: as published); fitness is the divergence from the dense network's answers unless `loss` asks for
+cross-entropy.
 Cost: `evaluations` runs of small networks on `images` + `recalibration_images` images. Source: Chin et al., "Layer-compensated Pruning for
 Resource-constrained Convolutional Neural Networks", arXiv 1810.00518; "Towards Efficient Model Compression via Learned Global Ranking",
 CVPR 2020; evolution after Real et al., "Regularized Evolution for Image Classifier Architecture Search", AAAI 2019.
