@@ -47,7 +47,7 @@ NEEDS = ("images",)
 PAPER = "Chin et al., arXiv 1810.00518 (LcP; its search is reconstructed) and CVPR 2020 (LeGR)"
 FORMS = ("affine", "additive")
 BEST = 4  # individuals that the last look chooses among
-CLOSER = (4, 2)  # the last look's images, and its images to recalibrate on, as multiples of the search's
+CLOSER = 2  # times as many images as the search has, to judge by and to recalibrate on, are looked at last
 
 
 def allocate(
@@ -97,12 +97,12 @@ def learn(
     search.check()
     settings = Evolution(form, population, samples, mutation, evaluations, batch, seed, 60 * search_minutes)
     judge, closer = (
-        judge_of(probe, images=n * images, recalibration_images=m * recalibration_images, loss=loss, steps=steps, masked=masked)
-        for n, m in ((1, 1), CLOSER)
+        judge_of(probe, images=n * images, recalibration_images=n * recalibration_images, loss=loss, steps=steps, masked=masked)
+        for n in (1, CLOSER)
     )
     ranking = Ranking.of(search, per_cost=per_cost)
     first = [ranking.giving(search.to_levels(_widths_of(name, search)), form) for name in start]
-    last_look = max(CLOSER) * (BEST + 1 + len(first)) / batch
+    last_look = CLOSER * (BEST + 1 + len(first)) / batch
     with Workers(judge, jobs=jobs, cluster=cluster) as workers:
 
         def lost(candidates: Sequence[Individual]) -> list[float]:

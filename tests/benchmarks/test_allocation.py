@@ -38,7 +38,7 @@ def arena(tmp_path_factory: pytest.TempPathFactory) -> Arena:
 def test_only_random_searches_have_seeds() -> None:
     found = list(learners("resnet20", list(METHODS), 3))
     assert len(found) == len(set(found)) == len(METHODS) + 2 * 3
-    assert {learner.allocator for learner in found if learner.seed} == {LEARNED, "LeGR as published", "LcP as published"}
+    assert {learner.allocator for learner in found if learner.seed} == {LEARNED, "LeGR bare", "LcP bare"}
     assert [learner.seed for learner in found] == sorted(learner.seed for learner in found)
 
 
