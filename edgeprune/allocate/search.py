@@ -24,7 +24,7 @@ from edgeprune.widths import DEFAULT_RULES, WidthRules
 Widths = NDArray[np.int64]
 Floats = NDArray[np.float64]
 SLACK = 0.02  # of the budget, that a plan leaves unused only where whole steps of channels leave no choice
-PRICED_ANEW = 40  # groups: for each so many, one more step is taken before all are priced anew
+PRICED_ANEW = 18  # groups: for each so many, one step is taken before all are priced anew
 EXCHANGED = 32  # groups at most that are tried for giving up a step: pairs of groups grow with the square
 HOLDERS = 3  # layers that an error about a budget names
 UNITS = {  # as the command line takes them
@@ -262,7 +262,7 @@ class Search:
         """
         levels = levels.copy()
         use = self.use(self.from_levels(levels[None]))[0]
-        at_once = 1 + len(levels) // PRICED_ANEW
+        at_once = max(1, len(levels) // PRICED_ANEW)
         while (use > 1).any():
             steps = np.flatnonzero(levels > 0)
             narrower = np.repeat(levels[None], len(steps), axis=0)
