@@ -9,8 +9,8 @@ it learns once, at the budget that leaves the fewest MACs, and reads its plans f
 training images that neither scores nor searches see; the loss is the divergence (KL, nats) from the dense network's answers, because the
 networks saw all training images in their own training. The 10,000 test images are seen once, at the end, by networks chosen on the others
 (--test).
-Random searches run with several seeds, all others with one. For ResNet-20 at half of the MACs also one short epoch of fine-tuning with
-the product's recipe. Seconds are CPU-seconds of one process and thread, or of the
+Random searches run with several seeds, all others with one; they are small ones (see Sizes), to fit into an hour. For ResNet-20 at half
+of the MACs also one short epoch of fine-tuning with the product's recipe. Seconds are CPU-seconds of one process and thread, or of the
 clock where several processes search (--jobs).
 One row per combination in benchmarks/results/allocation.json, written as it is measured, with the revision of the code that made its plan;
 allocation.md and runs/bench/allocation.html from them. Needs EDGEPRUNE_DATA with cifar10/ and weights/.
@@ -44,6 +44,7 @@ from benchmarks.cifar10 import datasets
 from benchmarks.criteria import Clock, OutOfTime
 from edgeprune.allocate import Planner
 from edgeprune.allocate.judge import divergence
+from edgeprune.allocate.layer_compensated import CLOSER
 from edgeprune.allocate.search import Search
 from edgeprune.choice import widths
 from edgeprune.device.card import device
@@ -56,7 +57,7 @@ from edgeprune.train.finetune import finetune
 from edgeprune.train.reconstruct import reconstruct
 from edgeprune.widths import WidthRules
 
-PUBLISHED: dict[str, Any] = {"start": (), "per_cost": False, "loss": "cross_entropy"}
+BARE: dict[str, Any] = {"start": (), "per_cost": False, "loss": "cross_entropy"}  # what the papers add to nothing
 METHODS: dict[str, tuple[str, dict[str, Any]]] = {
     "knapsack": ("knapsack", {}),
     "global": ("global", {"per_cost": False}),
@@ -65,8 +66,8 @@ METHODS: dict[str, tuple[str, dict[str, Any]]] = {
     "uniform": ("uniform", {}),
     "DI per cost": ("di_greedy", {}),
     "DI structure (ours)": ("di_greedy", {"layer_choice": "structure"}),
-    "LeGR as published": ("layer_compensated", PUBLISHED),
-    "LcP as published": ("layer_compensated", PUBLISHED | {"form": "additive"}),
+    "LeGR bare": ("layer_compensated", BARE),
+    "LcP bare": ("layer_compensated", BARE | {"form": "additive"}),
     "DI greedy by accuracy": ("di_greedy", {"layer_choice": "accuracy", "share": 0.05, "images": 256}),
 }
 BUDGETS = ("macs-64", "macs-50", "latency")
@@ -81,7 +82,9 @@ class Sizes:
     training: int = 7680
     fitness: int = 256
     fitness_recalibration: int = 512
-    evaluations: int = 200
+    evaluations: int = 100
+    population: int = 24
+    samples: int = 8
 
 
 @dataclass(frozen=True)
@@ -103,7 +106,7 @@ class Arena:
     @cached_property
     def searching(self) -> list[tuple[Tensor, Tensor]]:
         """Augmented training images for searches; not those that the figures are on."""
-        total = max(1024, 4 * self.sizes.fitness + 2 * self.sizes.fitness_recalibration)  # what the last look at candidates takes
+        total = max(1024, CLOSER * (self.sizes.fitness + self.sizes.fitness_recalibration))  # what the last look at candidates takes
         return list(self.bench.rest.batches(128, shuffle_seed=1, limit=total, augment=AUGMENT))
 
     @cached_property
@@ -164,28 +167,29 @@ class Arena:
         with torch.inference_mode():
             return torch.cat([F.log_softmax(network(x).double(), dim=1) for x, _ in self.held])
 
-    def learn(self, learner: Learner, *, jobs: int = 1) -> list[dict[str, Any]]:
+    def learn(self, learner: Learner, budgets: Sequence[str], *, jobs: int = 1) -> list[dict[str, Any]]:
         """A row per budget, without figures: the plans, and what finding them took."""
-        bench, sizes = self.bench, self.sizes
+        bench, sizes, asked = self.bench, self.sizes, {name: self.budgets[name] for name in budgets}
         method, options = METHODS[learner.allocator]
         if method == "layer_compensated":
-            options = {"evaluations": sizes.evaluations, "seed": learner.seed, "images": sizes.fitness} | options
+            size = {"evaluations": sizes.evaluations, "population": sizes.population, "samples": sizes.samples, "images": sizes.fitness}
+            options = size | {"seed": learner.seed} | options
         if method == "layer_compensated" or options.get("layer_choice") == "accuracy":
             options = {"recalibration_images": sizes.fitness_recalibration, "jobs": jobs} | options
         planner = Planner(
             bench.graph, bench.scores, method=method, model=bench.dense, data=self.searching, rules=WidthRules(round_to=1), **options
         )
         clock, started = time.monotonic(), time.process_time()
-        order = planner.hardest_first(list(self.budgets.values()), self.cost)
-        plans = {name: planner.plan(self.budgets[name], self.cost) for name in (list(self.budgets)[number] for number in order)}
+        order = [budgets[number] for number in planner.hardest_first(list(asked.values()), self.cost)]
+        plans = {name: planner.plan(asked[name], self.cost) for name in order}
         spent = {"cpu_seconds": round(time.process_time() - started, 2), "seconds": round(time.monotonic() - clock, 2), "jobs": jobs}
         said = {k: list(v) if isinstance(v, tuple) else v for k, v in options.items()}
         return [
             {
                 **vars(learner),
                 "budget": name,
-                "limit": self.budgets[name].limits(),
-                "learned_at": list(self.budgets)[order[0]],
+                "limit": asked[name].limits(),
+                "learned_at": order[0],
                 "options": said,
                 "search": {**spent, **planner.facts},
                 "widths": [len(plan.keep[g.name]) for g in bench.graph.groups],
@@ -260,9 +264,9 @@ def run(
     dense = results.dense.setdefault(arena.bench.network, {})
     dense |= arena.figures(arena.bench.dense) if "accuracy" not in dense else {}
     for learner in wanted:
-        if not results.of(learner):
+        if missing := [name for name in budgets if name not in {row["budget"] for row in results.of(learner)}]:
             clock.check()
-            results.put(*arena.learn(learner, jobs=jobs))
+            results.put(*arena.learn(learner, missing, jobs=jobs))
         for row in results.of(learner):
             for stage in ("recalibrated", "reconstructed") if row["budget"] in budgets else ():
                 if stage not in row["after"]:

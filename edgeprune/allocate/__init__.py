@@ -97,7 +97,7 @@ class Planner:
             raise UsageError(f"the allocator {method} has no option {', '.join(unknown)}; it has: {', '.join(sorted(takes))}.")
         single = {name: getattr(rules, name) for name in RULES if anything or name in known}
         self._options = ({"rules": rules} if "rules" in known else single) | options
-        self._graph, self._scores, self._model, self._data = graph, scores, model, data
+        self._graph, self._scores, self._model, self._data, self._rules = graph, scores, model, data, rules
         self._learned: Any = None
 
     @property
@@ -130,7 +130,8 @@ class Planner:
     def _search(self, budget: Budget, cost: CostModel | None) -> Search:
         from edgeprune.allocate.search import Search
 
-        return Search(self._graph, self._scores, budget, cost, **{n: v for n, v in self._options.items() if n in SEARCHED})
+        normalise = self._options.get("normalise", "auto")
+        return Search(self._graph, self._scores, budget, cost, rules=self._rules, normalise=normalise)
 
     def _macs(self, budget: Budget, cost: CostModel | None) -> float:
         search = self._search(budget, cost)

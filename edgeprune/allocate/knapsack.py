@@ -32,7 +32,7 @@ from edgeprune.widths import DEFAULT_RULES, WidthRules
 
 NEEDS = ()
 PAPER = "after Shen et al., Structural Pruning via Latency-Saliency Knapsack, NeurIPS 2022"
-GAPS = (1e-3,) * 4 + (1e-4,) * 4  # of the optimum, that the solver may leave in each round
+GAPS = (1e-3,) * 3 + (1e-4,) * 3  # of the optimum, that the solver may leave in each round
 OFFERED = 32  # levels of a group, up to which a program chooses among all
 TRIED = 8192  # exchanges of two steps
 EXHAUSTIVE = 20_000  # up to so many choices all are tried

@@ -11,8 +11,9 @@ of LeGR. form="affine": scale > 0 too (LeGR).
 We differ in: one pair per group instead of per layer, because scores are per group (a residual stream is one group whose importance
 counts once per layer that writes it); `per_cost` divides the importance by the share of the budget that a channel of the dense network
 saves, which scales then need not learn (False: as published); `start` adds the plans of other allocators, as compensations that give
-these plans, to the first generation (empty: as published); offspring are born `batch` at a time, so that they can be judged in
-parallel (1: as published); fitness is the divergence from the dense network's answers unless `loss` asks for cross-entropy.
+these plans, to the first generation (empty: as published); the last look is ours; offspring are born `batch` at a time, so that they
+can be judged in parallel (1: as published); fitness is the divergence from the dense network's answers unless `loss` asks for
+cross-entropy.
 Cost: `evaluations` runs of small networks on `images` + `recalibration_images` images. Source: Chin et al., "Layer-compensated Pruning for
 Resource-constrained Convolutional Neural Networks", arXiv 1810.00518; "Towards Efficient Model Compression via Learned Global Ranking",
 CVPR 2020; evolution after Real et al., "Regularized Evolution for Image Classifier Architecture Search", AAAI 2019.
@@ -46,7 +47,7 @@ NEEDS = ("images",)
 PAPER = "Chin et al., arXiv 1810.00518 (LcP; its search is reconstructed) and CVPR 2020 (LeGR)"
 FORMS = ("affine", "additive")
 BEST = 4  # individuals that the last look chooses among
-CLOSER = (4, 2)  # the last look's images, and its images to recalibrate on, as multiples of the search's
+CLOSER = 2  # times as many images as the search has, to judge by and to recalibrate on, are looked at last
 
 
 def allocate(
@@ -96,12 +97,12 @@ def learn(
     search.check()
     settings = Evolution(form, population, samples, mutation, evaluations, batch, seed, 60 * search_minutes)
     judge, closer = (
-        judge_of(probe, images=n * images, recalibration_images=m * recalibration_images, loss=loss, steps=steps, masked=masked)
-        for n, m in ((1, 1), CLOSER)
+        judge_of(probe, images=n * images, recalibration_images=n * recalibration_images, loss=loss, steps=steps, masked=masked)
+        for n in (1, CLOSER)
     )
     ranking = Ranking.of(search, per_cost=per_cost)
     first = [ranking.giving(search.to_levels(_widths_of(name, search)), form) for name in start]
-    last_look = max(CLOSER) * (BEST + 1 + len(first)) / batch
+    last_look = CLOSER * (BEST + 1 + len(first)) / batch
     with Workers(judge, jobs=jobs, cluster=cluster) as workers:
 
         def lost(candidates: Sequence[Individual]) -> list[float]:

@@ -24,10 +24,17 @@ from edgeprune.widths import DEFAULT_RULES, WidthRules
 Widths = NDArray[np.int64]
 Floats = NDArray[np.float64]
 SLACK = 0.02  # of the budget, that a plan leaves unused only where whole steps of channels leave no choice
-PRICED_ANEW = 40  # groups: for each so many, one more step is taken before all are priced anew
+PRICED_ANEW = 18  # groups: for each so many, one step is taken before all are priced anew
 EXCHANGED = 32  # groups at most that are tried for giving up a step: pairs of groups grow with the square
 HOLDERS = 3  # layers that an error about a budget names
-UNITS = {"latency_ms": ("ms", 1.0), "energy_mj": ("mJ", 1.0), "macs": ("M MACs", 1e-6), "params": ("M parameters", 1e-6)}
+UNITS = {  # as the command line takes them
+    "latency_ms": ("ms", 1.0),
+    "energy_mj": ("mJ", 1.0),
+    "macs": ("M MACs", 1e-6),
+    "params": ("M parameters", 1e-6),
+    "size_bytes": ("MB of size", 1e-6),
+    "peak_memory_bytes": ("MB of peak memory", 1e-6),
+}
 
 
 @dataclass(frozen=True, eq=False)
@@ -159,7 +166,9 @@ class Search:
         missed = [name for name, limit in self.limits.items() if figures[name][0] > limit]
         if not missed:
             return
-        help_text = f"Ask for at least {' and '.join(self._worded(name, 1.02 * float(figures[name][0])) for name in missed)}"
+        dense = self.figures(self.graph.dense_widths[None])
+        asked = (self._worded(name, min(1.02 * float(figures[name][0]), float(dense[name][0]))) for name in missed)
+        help_text = f"Ask for at least {' and '.join(asked)}"
         name = missed[0]
         if self.rules.round_to > 1:
             help_text += f", or allow widths of any number (--round-to 1 goes down to {self._floor(name, replace(self.rules, round_to=1))})"
@@ -179,11 +188,19 @@ class Search:
         else:
             parts = (at.macs if name == "macs" else at.weight_elements)[0]
         largest = np.argsort(-parts, kind="stable")[:HOLDERS]
-        layers = ", ".join(f"{at.names[k]} {parts[k] / max(parts.sum(), 1e-300):.0%}" for k in largest if parts[k] > 0)
+        layers = ", ".join(f"{self._layer(int(k))} {parts[k] / max(parts.sum(), 1e-300):.0%}" for k in largest if parts[k] > 0)
         return (
             f"{self._worded(name, self.limits[name])}{where}: the floor is {self._worded(name, floor)}, with every layer at its narrowest, "
             f"and it is held up by {layers}"
         )
+
+    def _layer(self, kernel: int) -> str:
+        """The module of a kernel; one without weights by the last that has some before it."""
+        made = self._kernels
+        own, *_ = made.operations[kernel]
+        before = (made.names[k] for k in range(kernel - 1, -1, -1) if self.graph.ops[made.operations[k][0]].weight)
+        last = None if self.graph.ops[own].weight else next(before, None)
+        return f"{made.names[kernel]} after {last}" if last else made.names[kernel]
 
     def _floor(self, name: str, rules: WidthRules) -> str:
         """The least that a figure can be under other rules, in words."""
@@ -192,7 +209,7 @@ class Search:
 
     def _worded(self, name: str, value: float) -> str:
         """A figure as a user would type and read it; counts with their share of the dense network."""
-        unit, scale = UNITS.get(name, ("bytes", 1.0))
+        unit, scale = UNITS[name]
         dense = {"macs": self.graph.macs, "params": self.graph.params}.get(name)
         share = f" ({value / dense:.3g} of the dense network's)" if dense else ""
         return f"{value * scale:.4g} {unit}{share}"
@@ -247,7 +264,7 @@ class Search:
         """
         levels = levels.copy()
         use = self.use(self.from_levels(levels[None]))[0]
-        at_once = 1 + len(levels) // PRICED_ANEW
+        at_once = max(1, len(levels) // PRICED_ANEW)
         while (use > 1).any():
             steps = np.flatnonzero(levels > 0)
             narrower = np.repeat(levels[None], len(steps), axis=0)

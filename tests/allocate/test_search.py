@@ -108,6 +108,10 @@ def test_what_cannot_be_reached_is_a_budget_error_with_the_floor(method: str) ->
     assert widths(graph, refused.value.plan).tolist() == [4, 4, 4]
     with pytest.raises(BudgetError, match=f"ms on {COST.device.profile}: the floor is"):
         plan_of(graph, scores, Budget(latency_ms=1e-6), method=method, cost=COST)
+    with pytest.raises(BudgetError, match=r"MB of peak memory: the floor is .* MB of peak memory, .* held up by"):
+        plan_of(graph, scores, Budget(peak_memory_bytes=10), method=method)
+    with pytest.raises(BudgetError, match=r"Ask for at least .* \(1 of the dense network's\)"):
+        plan_of(graph, scores, Budget(macs=0.5), method=method, max_remove=0.0)
     model = nn.Linear(3, 2)
     frozen = trace(model, torch.zeros(1, 3))
     with pytest.raises(BudgetError, match=r"M parameters .*held up by .* \d+%; and no plan reaches .* the floor is"):

@@ -168,7 +168,8 @@ def test_a_dask_cluster_gives_the_same_verdicts(dask_scheduler: str, tmp_path: P
 def ray_head() -> Iterator[str]:
     """The address of a cluster of one node, which ends when its process is told to."""
     pytest.importorskip("ray")
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "RAY_USAGE_STATS_ENABLED": "0"}
+    paths = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
+    environment = os.environ | {"PYTHONPATH": paths, "RAY_USAGE_STATS_ENABLED": "0"}
     script = textwrap.dedent(HEAD)
     started = subprocess.Popen(
         [sys.executable, "-c", script], env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
