@@ -101,6 +101,12 @@ lr 0.001, clip_norm 2) keep what reconstruction won but add little: ResNet-56 at
 before, 91.68% after 19,200 images; with mixup and the teacher alone (lr 0.0015) 91.65% after 48,000."""
 
 
+STRUCTURE: Mapping[str, Any] = {"criterion": "di", "allocate": "di_greedy", "search": {"layer_choice": "structure"}}
+"""Options of `compress` with which the dense network also decides the widths before it teaches (with `distill`): those that keep the
+largest sum over the layers of log DI retained, under the budget (allocate/di_greedy.py). Our stand-in for the structure distillation that
+arXiv 2005.13796 names, whose text could not be recovered."""
+
+
 @dataclass(frozen=True)
 class Epoch:
     """One epoch's figures; the validation figures are of images held out from the training set, None without labels.
