@@ -33,6 +33,7 @@ from torch.nn import functional as F
 import edgeprune as ep
 from benchmarks import peer_pruning
 from benchmarks.cifar10 import datasets
+from benchmarks.revision import git_revision
 from edgeprune.data import Augment, Split
 from edgeprune.export.fold import fold_batchnorm
 from edgeprune.graph import ChannelGraph
@@ -134,15 +135,22 @@ class Bench:
             "kl": {"reconstructed": self.divergence(fitted)},
             "reconstruction_cpu_seconds": round(seconds, 1),
             "sizes": vars(self.sizes),
+            "git": {"reconstructed": git_revision()},
         }
 
     def train(self, row: dict[str, Any], epochs: int) -> None:
         """Fine-tune a row's refitted network with the product's recipe, and add its figures."""
         small = ep.slim(self.dense, self.graph, Plan.from_json({"keep": row["plan"]}))
         small.load_state_dict(load_file(self._path(row["chooser"], row["removed"], 0)))
-        tuned, _ = finetune(small, self.dense, self.rest, self.held, ep.Recipe(epochs=epochs), seed=0)
+        recipe = ep.Recipe.preset("quick", epochs=epochs, precision="bf16")
+        started = time.process_time()
+        tuned, _ = finetune(small, self.dense, self.rest, self.held, recipe, seed=0)
+        seconds = time.process_time() - started
         self._keep(tuned, row["chooser"], row["removed"], epochs)
-        row["accuracy"][f"epochs {epochs}"] = self.accuracy(tuned)
+        name = f"epochs {epochs}"
+        row["accuracy"][name], row["kl"][name] = self.accuracy(tuned), self.divergence(tuned)
+        row.setdefault("git", {})[name] = git_revision()
+        row.setdefault("training", {})[name] = {"recipe": recipe.to_json(), "cpu_seconds": round(seconds, 1)}
 
     def _path(self, chooser: str, removed: int, epochs: int) -> Path:
         return self.work / f"{self.network}-{removed}-{chooser.replace(' ', '_')}-{epochs}ep.safetensors"

@@ -59,7 +59,7 @@ def compress(
     allocator: Annotated[str, typer.Option("--allocate", help="how much of each layer stays, see `edgeprune allocators`")] = "knapsack",
     recover: Annotated[
         str | None,
-        typer.Option(help="before training: none, bn (batch norms) or reconstruct (every layer refitted; the default without training)"),
+        typer.Option(help="before training: none, bn (batch norms) or reconstruct (every layer refitted; the default)"),
     ] = None,
     preset: Annotated[
         str, typer.Option(help="how to fine-tune: quick (3 epochs), standard (40) or long (150); the options below change it")

@@ -38,6 +38,8 @@ def test_a_run_goes_on_where_it_was_and_epochs_are_added_to_the_row(bench: Bench
     assert row["reconstruction_cpu_seconds"] == first[0]["reconstruction_cpu_seconds"]  # not done again
     assert set(row["accuracy"]) == {"pruned", "reconstructed", "epochs 1"} and set(first[0]["accuracy"]) == {"pruned", "reconstructed"}
     assert 0.3 < row["macs_share"] <= 0.5
+    assert set(row["git"]) == set(row["kl"]) == {"reconstructed", "epochs 1"}
+    assert row["training"]["epochs 1"]["recipe"]["epochs"] == 1
 
 
 def test_figures_are_those_of_plain_evaluation(bench: Bench) -> None:

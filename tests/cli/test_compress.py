@@ -77,7 +77,7 @@ def test_presets_and_what_changes_them(edgeprune: Command, here: Path) -> None:
     recipe = asked["recipe"]
     assert (recipe["epochs"], recipe["lr"], recipe["ema_decay"], recipe["optimizer"]) == (1, 0.02, 0.999, "adamw")
     assert (recipe["label_smoothing"], recipe["mixup"], recipe["cutmix"], recipe["feature_weight"]) == (0.1, 0.2, 1.0, 0.5)
-    assert (recipe["precision"], recipe["norms"], asked["rounds"], asked["recover"]) == ("bf16", "batch", 2, "bn")
+    assert (recipe["precision"], recipe["norms"], asked["rounds"], asked["recover"]) == ("bf16", "batch", 2, "reconstruct")
     assert Path("run/round-1/plan.json").is_file()
     refused = edgeprune("compress", *QUICK, "--macs", "0.5", "--preset", "slow", "--out", "other")
     assert (refused.code, "unknown preset 'slow'; there is: quick, standard, long" in refused.message) == (2, True)
