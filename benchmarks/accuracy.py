@@ -116,9 +116,9 @@ class Bench:
                 logits = fast(x.contiguous(memory_format=torch.channels_last))
             yield logits, y
 
-    def measure(self, chooser: str, removed: int) -> dict[str, Any]:
-        """One row without training; the refitted network is kept on disk."""
-        plan = self.plan(chooser, removed)
+    def measure(self, chooser: str, removed: int, earlier: dict[str, Any] | None = None) -> dict[str, Any]:
+        """One row without training; the refitted network is kept on disk. `earlier`: a row of the same channels, chosen before."""
+        plan = Plan.from_json({"keep": earlier["plan"]}) if earlier else self.plan(chooser, removed)
         small = ep.slim(self.dense, self.graph, plan)
         slimmed = ep.trace(small, self.example)
         started = time.process_time()
@@ -133,7 +133,10 @@ class Bench:
             "plan": plan.to_json()["keep"],
             "macs_share": round(slimmed.macs / self.graph.macs, 4),
             "params_share": round(slimmed.params / self.graph.params, 4),
-            "accuracy": {"pruned": self.accuracy(small), "reconstructed": self.accuracy(fitted)},
+            "accuracy": {
+                "pruned": earlier["accuracy"]["pruned"] if earlier else self.accuracy(small),
+                "reconstructed": self.accuracy(fitted),
+            },
             "kl": {"reconstructed": self.divergence(fitted)},
             "reconstruction_cpu_seconds": round(seconds, 1),
             "sizes": vars(self.sizes),
@@ -168,17 +171,21 @@ class Results:
 
     def __init__(self, folder: Path) -> None:
         self._file, self._page = folder / "accuracy.json", folder / "accuracy.md"
-        content = json.loads(self._file.read_text()) if self._file.exists() else {"dense": {}, "rows": []}
-        self.dense: dict[str, dict[str, Any]] = content["dense"]
-        self.rows: list[dict[str, Any]] = content["rows"]
+        self.dense: dict[str, dict[str, Any]] = {}
+        self.rows: list[dict[str, Any]] = []
+        self._read()
 
-    def find(self, network: str, chooser: str, removed: int, sizes: Sizes) -> dict[str, Any] | None:
-        """The row that was measured with as many images."""
-        key = (network, chooser, removed, vars(sizes))
-        return next((r for r in self.rows if (r["network"], r["chooser"], r["removed"], r["sizes"]) == key), None)
+    def _read(self) -> None:
+        content = json.loads(self._file.read_text()) if self._file.exists() else {"dense": {}, "rows": []}
+        self.dense, self.rows = content["dense"] | self.dense, content["rows"]
+
+    def find(self, network: str, chooser: str, removed: int) -> dict[str, Any] | None:
+        """The row of these channels, with however many images it was measured."""
+        return next((r for r in self.rows if (r["network"], r["chooser"], r["removed"]) == (network, chooser, removed)), None)
 
     def put(self, row: dict[str, Any]) -> None:
-        """Add or replace a row, and write everything."""
+        """Add or replace a row, beside what other processes wrote meanwhile, and write everything."""
+        self._read()
         key = ("network", "removed", "chooser")
         self.rows = [r for r in self.rows if [r[k] for k in key] != [row[k] for k in key]] + [row]
         self.rows.sort(key=lambda r: [r[k] for k in key])
@@ -211,9 +218,10 @@ def run(bench: Bench, results: Results, budgets: tuple[int, ...], choosers: list
         results.dense[bench.network] = bench.dense_row
     for chooser in choosers:
         for removed in budgets:
-            row = results.find(bench.network, chooser, removed, bench.sizes)
-            if row is None:
-                results.put(row := bench.measure(chooser, removed))
+            row = results.find(bench.network, chooser, removed)
+            if row is None or (row["sizes"], row.get("blended")) != (vars(bench.sizes), BLENDED):
+                same_channels = row if row and row["sizes"]["scoring"] == bench.sizes.scoring else None
+                results.put(row := bench.measure(chooser, removed, same_channels))
             if epochs and f"epochs {epochs}" not in row["accuracy"]:
                 bench.train(row, epochs)
                 results.put(row)

@@ -42,6 +42,19 @@ def test_a_run_goes_on_where_it_was_and_epochs_are_added_to_the_row(bench: Bench
     assert row["training"]["epochs 1"]["recipe"]["epochs"] == 1
 
 
+def test_rows_with_other_images_are_measured_again_with_the_same_channels(bench: Bench, tmp_path: Path) -> None:
+    run(bench, Results(tmp_path), (50,), [OURS], epochs=0)
+    late = Results(tmp_path)
+    row = late.rows[0]
+    late.rows[0] = row | {"sizes": row["sizes"] | {"reconstruction": 8}, "accuracy": {"pruned": -1.0, "reconstructed": -1.0}}
+    Results(tmp_path).put(row | {"removed": 70})
+    run(bench, late, (50,), [OURS], epochs=0)  # it had read the file before the other process wrote
+    assert [r["removed"] for r in Results(tmp_path).rows] == [50, 70]
+    again = Results(tmp_path).find("resnet20", OURS, 50)
+    assert again is not None and again["plan"] == row["plan"]
+    assert (again["accuracy"]["pruned"], again["accuracy"]["reconstructed"]) == (-1.0, row["accuracy"]["reconstructed"])
+
+
 def test_figures_are_those_of_plain_evaluation(bench: Bench) -> None:
     assert bench.accuracy(bench.dense) == pytest.approx(100 * evaluate(bench.dense, bench.test).accuracy, abs=0.01)
     assert bench.divergence(bench.dense) == 0
