@@ -93,7 +93,7 @@ class Recipe:
 
 PRESETS: Mapping[str, Mapping[str, Any]] = {
     "quick": {
-        "epochs": 3, "optimizer": "adamw", "lr": 0.001, "weight_decay": 0.0, "norms": "frozen", "mixup": 1.0, "distill_weight": 1.0,
+        "epochs": 3, "optimizer": "adamw", "lr": 0.0005, "weight_decay": 0.0, "norms": "frozen", "mixup": 1.0, "distill_weight": 1.0,
     },
     "standard": {"epochs": 40, "lr": 0.02},
     "long": {"epochs": 150, "lr": 0.05, "ema_decay": 0.999},
