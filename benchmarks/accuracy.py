@@ -5,9 +5,9 @@
 
 The default criterion and allocator, and beside them Torch-Pruning's choice of inner widths (where it is installed, see
 benchmarks/peer_pruning.py; the importance that was best on validation images in benchmarks/criteria.py), both with the same recovery:
-reconstruction on 2,048 augmented training images without labels, then, where epochs are asked for, the product's recipe with
-distillation. Widths of any number. `kl` is the divergence from the dense network's answers on 2,000 augmented training images that
-nothing else reads: on it everything was chosen. The 10,000 test images are evaluated after each step and choose nothing.
+reconstruction on 4,096 augmented training images without labels, half of them mixed with another one, then, where epochs are asked
+for, the preset quick with so many epochs (in bf16). Widths of any number. `kl` is the divergence from the dense network's answers on
+2,000 augmented training images that nothing else reads. The 10,000 test images are evaluated after each step and choose nothing.
 One row per combination in benchmarks/results/accuracy.json, written as it is measured, and accuracy.md; refitted and trained networks
 stay in runs/bench. Needs EDGEPRUNE_DATA (default ../shared/data) with cifar10/ and weights/.
 """
@@ -33,6 +33,7 @@ from torch.nn import functional as F
 import edgeprune as ep
 from benchmarks import peer_pruning
 from benchmarks.cifar10 import datasets
+from benchmarks.revision import git_revision
 from edgeprune.data import Augment, Split
 from edgeprune.export.fold import fold_batchnorm
 from edgeprune.graph import ChannelGraph
@@ -48,6 +49,7 @@ OURS = "edgeprune"
 PEER = "torch-pruning L2 group norm"
 REMOVED = {"resnet56": (50, 64, 35, 40), "resnet20": (50, 64, 40)}  # percent of the MACs, the most telling first
 AUGMENT = Augment(crop_padding=4, flip=True)  # that of the checkpoints' own training
+BLENDED = 0.5  # share of the images that reconstruction sees mixed with another one, as in the product
 BATCH = 100
 
 
@@ -56,7 +58,7 @@ class Sizes:
     """Images for each purpose."""
 
     scoring: int = 1024
-    reconstruction: int = 2048
+    reconstruction: int = 4096
     held: int = 2000
 
 
@@ -114,13 +116,14 @@ class Bench:
                 logits = fast(x.contiguous(memory_format=torch.channels_last))
             yield logits, y
 
-    def measure(self, chooser: str, removed: int) -> dict[str, Any]:
-        """One row without training; the refitted network is kept on disk."""
-        plan = self.plan(chooser, removed)
+    def measure(self, chooser: str, removed: int, earlier: dict[str, Any] | None = None) -> dict[str, Any]:
+        """One row without training; the refitted network is kept on disk. `earlier`: a row of the same channels, chosen before."""
+        plan = Plan.from_json({"keep": earlier["plan"]}) if earlier else self.plan(chooser, removed)
         small = ep.slim(self.dense, self.graph, plan)
         slimmed = ep.trace(small, self.example)
         started = time.process_time()
-        fitted = reconstruct(small, self.dense, self.graph, plan, self.rest, images=self.sizes.reconstruction, augment=AUGMENT)
+        images = self.sizes.reconstruction
+        fitted = reconstruct(small, self.dense, self.graph, plan, self.rest, images=images, augment=AUGMENT, blended=BLENDED)
         seconds = time.process_time() - started
         self._keep(fitted, chooser, removed, 0)
         return {
@@ -130,19 +133,30 @@ class Bench:
             "plan": plan.to_json()["keep"],
             "macs_share": round(slimmed.macs / self.graph.macs, 4),
             "params_share": round(slimmed.params / self.graph.params, 4),
-            "accuracy": {"pruned": self.accuracy(small), "reconstructed": self.accuracy(fitted)},
+            "accuracy": {
+                "pruned": earlier["accuracy"]["pruned"] if earlier else self.accuracy(small),
+                "reconstructed": self.accuracy(fitted),
+            },
             "kl": {"reconstructed": self.divergence(fitted)},
             "reconstruction_cpu_seconds": round(seconds, 1),
             "sizes": vars(self.sizes),
+            "blended": BLENDED,
+            "git": {"reconstructed": git_revision()},
         }
 
     def train(self, row: dict[str, Any], epochs: int) -> None:
         """Fine-tune a row's refitted network with the product's recipe, and add its figures."""
         small = ep.slim(self.dense, self.graph, Plan.from_json({"keep": row["plan"]}))
         small.load_state_dict(load_file(self._path(row["chooser"], row["removed"], 0)))
-        tuned, _ = finetune(small, self.dense, self.rest, self.held, ep.Recipe(epochs=epochs), seed=0)
+        recipe = ep.Recipe.preset("quick", epochs=epochs, precision="bf16")
+        started = time.process_time()
+        tuned, _ = finetune(small, self.dense, self.rest, self.held, recipe, seed=0)
+        seconds = time.process_time() - started
         self._keep(tuned, row["chooser"], row["removed"], epochs)
-        row["accuracy"][f"epochs {epochs}"] = self.accuracy(tuned)
+        name = f"epochs {epochs}"
+        row["accuracy"][name], row["kl"][name] = self.accuracy(tuned), self.divergence(tuned)
+        row.setdefault("git", {})[name] = git_revision()
+        row.setdefault("training", {})[name] = {"recipe": recipe.to_json(), "cpu_seconds": round(seconds, 1)}
 
     def _path(self, chooser: str, removed: int, epochs: int) -> Path:
         return self.work / f"{self.network}-{removed}-{chooser.replace(' ', '_')}-{epochs}ep.safetensors"
@@ -157,17 +171,21 @@ class Results:
 
     def __init__(self, folder: Path) -> None:
         self._file, self._page = folder / "accuracy.json", folder / "accuracy.md"
-        content = json.loads(self._file.read_text()) if self._file.exists() else {"dense": {}, "rows": []}
-        self.dense: dict[str, dict[str, Any]] = content["dense"]
-        self.rows: list[dict[str, Any]] = content["rows"]
+        self.dense: dict[str, dict[str, Any]] = {}
+        self.rows: list[dict[str, Any]] = []
+        self._read()
 
-    def find(self, network: str, chooser: str, removed: int, sizes: Sizes) -> dict[str, Any] | None:
-        """The row that was measured with as many images."""
-        key = (network, chooser, removed, vars(sizes))
-        return next((r for r in self.rows if (r["network"], r["chooser"], r["removed"], r["sizes"]) == key), None)
+    def _read(self) -> None:
+        content = json.loads(self._file.read_text()) if self._file.exists() else {"dense": {}, "rows": []}
+        self.dense, self.rows = content["dense"] | self.dense, content["rows"]
+
+    def find(self, network: str, chooser: str, removed: int) -> dict[str, Any] | None:
+        """The row of these channels, with however many images it was measured."""
+        return next((r for r in self.rows if (r["network"], r["chooser"], r["removed"]) == (network, chooser, removed)), None)
 
     def put(self, row: dict[str, Any]) -> None:
-        """Add or replace a row, and write everything."""
+        """Add or replace a row, beside what other processes wrote meanwhile, and write everything."""
+        self._read()
         key = ("network", "removed", "chooser")
         self.rows = [r for r in self.rows if [r[k] for k in key] != [row[k] for k in key]] + [row]
         self.rows.sort(key=lambda r: [r[k] for k in key])
@@ -182,13 +200,14 @@ class Results:
 def table(rows: list[dict[str, Any]], dense: dict[str, dict[str, Any]]) -> str:
     """The results as a Markdown table; "-" is what has not been measured."""
     epochs = sorted({int(k.split()[1]) for r in rows for k in r["accuracy"] if k.startswith("epochs")} | {1})
-    heads = ["network", "MACs", "params", "channels chosen by", "dense", "right after pruning", "after reconstruction"]
+    heads = ["network", "MACs", "params", "channels chosen by", "dense", "right after pruning", "refitted on", "after reconstruction"]
     heads += [f"after {n} epoch{'s' * (n > 1)}" for n in epochs]
     lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
     for r in rows:
-        figures = [r["accuracy"].get(step) for step in ("pruned", "reconstructed", *(f"epochs {n}" for n in epochs))]
+        pruned, *figures = [r["accuracy"].get(step) for step in ("pruned", "reconstructed", *(f"epochs {n}" for n in epochs))]
+        images = f"{r['sizes']['reconstruction']:,} images" + (", half mixed" if r.get("blended") else "")
         change = [f"{100 * (r[share] - 1):+.1f}%" for share in ("macs_share", "params_share")]
-        cells = [r["network"], *change, r["chooser"], f"{dense[r['network']]['accuracy']:.2f}"]
+        cells = [r["network"], *change, r["chooser"], f"{dense[r['network']]['accuracy']:.2f}", f"{pruned:.2f}", images]
         lines.append(f"| {' | '.join(cells + ['-' if f is None else f'{f:.2f}' for f in figures])} |")
     return "\n".join(lines) + "\n"
 
@@ -199,9 +218,10 @@ def run(bench: Bench, results: Results, budgets: tuple[int, ...], choosers: list
         results.dense[bench.network] = bench.dense_row
     for chooser in choosers:
         for removed in budgets:
-            row = results.find(bench.network, chooser, removed, bench.sizes)
-            if row is None:
-                results.put(row := bench.measure(chooser, removed))
+            row = results.find(bench.network, chooser, removed)
+            if row is None or (row["sizes"], row.get("blended")) != (vars(bench.sizes), BLENDED):
+                same_channels = row if row and row["sizes"]["scoring"] == bench.sizes.scoring else None
+                results.put(row := bench.measure(chooser, removed, same_channels))
             if epochs and f"epochs {epochs}" not in row["accuracy"]:
                 bench.train(row, epochs)
                 results.put(row)

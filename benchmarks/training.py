@@ -7,7 +7,8 @@ A round measures, one after the other in one process with one thread, so that wh
 and backward of one fixed batch, in both memory formats, and the steps of `finetune` from reading and augmenting the images to the
 optimizer (between two calls of its progress report, without distillation). Figures are medians of the rounds; CPU-seconds of all
 threads, so decoding counts in full although it would overlap on a machine with idle cores. Exit code 1 where fine-tuning falls below
-LEAST of bare forward + backward (in the memory format that fine-tuning uses). Writes benchmarks/results/training.json.
+LEAST of bare forward + backward (in the memory format that fine-tuning uses). The JPEG case reads EDGEPRUNE_DATA.
+Writes benchmarks/results/training.json.
 """
 
 from __future__ import annotations
@@ -18,18 +19,19 @@ import os
 import platform
 import statistics
 import sys
+import tarfile
 import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import IO, Any, cast
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import nn
 from torch.nn import functional as F
 
+from benchmarks.cifar10 import data_folder
 from benchmarks.graph import library_model
 from benchmarks.networks import resnet
 from edgeprune.data import Data, load_data
@@ -49,14 +51,16 @@ def cifar(folder: Path, images: int) -> Data:
 
 
 def photos(folder: Path, images: int) -> Data:
-    """JPEG files of 320x256 pixels, decoded and cut to 224x224 on the way."""
-    random = np.random.default_rng(0)
-    for part, count in (("train", images), ("val", 20)):
-        for n in range(count):
-            small = random.integers(0, 256, (16, 20, 3), dtype=np.uint8)  # smooth, as photos are
-            file = folder / part / f"class{n % 10}" / f"{n}.jpg"
+    """Real photos as JPEG files of 256x256 pixels (EDGEPRUNE_DATA/imagenet), decoded and resized to 224x224 on the way.
+
+    Classes are made up: only the files matter here.
+    """
+    with tarfile.open(data_folder() / "imagenet" / "imagenet_sample1000_256px.tar") as archive:
+        members = [m for m in archive.getmembers() if m.isfile()][: images + 20]
+        for n, member in enumerate(members):
+            file = folder / ("train" if n < images else "val") / f"class{n % 10}" / f"{n}.jpg"
             file.parent.mkdir(parents=True, exist_ok=True)
-            Image.fromarray(small).resize((320, 256), Image.Resampling.BICUBIC).save(file, quality=90)
+            file.write_bytes(cast("IO[bytes]", archive.extractfile(member)).read())
     return load_data(folder, size=224)
 
 
@@ -68,7 +72,7 @@ def mobilenet() -> nn.Module:
 
 CASES: dict[str, tuple[Callable[[], nn.Module], Callable[[Path, int], Data], int, int]] = {
     "cifar-resnet20": (lambda: resnet(20), cifar, 128, 6),
-    "photos-mobilenetv3-small": (mobilenet, photos, 32, 4),
+    "jpeg-mobilenetv3-small": (mobilenet, photos, 32, 4),
 }
 """Name -> network, data, batch size, steps of a round."""
 

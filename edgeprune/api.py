@@ -77,7 +77,7 @@ def compress(
     folder inside `out` for each (`parts` of the result, in their order; the result itself is that of the first, its report compares all).
     `data`: whatever `load_data` takes, or Data; None: no accuracy, no recalibration, no training, and only criteria that read weights.
     `criterion` None: reconstruction where there are training images, l1 otherwise. `recipe` None: the preset quick where these have
-    labels, no training otherwise. `recover` None: see default_recover. `quantize`: none, int8 or mixed (int8 where this machine runs it
+    labels, no training otherwise. `recover` None: reconstruct. `quantize`: none, int8 or mixed (int8 where this machine runs it
     faster), calibrated on training images, else on validation ones. `round_to`, `min_channels`, `max_remove`, `keep_dense`: which widths
     a plan may choose, see WidthRules (`round_to` None: what the device's staircase or card says). `search`: options of the allocator,
     such as search_minutes, jobs and cluster. `rounds`: how often to prune and recover, see rounds.py. `out`: the run folder (default
@@ -99,7 +99,7 @@ def compress(
         criterion=criterion or default_criterion(source),
         allocator=allocate,
         recipe=recipe,
-        recover=recover or default_recover(recipe),
+        recover=recover or "reconstruct",
         rules=WidthRules(round_to=_multiple(target, round_to), min_channels=min_channels, max_remove=max_remove, keep_dense=keep_dense),
         formats=tuple(formats),
         quantize=quantize,
@@ -170,11 +170,6 @@ def _several(job: Job, budgets: Sequence[Budget], run: Run, command: list[str], 
 def trainable(data: Data | None) -> bool:
     """Whether there are labelled training images: without, nothing is trained unless it is asked for."""
     return bool(data and len(data.train) and data.train.labelled)
-
-
-def default_recover(recipe: Recipe) -> str:
-    """Reconstruction where nothing undoes it; training with the statistics of batches starts from recalibrated ones."""
-    return "bn" if recipe.epochs and recipe.norms == "batch" else "reconstruct"
 
 
 def default_criterion(data: Data | None) -> str:

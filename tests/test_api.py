@@ -146,7 +146,7 @@ def test_predicted_latency_with_data(trained: Result) -> None:
     assert budget["basis"] == "predicted"
     assert "predicted, not measured" in budget["how"]
     steps = trained.facts["accuracy_steps"]
-    assert [s["step"] for s in steps] == ["dense", "right after pruning", "after BN recalibration", "after fine-tuning"]
+    assert [s["step"] for s in steps] == ["dense", "right after pruning", "after reconstruction", "after fine-tuning"]
     assert ep.evaluate(trained.model, colour_data()).accuracy == steps[-1]["accuracy"]
     assert ep.evaluate(trained.folder / "model.onnx", colour_data()).accuracy == steps[-1]["accuracy"]
     assert [e["epoch"] for e in trained.facts["curve"]] == [1]

@@ -45,8 +45,8 @@ STAGES = [
     "allocate",
     "prove",
     "accuracy right after pruning",
-    "recalibrate",
-    "accuracy after BN recalibration",
+    "reconstruct",
+    "accuracy after reconstruction",
     "finetune",
     "accuracy after fine-tuning",
     "export",
@@ -401,7 +401,7 @@ def wait_for(there: Callable[[], bool], process: subprocess.Popen[str]) -> None:
 
 @pytest.mark.parametrize(
     ("moment", "with_signal"),
-    [("an epoch is done", signal.SIGKILL), ("batch norms are recalibrated", signal.SIGKILL), ("an epoch is done", signal.SIGINT)],
+    [("an epoch is done", signal.SIGKILL), ("layers are refitted", signal.SIGKILL), ("an epoch is done", signal.SIGINT)],
     ids=["kill", "kill-before-the-first-checkpoint", "ctrl-c"],
 )
 def test_resume_after_a_signal(moment: str, with_signal: signal.Signals, inputs: Path, uninterrupted: Path, tmp_path: Path) -> None:
@@ -409,7 +409,7 @@ def test_resume_after_a_signal(moment: str, with_signal: signal.Signals, inputs:
     log, epochs = folder / "log.txt", folder / "checkpoints" / "epochs"
     moments = {
         "an epoch is done": lambda: epochs.is_dir() and any(epochs.glob("epoch-*.safetensors")),
-        "batch norms are recalibrated": lambda: log.is_file() and "recalibrate:" in log.read_text(),
+        "layers are refitted": lambda: log.is_file() and "reconstruct:" in log.read_text(),
     }
     process = start(folder, inputs)
     wait_for(moments[moment], process)
@@ -498,7 +498,7 @@ def test_a_file_that_may_not_grow_ends_with_a_paragraph(inputs: Path, uninterrup
     _, errors = process.communicate(timeout=120)
     assert (process.returncode, "Traceback" in errors) == (2, False), errors
     assert "cannot be written (File too large)" in " ".join(errors.split())
-    assert "recalibrate" in stages(folder)
+    assert "reconstruct" in stages(folder)
     finish(folder, inputs, "--resume")
     assert same(weights(folder / "model.safetensors"), weights(uninterrupted / "model.safetensors"))
 

@@ -83,7 +83,7 @@ def test_every_round_cuts_its_part(finished: Result) -> None:
     assert left[2] <= 0.3 ** (2 / 3) < left[2] + 0.1
     assert {"round-1: finetune", "round-2: finetune", "finetune", "compose"} <= stages.keys()
     assert [name for name in stages if name.startswith("accuracy")] == [
-        "accuracy dense", "accuracy right after pruning", "accuracy after BN recalibration", "accuracy after fine-tuning",
+        "accuracy dense", "accuracy right after pruning", "accuracy after reconstruction", "accuracy after fine-tuning",
     ]  # fmt: skip  # the validation images see the last round alone
 
 

@@ -59,13 +59,20 @@ def compress(
     allocator: Annotated[str, typer.Option("--allocate", help="how much of each layer stays, see `edgeprune allocators`")] = "knapsack",
     recover: Annotated[
         str | None,
-        typer.Option(help="before training: none, bn (batch norms) or reconstruct (every layer refitted; the default without training)"),
+        typer.Option(help="before training: none, bn (batch norms) or reconstruct (every layer refitted; the default)"),
     ] = None,
     preset: Annotated[
         str, typer.Option(help="how to fine-tune: quick (3 epochs), standard (40) or long (150); the options below change it")
     ] = "quick",
     epochs: Annotated[int | None, typer.Option(help="epochs of fine-tuning, of every round; none without labelled training images")] = None,
     distill: Annotated[bool, typer.Option(help="fine-tune towards the dense network's answers too")] = True,
+    structure_distill: Annotated[
+        bool,
+        typer.Option(
+            "--structure-distill",
+            help="before distillation, let the discriminant information of the dense network's layers decide the widths (di, di_greedy)",
+        ),
+    ] = False,
     optimizer: Annotated[str | None, typer.Option(help="sgd or adamw")] = None,
     lr: Annotated[float | None, typer.Option(help="largest learning rate of the cosine schedule")] = None,
     batch_size: Annotated[int | None, typer.Option(help="images per training step, of all processes together")] = None,
@@ -104,6 +111,9 @@ def compress(
     limits |= {"size_bytes": size_mb, "peak_memory_bytes": peak_memory_mb}
     budgets = [Budget(**found) for found in limits_of(limits)]
     check_way(quantize, data)
+    search = {n: v for n, v in (("search_minutes", search_minutes), ("jobs", jobs), ("cluster", cluster)) if v is not None}
+    if structure_distill:
+        criterion, allocator, search = _structure(criterion, allocator, search, distill)
     if resume and out is None:
         raise UsageError("--resume needs --out: name the run folder to go on with.")
     target = find_device(device, host=host)
@@ -142,7 +152,7 @@ def compress(
             min_channels=min_channels,
             max_remove=max_remove,
             keep_dense=keep_dense or (),
-            search={n: v for n, v in (("search_minutes", search_minutes), ("jobs", jobs), ("cluster", cluster)) if v is not None},
+            search=search,
             formats=[f.strip() for f in formats.split(",")],
             out=folder,
             resume=resume,
@@ -191,6 +201,17 @@ def _recipe(preset: str, trainable: bool, options: Mapping[str, Any]) -> Recipe:
 
     given = {name: value for name, value in options.items() if value is not None}
     return Recipe.preset(preset, **({} if trainable else {"epochs": 0}) | given)
+
+
+def _structure(criterion: str | None, allocator: str, search: Mapping[str, Any], distill: bool) -> tuple[str, str, dict[str, Any]]:
+    """Criterion, allocator and its options for --structure-distill. Raises UsageError where others were asked for."""
+    from edgeprune.train import STRUCTURE
+
+    if not distill:
+        raise UsageError("--structure-distill is a way to distill: leave --no-distill out.")
+    if allocator not in ("knapsack", STRUCTURE["allocate"]):
+        raise UsageError(f"--structure-distill chooses the widths by {STRUCTURE['allocate']}: leave --allocate {allocator} out.")
+    return criterion or STRUCTURE["criterion"], STRUCTURE["allocate"], {**search, **STRUCTURE["search"]}
 
 
 def _tell(result: Result, as_json: bool) -> None:

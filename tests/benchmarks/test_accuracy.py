@@ -38,6 +38,21 @@ def test_a_run_goes_on_where_it_was_and_epochs_are_added_to_the_row(bench: Bench
     assert row["reconstruction_cpu_seconds"] == first[0]["reconstruction_cpu_seconds"]  # not done again
     assert set(row["accuracy"]) == {"pruned", "reconstructed", "epochs 1"} and set(first[0]["accuracy"]) == {"pruned", "reconstructed"}
     assert 0.3 < row["macs_share"] <= 0.5
+    assert set(row["git"]) == set(row["kl"]) == {"reconstructed", "epochs 1"}
+    assert row["training"]["epochs 1"]["recipe"]["epochs"] == 1
+
+
+def test_rows_with_other_images_are_measured_again_with_the_same_channels(bench: Bench, tmp_path: Path) -> None:
+    run(bench, Results(tmp_path), (50,), [OURS], epochs=0)
+    late = Results(tmp_path)
+    row = late.rows[0]
+    late.rows[0] = row | {"sizes": row["sizes"] | {"reconstruction": 8}, "accuracy": {"pruned": -1.0, "reconstructed": -1.0}}
+    Results(tmp_path).put(row | {"removed": 70})
+    run(bench, late, (50,), [OURS], epochs=0)  # it had read the file before the other process wrote
+    assert [r["removed"] for r in Results(tmp_path).rows] == [50, 70]
+    again = Results(tmp_path).find("resnet20", OURS, 50)
+    assert again is not None and again["plan"] == row["plan"]
+    assert (again["accuracy"]["pruned"], again["accuracy"]["reconstructed"]) == (-1.0, row["accuracy"]["reconstructed"])
 
 
 def test_figures_are_those_of_plain_evaluation(bench: Bench) -> None:
@@ -48,11 +63,11 @@ def test_figures_are_those_of_plain_evaluation(bench: Bench) -> None:
 
 
 def test_the_table_shows_what_was_not_measured() -> None:
-    base: dict[str, Any] = {"network": "resnet20", "removed": 50, "macs_share": 0.499, "params_share": 0.6}
+    base: dict[str, Any] = {"network": "resnet20", "removed": 50, "macs_share": 0.499, "params_share": 0.6, "sizes": vars(Sizes())}
     rows = [
-        base | {"chooser": OURS, "accuracy": {"pruned": 10.0, "reconstructed": 80.0, "epochs 1": 90.0}},
+        base | {"chooser": OURS, "blended": 0.5, "accuracy": {"pruned": 10.0, "reconstructed": 80.0, "epochs 1": 90.0}},
         base | {"chooser": "peer", "accuracy": {"pruned": 11.0, "reconstructed": 70.0}},
     ]
     lines = table(rows, {"resnet20": {"accuracy": 91.5}}).splitlines()
-    assert lines[2] == "| resnet20 | -50.1% | -40.0% | edgeprune | 91.50 | 10.00 | 80.00 | 90.00 |"
-    assert lines[3].endswith("| 70.00 | - |") and "after 1 epoch |" in lines[0]
+    assert lines[2] == "| resnet20 | -50.1% | -40.0% | edgeprune | 91.50 | 10.00 | 4,096 images, half mixed | 80.00 | 90.00 |"
+    assert lines[3].endswith("| 11.00 | 4,096 images | 70.00 | - |") and "after 1 epoch |" in lines[0]

@@ -8,6 +8,7 @@ import pytest
 from torch import nn
 
 from benchmarks import training
+from benchmarks.cifar10 import data_folder
 from tests.colours import colour_net
 
 
@@ -23,6 +24,8 @@ def test_figures_of_a_case(monkeypatch: pytest.MonkeyPatch) -> None:
     assert row["share"] > 0
 
 
+@pytest.mark.skipif(not (data_folder() / "imagenet").is_dir(), reason="the benchmark images are not here (EDGEPRUNE_DATA)")
 def test_photos_are_files(tmp_path: Path) -> None:
     data = training.photos(tmp_path, 20)
-    assert (len(data.train), data.sample_shape) == (20, (1, 3, 224, 224))
+    assert (len(data.train), len(data.val), data.sample_shape) == (20, 20, (1, 3, 224, 224))
+    assert len(list((tmp_path / "train").rglob("*.jpg"))) == 20

@@ -77,10 +77,22 @@ def test_presets_and_what_changes_them(edgeprune: Command, here: Path) -> None:
     recipe = asked["recipe"]
     assert (recipe["epochs"], recipe["lr"], recipe["ema_decay"], recipe["optimizer"]) == (1, 0.02, 0.999, "adamw")
     assert (recipe["label_smoothing"], recipe["mixup"], recipe["cutmix"], recipe["feature_weight"]) == (0.1, 0.2, 1.0, 0.5)
-    assert (recipe["precision"], recipe["norms"], asked["rounds"], asked["recover"]) == ("bf16", "batch", 2, "bn")
+    assert (recipe["precision"], recipe["norms"], asked["rounds"], asked["recover"]) == ("bf16", "batch", 2, "reconstruct")
     assert Path("run/round-1/plan.json").is_file()
     refused = edgeprune("compress", *QUICK, "--macs", "0.5", "--preset", "slow", "--out", "other")
     assert (refused.code, "unknown preset 'slow'; there is: quick, standard, long" in refused.message) == (2, True)
+
+
+def test_structure_distillation_chooses_the_widths_by_discriminant_information(edgeprune: Command, here: Path) -> None:
+    options = ["--round-to", "1", "--epochs", "1", "--batch-size", "16"]
+    done = edgeprune("compress", *QUICK, "--macs", "0.5", *options, "--structure-distill", "--out", "run")
+    assert done.code == 0, done.err
+    asked = json.loads(Path("run/run.json").read_text())["asked"]
+    assert (asked["criterion"], asked["allocate"], asked["search"]) == ("di", "di_greedy", {"layer_choice": "structure"})
+    assert asked["recipe"]["distill"]
+    for other, reason in ((["--no-distill"], "leave --no-distill out"), (["--allocate", "uniform"], "leave --allocate uniform out")):
+        refused = edgeprune("compress", *QUICK, "--macs", "0.5", "--structure-distill", *other, "--out", "other")
+        assert (refused.code, reason in refused.message, Path("other").exists()) == (2, True, False)
 
 
 def test_resume_goes_on(edgeprune: Command, here: Path) -> None:
