@@ -122,7 +122,7 @@ class Measurement:
             how = f"net of idling, the highest of {e.trials} trials ({e.source}, {e.scope})"
             return Figure(e.net_mj, e.net_low_mj, e.net_high_mj, how)
         if name == "peak_memory_bytes" and (grown := self.network_memory_bytes):
-            return Figure(grown, grown, grown, "what the largest process grew by after loading the runtime")
+            return Figure(grown, grown, grown, "what the largest process had beyond the imported runtime")
         return None
 
     def to_json(self) -> dict[str, Any]:
