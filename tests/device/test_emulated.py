@@ -129,8 +129,8 @@ def test_evaluate_agrees_with_the_host(pi: Device, net: Path) -> None:
         (expected,), _ = outputs(here, net, {"x": x})
     np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5)
     assert (found.argmax(1) == expected.argmax(1)).all()
-    there, here_too = ep.evaluate(net, colour_data(), host=pi.host), ep.evaluate(net, colour_data())
-    assert (there.accuracy, there.images) == (here_too.accuracy, here_too.images)
+    on_board, on_host = ep.evaluate(net, colour_data(), host=pi.host), ep.evaluate(net, colour_data())
+    assert (on_board.accuracy, on_board.images) == (on_host.accuracy, on_host.images)
 
 
 def test_the_closed_loop_meets_a_budget_by_measurements_only(
