@@ -17,8 +17,6 @@ TABLES = {
     "docs/cost-models.md": {
         "profiles": ("cost_models.md", ""),
         "others": ("cost_models.md", "Other boards and other networks"),
-        "memory": ("cost_memory.md", ""),
-        "staircase": ("cost_staircase.md", ""),
     },
     "docs/criteria.md": {
         "resnet56": ("criteria.md", "### resnet56, 50%"),
