@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks.cost_tables import nb201_energies, nb201_rows, timm_rows, yolo_rows
-from edgeprune.device.card import Profile, device
+from edgeprune.device.card import Profile
 from edgeprune.device.cost import interval_factors
 from edgeprune.device.fit import (
     COLUMNS,
@@ -73,10 +73,7 @@ CPU = {
 }
 # The same with LiteRT's XNNPACK, whose depthwise kernels and calls are cheaper.
 LITERT = {**CPU, "mac_ns depthwise": 0.5, "mac_ns depthwise_large": 0.5, "byte_ns pool": 0.5, "call_us": 3.0, "network_us": 100.0}
-# One Cortex-A76, caches warm: calls of a microsecond, bytes at 20 to 40 GB/s, half of that beyond its own cache. At 32x32 pixels every
-# tensor fits there, so no row knows what larger images cost: that rests on these figures. Half of the 512 KB are what a kernel's own
-# tensors can count on, because the cells keep two to four others alive between writing and reading one. YOLO networks on the same board
-# (benchmarks/results/cost_models.md) show the same direction: fitted to small images, the near bytes alone are too fast for large ones.
+# One Cortex-A76, caches warm: calls of a microsecond, bytes at 20 to 40 GB/s, a little less beyond the 512 KB of its own cache.
 CORE = {
     **{name: 0.09 for name in COLUMNS if name.startswith("mac_ns")},
     "mac_ns depthwise": 0.6,
@@ -87,9 +84,9 @@ CORE = {
     "byte_ns pool": 0.5,
     "byte_ns global_pool": 0.2,
     **dict.fromkeys(_PLAIN, 0.06),
-    "weight_byte_ns": 0.06,
+    "weight_byte_ns": 0.1,
     "patch_byte_ns": 0.01,
-    "far_byte_ns": 0.04,
+    "far_byte_ns": 0.02,
     "far_weight_byte_ns": 0.06,
     "group_us": 1.0,
     "call_us": 1.0,
@@ -138,8 +135,7 @@ class Target:
     def fitted(self) -> Fitted:
         """The profile and its held-out figures."""
         words = {"source": self.source, "method": METHOD.format(shape=self.shape_note), "held_out": self.held_out}
-        kept = device(self.profile).constants.memory  # cost_memory.py's
-        facts = {"precision": "fp32", **self.facts, "memory": kept, **({"power": self.power} if self.power else {})}
+        facts = {"precision": "fp32", **self.facts, **({"power": self.power} if self.power else {})}
         return fit_profile(self.samples, self.prior, facts, {**words, "noise": noise(self.samples)})
 
 
@@ -151,8 +147,7 @@ def main() -> None:
     targets = all_targets()
     fits = {t.profile: t.fitted() for t in targets}
     by_name = {t.profile: t for t in targets}
-    sizes = [line for name in ("rpi4-ort", "rpi5-ort", "rpi4-litert") for line in larger_images(by_name[name], 224)]
-    report(targets, fits, [*adapted(by_name, fits), *sizes, *one_family(by_name["jetson-nano-cpu-ort"])])
+    report(targets, fits, [*adapted(by_name, fits), *one_family(by_name["jetson-nano-cpu-ort"])])
     if chosen.write:
         for board in dict.fromkeys(t.board for t in targets):
             made = {t.profile: fits[t.profile].profile for t in targets if t.board == board}
@@ -191,7 +186,7 @@ def raspberry_pi_5(nano: dict[str, float]) -> list[Target]:
     ort = {"runtime": "onnxruntime", "threads": 4, "clock_mhz": 2400.0, "description": four}
     one = {"runtime": "onnxruntime", "threads": 1, "clock_mhz": 2400.0, "description": "ONNX Runtime, fp32, 1 pinned core"}
     litert = {"runtime": "litert", "threads": 1, "clock_mhz": 2400.0, "description": "LiteRT with XNNPACK, fp32, 1 pinned core"}
-    cells, lite, core = nb201_rows("onnx"), nb201_rows("litert"), Prior(CORE, 0.001, L2 / 4)
+    cells, lite, core = nb201_rows("onnx"), nb201_rows("litert"), Prior(CORE, 0.001, L2 / 2)
     yolo = yolo_rows("pi5_ort_latency")
     return [
         Target("rpi5", "rpi5-ort", ort, _YOLO, _UNSEEN_YOLO, yolo, Prior(nano, 0.001, L2), _LIKE_NANO),
@@ -271,17 +266,6 @@ def adapted(targets: dict[str, Target], fits: dict[str, Fitted]) -> list[tuple[s
 
 def _predicted(profile: Profile, x: Floats) -> Floats:
     return np.asarray(x @ constants_of(profile))
-
-
-def larger_images(target: Target, side: int) -> list[tuple[str, str]]:
-    """What a fit to images of at most `side` pixels says of larger ones: how far sizes are extrapolated on this board."""
-    sides = np.array([int(s.network.rsplit("_", 1)[1]) for s in target.samples])
-    x, y = design(target.samples, target.prior.cache_bytes)
-    constants = fit(x[sides <= side], y[sides <= side], shape_of(target.prior), target.prior.pull)
-    error = x @ constants / y - 1
-    larger = {size: 100 * float(error[sides == size].mean()) for size in sorted(set(sides[sides > side].tolist()))}
-    question = f"{target.profile}, fitted to images of at most {side} pixels, asked for larger ones: mean of predicted / measured - 1"
-    return [(question, ", ".join(f"{size} pixels {mean:+.1f} %" for size, mean in larger.items()))]
 
 
 ENOUGH = 12  # networks of a family for a fit of its own

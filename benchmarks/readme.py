@@ -17,6 +17,7 @@ TABLES = {
     "docs/cost-models.md": {
         "profiles": ("cost_models.md", ""),
         "others": ("cost_models.md", "Other boards and other networks"),
+        "staircase": ("cost_staircase.md", ""),
     },
     "docs/criteria.md": {
         "resnet56": ("criteria.md", "### resnet56, 50%"),

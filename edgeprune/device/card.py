@@ -38,9 +38,8 @@ class Rate(_Table):
     """What one kernel costs, as nonnegative constants: the sum of each times what its name counts (see cost.terms).
 
     mac_ns: multiply-accumulates; byte_ns: activation bytes read and written; weight_byte_ns: weight bytes; patch_byte_ns: bytes of the
-    input patches that a convolution gathers; far_byte_ns and far_weight_byte_ns: activation and weight bytes from beyond the cache (none
-    where they fit the profile's cache_bytes, all where they are twice that); group_us: groups of a grouped convolution; call_us: once per
-    kernel.
+    input patches that a convolution gathers; far_byte_ns and far_weight_byte_ns: those activation and weight bytes that exceed the
+    profile's cache_bytes; group_us: groups of a grouped convolution; call_us: once per kernel.
 
     `seen_share` (0..1): the largest part of a fitted network's time that kernels of this kind took; 0 means that the constants are
     borrowed from another board. Networks that spend more of their time here than that get a wider interval.

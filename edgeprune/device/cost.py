@@ -160,17 +160,12 @@ def terms(at: KernelsAt, cache_bytes: float) -> Floats:
         activation,
         weight,
         FLOAT_BYTES * at.patch_elements,
-        _beyond(activation, cache_bytes),
-        _beyond(weight, cache_bytes),
+        np.maximum(activation - cache_bytes, 0.0),
+        np.maximum(weight - cache_bytes, 0.0),
         1e3 * at.groups,
         np.full_like(at.macs, 1e3),
     )
     return np.stack(counted)
-
-
-def _beyond(moved: Floats, cache_bytes: float) -> Floats:
-    """The bytes that come from beyond the cache: none of what fits, all of what is twice as large, because streams evict themselves."""
-    return np.asarray(moved * np.clip(moved / cache_bytes - 1, 0.0, 1.0), dtype=np.float64)
 
 
 def kernel_ms(profile: Profile, at: KernelsAt) -> Floats:
