@@ -115,6 +115,7 @@ def channels(name: str, seed: int, folder: Path) -> list[Row]:
     influence = influences(proto, CalibrationImages(train, limit=INFLUENCE_IMAGES, seed=seed).batches())
     influence = measured(proto, influence, [x for x, _ in calibration.batches(MEASURED_IMAGES)])
 
+    del proto.metadata_props[:]  # with the hash of what it was
     draft = Draft(format="onnx", content=proto.SerializeToString(), layers={}, as_fed=lambda array: array)
 
     def made(bits: dict[str, tuple[int, ...]]) -> tuple[bytes, BitPlan]:
