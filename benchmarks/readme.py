@@ -30,7 +30,6 @@ TABLES = {
         "int8": ("quantize.md", "### int8"),
         "channels": ("quantize.md", "### channels"),
         "mixed": ("quantize.md", "### mixed"),
-        "latency": ("artifacts_latency.md", ""),
     },
 }
 
