@@ -154,5 +154,5 @@ def chart(rows: Rows, dense: Dense) -> str:
         legend={"orientation": "h", "y": 1.0, "yref": "container", "yanchor": "top", "x": 1.0, "xanchor": "right"},
         margin={"t": 110},
     )
-    page: str = figure.to_html(include_plotlyjs=True, full_html=True)
+    page: str = figure.to_html(include_plotlyjs=True, full_html=True, config={"displayModeBar": False})
     return page
