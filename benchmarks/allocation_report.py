@@ -9,6 +9,7 @@ LEARNED = "layer-compensated"
 TUNED = "macs-50"  # the budget at which networks are also fine-tuned
 PLAIN = ("global", "global per cost")
 STAGES = {"recalibrated": "after BN recalibration", "reconstructed": "after reconstruction", "fine-tuned": "after one short epoch"}
+TICKS = (0.01, 0.02, 0.05, 0.1, 0.2, 0.3, 0.5, 0.7, 1, 1.5, 2, 3, 4, 5)
 Rows = list[dict[str, Any]]
 Dense = dict[str, dict[str, float]]
 
@@ -126,7 +127,7 @@ def chart(rows: Rows, dense: Dense) -> str:
 
     parts = _parts(rows)
     titles = [f"{network}, {budget} (dense top-1 {dense[network]['accuracy']:.1f})" for network, budget in parts]
-    figure = make_subplots(rows=max(1, len(parts)), cols=1, subplot_titles=titles, vertical_spacing=0.18 / max(1, len(parts)))
+    figure = make_subplots(rows=max(1, len(parts)), cols=1, subplot_titles=titles, vertical_spacing=0.24 / max(1, len(parts)))
     styles = {"recalibrated": ("diamond", "#efb118"), "reconstructed": ("circle", "#4269d0"), "fine-tuned": ("star", "#3ca951")}
     for number, (network, budget) in enumerate(parts, start=1):
         mine = [r for r in rows if (r["network"], r["budget"]) == (network, budget)]
@@ -144,13 +145,14 @@ def chart(rows: Rows, dense: Dense) -> str:
             )
             figure.add_trace(marks, row=number, col=1)
         figure.update_yaxes(categoryorder="array", categoryarray=names[::-1], row=number, col=1)
-        figure.update_xaxes(type="log", title="KL from the dense network's answers, nats (less is better)", row=number, col=1)
+        figure.update_xaxes(type="log", tickvals=TICKS, ticktext=[f"{t:g}" for t in TICKS], row=number, col=1)
+    figure.update_xaxes(title="KL from the dense network's answers, nats (less is better)", row=max(1, len(parts)), col=1)
     figure.update_layout(
         height=160 + 340 * max(1, len(parts)),
         template="plotly_white",
         title="Allocators on CIFAR-10: same scores, same budget",
-        legend={"orientation": "h", "y": 1.0, "yanchor": "bottom", "x": 1.0, "xanchor": "right"},
+        legend={"orientation": "h", "y": 1.0, "yref": "container", "yanchor": "top", "x": 1.0, "xanchor": "right"},
         margin={"t": 110},
     )
-    page: str = figure.to_html(include_plotlyjs=True, full_html=True)
+    page: str = figure.to_html(include_plotlyjs=True, full_html=True, config={"displayModeBar": False})
     return page

@@ -183,7 +183,8 @@ def _ray_cores() -> int:
     """Of the whole cluster; Ray's joblib backend counts them in ways that a client cannot."""
     import ray
 
-    return int(ray.cluster_resources()["CPU"])
+    found = ray.cluster_resources()  # type: ignore[no-untyped-call]  # ray is typed in part
+    return int(found["CPU"])
 
 
 def _missing(package: str) -> UsageError:

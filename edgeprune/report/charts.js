@@ -141,7 +141,8 @@
     const dense = facts.dense && known(facts.dense.latency) ? [{ name: "dense", ...facts.dense }] : [];
     const height = (p) => (judged ? p.accuracy : p.macs), y = [...shown, ...dense].map(height);
     const marks = (points, options) => line(points.map((p) => p.latency), points.map(height), color("accent"), "", {
-      cliponaxis: false, text: points.map((p) => shorten(p.name, 24)), textposition: "top center", textfont: { color: color("text") },
+      cliponaxis: false, text: points.map((p) => shorten(p.name, 24)), textfont: { color: color("text") },
+      textposition: points.map((_, i) => (i < points.length - 1 ? "bottom right" : "top center")), // clear of a line that rises
       hovertext: points.map((p) => `${wrap(p.name, 40)}<br>${p.latency.toPrecision(4)} ms`), hoverinfo: "text", ...options,
     });
     return {
