@@ -5,8 +5,8 @@
 
 The default criterion and allocator, and beside them Torch-Pruning's choice of inner widths (where it is installed, see
 benchmarks/peer_pruning.py; the importance that was best on validation images in benchmarks/criteria.py), both with the same recovery:
-reconstruction on 4,096 augmented training images without labels, half of them mixed with another one, then, where epochs are asked
-for, the preset quick with so many epochs (in bf16). Widths of any number. `kl` is the divergence from the dense network's answers on
+reconstruction on 2,048 augmented training images without labels, then, where epochs are asked for, the preset quick with so many
+epochs (in bf16). Widths of any number. `kl` is the divergence from the dense network's answers on
 2,000 augmented training images that nothing else reads. The 10,000 test images are evaluated after each step and choose nothing.
 One row per combination in benchmarks/results/accuracy.json, written as it is measured, and accuracy.md; refitted and trained networks
 stay in runs/bench. Needs EDGEPRUNE_DATA (default ../shared/data) with cifar10/ and weights/.
@@ -49,7 +49,6 @@ OURS = "edgeprune"
 PEER = "torch-pruning L2 group norm"
 REMOVED = {"resnet56": (50, 64, 35, 40), "resnet20": (50, 64, 40)}  # percent of the MACs, the most telling first
 AUGMENT = Augment(crop_padding=4, flip=True)  # that of the checkpoints' own training
-BLENDED = 0.5  # share of the images that reconstruction sees mixed with another one, as in the product
 BATCH = 100
 
 
@@ -58,7 +57,7 @@ class Sizes:
     """Images for each purpose."""
 
     scoring: int = 1024
-    reconstruction: int = 4096
+    reconstruction: int = 2048
     held: int = 2000
 
 
@@ -122,8 +121,7 @@ class Bench:
         small = ep.slim(self.dense, self.graph, plan)
         slimmed = ep.trace(small, self.example)
         started = time.process_time()
-        images = self.sizes.reconstruction
-        fitted = reconstruct(small, self.dense, self.graph, plan, self.rest, images=images, augment=AUGMENT, blended=BLENDED)
+        fitted = reconstruct(small, self.dense, self.graph, plan, self.rest, images=self.sizes.reconstruction, augment=AUGMENT)
         seconds = time.process_time() - started
         self._keep(fitted, chooser, removed, 0)
         return {
@@ -140,7 +138,6 @@ class Bench:
             "kl": {"reconstructed": self.divergence(fitted)},
             "reconstruction_cpu_seconds": round(seconds, 1),
             "sizes": vars(self.sizes),
-            "blended": BLENDED,
             "git": {"reconstructed": git_revision()},
         }
 
@@ -219,7 +216,7 @@ def run(bench: Bench, results: Results, budgets: tuple[int, ...], choosers: list
     for chooser in choosers:
         for removed in budgets:
             row = results.find(bench.network, chooser, removed)
-            if row is None or (row["sizes"], row.get("blended")) != (vars(bench.sizes), BLENDED):
+            if row is None or row["sizes"] != vars(bench.sizes):
                 same_channels = row if row and row["sizes"]["scoring"] == bench.sizes.scoring else None
                 results.put(row := bench.measure(chooser, removed, same_channels))
             if epochs and f"epochs {epochs}" not in row["accuracy"]:

@@ -69,5 +69,5 @@ def test_the_table_shows_what_was_not_measured() -> None:
         base | {"chooser": "peer", "accuracy": {"pruned": 11.0, "reconstructed": 70.0}},
     ]
     lines = table(rows, {"resnet20": {"accuracy": 91.5}}).splitlines()
-    assert lines[2] == "| resnet20 | -50.1% | -40.0% | edgeprune | 91.50 | 10.00 | 4,096 images, half mixed | 80.00 | 90.00 |"
-    assert lines[3].endswith("| 11.00 | 4,096 images | 70.00 | - |") and "after 1 epoch |" in lines[0]
+    assert lines[2] == "| resnet20 | -50.1% | -40.0% | edgeprune | 91.50 | 10.00 | 2,048 images, half mixed | 80.00 | 90.00 |"
+    assert lines[3].endswith("| 11.00 | 2,048 images | 70.00 | - |") and "after 1 epoch |" in lines[0]
