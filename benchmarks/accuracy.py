@@ -197,14 +197,13 @@ class Results:
 def table(rows: list[dict[str, Any]], dense: dict[str, dict[str, Any]]) -> str:
     """The results as a Markdown table; "-" is what has not been measured."""
     epochs = sorted({int(k.split()[1]) for r in rows for k in r["accuracy"] if k.startswith("epochs")} | {1})
-    heads = ["network", "MACs", "params", "channels chosen by", "dense", "right after pruning", "refitted on", "after reconstruction"]
+    heads = ["network", "MACs", "params", "channels chosen by", "dense", "right after pruning", "after reconstruction"]
     heads += [f"after {n} epoch{'s' * (n > 1)}" for n in epochs]
     lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
     for r in rows:
-        pruned, *figures = [r["accuracy"].get(step) for step in ("pruned", "reconstructed", *(f"epochs {n}" for n in epochs))]
-        images = f"{r['sizes']['reconstruction']:,} images" + (", half mixed" if r.get("blended") else "")
+        figures = [r["accuracy"].get(step) for step in ("pruned", "reconstructed", *(f"epochs {n}" for n in epochs))]
         change = [f"{100 * (r[share] - 1):+.1f}%" for share in ("macs_share", "params_share")]
-        cells = [r["network"], *change, r["chooser"], f"{dense[r['network']]['accuracy']:.2f}", f"{pruned:.2f}", images]
+        cells = [r["network"], *change, r["chooser"], f"{dense[r['network']]['accuracy']:.2f}"]
         lines.append(f"| {' | '.join(cells + ['-' if f is None else f'{f:.2f}' for f in figures])} |")
     return "\n".join(lines) + "\n"
 
