@@ -6,8 +6,8 @@
 The default criterion and allocator, and beside them Torch-Pruning's choice of inner widths (where it is installed, see
 benchmarks/peer_pruning.py; the importance that was best on validation images in benchmarks/criteria.py), both with the same recovery:
 reconstruction on 2,048 augmented training images without labels, then, where epochs are asked for, the preset quick with so many
-epochs (in bf16). Widths of any number. `kl` is the divergence from the dense network's answers on
-2,000 augmented training images that nothing else reads. The 10,000 test images are evaluated after each step and choose nothing.
+epochs (in bf16). Widths of any number. `kl` is the divergence from the dense network's answers on 2,000 augmented training images that
+nothing else reads. The 10,000 test images are evaluated after each step and choose nothing.
 One row per combination in benchmarks/results/accuracy.json, written as it is measured, and accuracy.md; refitted and trained networks
 stay in runs/bench. Needs EDGEPRUNE_DATA (default ../shared/data) with cifar10/ and weights/.
 """
@@ -121,9 +121,8 @@ class Bench:
         small = ep.slim(self.dense, self.graph, plan)
         slimmed = ep.trace(small, self.example)
         started = time.process_time()
-        fitted = reconstruct(small, self.dense, self.graph, plan, self.rest, images=self.sizes.reconstruction, augment=AUGMENT)
+        fitted = self._refitted(small, plan, chooser, removed)
         seconds = time.process_time() - started
-        self._keep(fitted, chooser, removed, 0)
         return {
             "network": self.network,
             "chooser": chooser,
@@ -142,9 +141,13 @@ class Bench:
         }
 
     def train(self, row: dict[str, Any], epochs: int) -> None:
-        """Fine-tune a row's refitted network with the product's recipe, and add its figures."""
-        small = ep.slim(self.dense, self.graph, Plan.from_json({"keep": row["plan"]}))
-        small.load_state_dict(load_file(self._path(row["chooser"], row["removed"], 0)))
+        """Fine-tune a row's refitted network (refitted again where it is not on disk) with the preset quick, and add its figures."""
+        plan = Plan.from_json({"keep": row["plan"]})
+        small = ep.slim(self.dense, self.graph, plan)
+        if (path := self._path(row["chooser"], row["removed"], 0)).exists():
+            small.load_state_dict(load_file(path))
+        else:
+            small = self._refitted(small, plan, row["chooser"], row["removed"])
         recipe = ep.Recipe.preset("quick", epochs=epochs, precision="bf16")
         started = time.process_time()
         tuned, _ = finetune(small, self.dense, self.rest, self.held, recipe, seed=0)
@@ -154,6 +157,11 @@ class Bench:
         row["accuracy"][name], row["kl"][name] = self.accuracy(tuned), self.divergence(tuned)
         row.setdefault("git", {})[name] = git_revision()
         row.setdefault("training", {})[name] = {"recipe": recipe.to_json(), "cpu_seconds": round(seconds, 1)}
+
+    def _refitted(self, small: nn.Module, plan: Plan, chooser: str, removed: int) -> nn.Module:
+        fitted = reconstruct(small, self.dense, self.graph, plan, self.rest, images=self.sizes.reconstruction, augment=AUGMENT)
+        self._keep(fitted, chooser, removed, 0)
+        return fitted
 
     def _path(self, chooser: str, removed: int, epochs: int) -> Path:
         return self.work / f"{self.network}-{removed}-{chooser.replace(' ', '_')}-{epochs}ep.safetensors"
