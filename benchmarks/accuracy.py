@@ -5,9 +5,9 @@
 
 The default criterion and allocator, and beside them Torch-Pruning's choice of inner widths (where it is installed, see
 benchmarks/peer_pruning.py; the importance that was best on validation images in benchmarks/criteria.py), both with the same recovery:
-reconstruction on 4,096 augmented training images without labels, half of them mixed with another one, then, where epochs are asked
-for, the preset quick with so many epochs (in bf16). Widths of any number. `kl` is the divergence from the dense network's answers on
-2,000 augmented training images that nothing else reads. The 10,000 test images are evaluated after each step and choose nothing.
+reconstruction on 2,048 augmented training images without labels, then, where epochs are asked for, the preset quick with so many
+epochs (in bf16). Widths of any number. `kl` is the divergence from the dense network's answers on 2,000 augmented training images that
+nothing else reads. The 10,000 test images are evaluated after each step and choose nothing.
 One row per combination in benchmarks/results/accuracy.json, written as it is measured, and accuracy.md; refitted and trained networks
 stay in runs/bench. Needs EDGEPRUNE_DATA (default ../shared/data) with cifar10/ and weights/.
 """
@@ -49,7 +49,6 @@ OURS = "edgeprune"
 PEER = "torch-pruning L2 group norm"
 REMOVED = {"resnet56": (50, 64, 35, 40), "resnet20": (50, 64, 40)}  # percent of the MACs, the most telling first
 AUGMENT = Augment(crop_padding=4, flip=True)  # that of the checkpoints' own training
-BLENDED = 0.5  # share of the images that reconstruction sees mixed with another one, as in the product
 BATCH = 100
 
 
@@ -58,7 +57,7 @@ class Sizes:
     """Images for each purpose."""
 
     scoring: int = 1024
-    reconstruction: int = 4096
+    reconstruction: int = 2048
     held: int = 2000
 
 
@@ -122,10 +121,8 @@ class Bench:
         small = ep.slim(self.dense, self.graph, plan)
         slimmed = ep.trace(small, self.example)
         started = time.process_time()
-        images = self.sizes.reconstruction
-        fitted = reconstruct(small, self.dense, self.graph, plan, self.rest, images=images, augment=AUGMENT, blended=BLENDED)
+        fitted = self._refitted(small, plan, chooser, removed)
         seconds = time.process_time() - started
-        self._keep(fitted, chooser, removed, 0)
         return {
             "network": self.network,
             "chooser": chooser,
@@ -140,14 +137,17 @@ class Bench:
             "kl": {"reconstructed": self.divergence(fitted)},
             "reconstruction_cpu_seconds": round(seconds, 1),
             "sizes": vars(self.sizes),
-            "blended": BLENDED,
             "git": {"reconstructed": git_revision()},
         }
 
     def train(self, row: dict[str, Any], epochs: int) -> None:
-        """Fine-tune a row's refitted network with the product's recipe, and add its figures."""
-        small = ep.slim(self.dense, self.graph, Plan.from_json({"keep": row["plan"]}))
-        small.load_state_dict(load_file(self._path(row["chooser"], row["removed"], 0)))
+        """Fine-tune a row's refitted network (refitted again where it is not on disk) with the preset quick, and add its figures."""
+        plan = Plan.from_json({"keep": row["plan"]})
+        small = ep.slim(self.dense, self.graph, plan)
+        if (path := self._path(row["chooser"], row["removed"], 0)).exists():
+            small.load_state_dict(load_file(path))
+        else:
+            small = self._refitted(small, plan, row["chooser"], row["removed"])
         recipe = ep.Recipe.preset("quick", epochs=epochs, precision="bf16")
         started = time.process_time()
         tuned, _ = finetune(small, self.dense, self.rest, self.held, recipe, seed=0)
@@ -157,6 +157,11 @@ class Bench:
         row["accuracy"][name], row["kl"][name] = self.accuracy(tuned), self.divergence(tuned)
         row.setdefault("git", {})[name] = git_revision()
         row.setdefault("training", {})[name] = {"recipe": recipe.to_json(), "cpu_seconds": round(seconds, 1)}
+
+    def _refitted(self, small: nn.Module, plan: Plan, chooser: str, removed: int) -> nn.Module:
+        fitted = reconstruct(small, self.dense, self.graph, plan, self.rest, images=self.sizes.reconstruction, augment=AUGMENT)
+        self._keep(fitted, chooser, removed, 0)
+        return fitted
 
     def _path(self, chooser: str, removed: int, epochs: int) -> Path:
         return self.work / f"{self.network}-{removed}-{chooser.replace(' ', '_')}-{epochs}ep.safetensors"
@@ -200,14 +205,13 @@ class Results:
 def table(rows: list[dict[str, Any]], dense: dict[str, dict[str, Any]]) -> str:
     """The results as a Markdown table; "-" is what has not been measured."""
     epochs = sorted({int(k.split()[1]) for r in rows for k in r["accuracy"] if k.startswith("epochs")} | {1})
-    heads = ["network", "MACs", "params", "channels chosen by", "dense", "right after pruning", "refitted on", "after reconstruction"]
+    heads = ["network", "MACs", "params", "channels chosen by", "dense", "right after pruning", "after reconstruction"]
     heads += [f"after {n} epoch{'s' * (n > 1)}" for n in epochs]
     lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
     for r in rows:
-        pruned, *figures = [r["accuracy"].get(step) for step in ("pruned", "reconstructed", *(f"epochs {n}" for n in epochs))]
-        images = f"{r['sizes']['reconstruction']:,} images" + (", half mixed" if r.get("blended") else "")
+        figures = [r["accuracy"].get(step) for step in ("pruned", "reconstructed", *(f"epochs {n}" for n in epochs))]
         change = [f"{100 * (r[share] - 1):+.1f}%" for share in ("macs_share", "params_share")]
-        cells = [r["network"], *change, r["chooser"], f"{dense[r['network']]['accuracy']:.2f}", f"{pruned:.2f}", images]
+        cells = [r["network"], *change, r["chooser"], f"{dense[r['network']]['accuracy']:.2f}"]
         lines.append(f"| {' | '.join(cells + ['-' if f is None else f'{f:.2f}' for f in figures])} |")
     return "\n".join(lines) + "\n"
 
@@ -219,7 +223,7 @@ def run(bench: Bench, results: Results, budgets: tuple[int, ...], choosers: list
     for chooser in choosers:
         for removed in budgets:
             row = results.find(bench.network, chooser, removed)
-            if row is None or (row["sizes"], row.get("blended")) != (vars(bench.sizes), BLENDED):
+            if row is None or row["sizes"] != vars(bench.sizes):
                 same_channels = row if row and row["sizes"]["scoring"] == bench.sizes.scoring else None
                 results.put(row := bench.measure(chooser, removed, same_channels))
             if epochs and f"epochs {epochs}" not in row["accuracy"]:

@@ -91,7 +91,7 @@ class Stop(Exception):
     """Stands for a crash."""
 
 
-@pytest.mark.parametrize("moment", ["round-1: finetune", "round-2: recalibrate"])
+@pytest.mark.parametrize("moment", ["round-1: finetune", "round-2: reconstruct"])
 def test_a_run_in_rounds_goes_on(finished: Result, moment: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     plain = Run.log
 

@@ -92,16 +92,15 @@ class Recipe:
 
 
 PRESETS: Mapping[str, Mapping[str, Any]] = {
-    "quick": {
-        "epochs": 3, "optimizer": "adamw", "lr": 0.0005, "weight_decay": 0.0, "norms": "frozen", "mixup": 1.0, "distill_weight": 1.0,
-    },
+    "quick": {"epochs": 3},
     "standard": {"epochs": 40, "lr": 0.02},
     "long": {"epochs": 150, "lr": 0.05, "ema_decay": 0.999},
-}  # fmt: skip
-"""What --preset takes. quick goes on from reconstruction towards the same goal, the dense network's answers, with its norms as they are:
-statistics of batches would undo at first what reconstruction won, and a few epochs do not make up for that. Mixed images matter: of those
-that it was trained on the dense network is nearly certain, and what is learned there alone does not carry over. The values of standard
-and long are conventional, not measured here."""
+}
+"""What --preset takes. The values of standard and long are conventional, not measured here. Frozen norms with short steps (norms frozen,
+lr 0.001, clip_norm 2) keep what reconstruction won but add little: ResNet-56 at half its MACs, 10,000 test images, one seed, bf16: 91.49%
+before, 91.68% after 19,200 images; with mixup and the teacher alone (lr 0.0015) 91.65% after 48,000. AdamW (lr 0.001, no weight decay)
+with frozen norms, mixup 1 and the teacher alone is a candidate for quick: on distorted training images of ResNet-20 at -35% it ends an
+epoch at 88.25% right where quick has 88.05 (dense 91.1, before 86.75); on new images it has not been measured."""
 
 STRUCTURE: Mapping[str, Any] = {"criterion": "di", "allocate": "di_greedy", "search": {"layer_choice": "structure"}}
 """Options of `compress` with which the dense network also decides the widths before it teaches (with `distill`): those that keep the

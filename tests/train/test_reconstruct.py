@@ -12,7 +12,7 @@ from edgeprune.errors import DataError
 from edgeprune.graph.slim import slim
 from edgeprune.graph.trace import trace
 from edgeprune.plan import Plan
-from edgeprune.train.reconstruct import _Affine, _blended, _Fit, reconstruct
+from edgeprune.train.reconstruct import _Affine, _Fit, reconstruct
 from tests import networks
 from tests.colours import colour_data, colour_net
 from tests.networks import NETWORKS, build
@@ -182,7 +182,7 @@ def test_of_depthwise_convs_the_scale_of_each_channel_is_refitted() -> None:
     model = Depthwise().eval()
     graph = trace(model, torch.zeros(1, 3, 8, 8))
     small = slim(model, graph, Plan({"first": (0, 1, 2, 3)}))
-    fitted = reconstruct(small, model, graph, Plan({"first": (0, 1, 2, 3)}), train_split(), blended=0.0, ridge=1e-9)
+    fitted = reconstruct(small, model, graph, Plan({"first": (0, 1, 2, 3)}), train_split(), ridge=1e-9)
     factors = fitted.state_dict()["each.weight"] / small.state_dict()["each.weight"]
     assert float((factors - factors.mean((1, 2, 3), keepdim=True)).abs().max()) < 1e-5
     assert float((factors - 1).abs().max()) > 1e-3
@@ -227,35 +227,6 @@ def test_augmented_images_are_other_images() -> None:
 
 
 PICTURES = [name for name, network in NETWORKS.items() if len(network.inputs) == 1 and len(network.inputs[0]) == 3]
-
-
-@pytest.mark.parametrize("shape", [(40, 3, 4, 4), (40, 7)])
-def test_a_share_of_the_images_is_mixed_with_others(shape: tuple[int, ...]) -> None:
-    x = torch.randn(*shape, generator=torch.Generator().manual_seed(3))
-    before = x.clone()
-    mixed = _blended(x, 0.5)
-    assert torch.equal(x, before)
-    assert torch.equal(mixed[20:], x[20:])
-    flat, weights = x.flatten(1).double(), []
-    for image, own in zip(mixed[:20].flatten(1).double(), flat, strict=False):
-        away = flat - own  # image = own + (1 - weight) * (other - own), for one of them
-        share = (away @ (image - own)) / away.square().sum(1).clamp(min=1e-12)
-        gaps = (own + share[:, None] * away - image).square().sum(1)
-        other = int(gaps.argmin())
-        assert float(gaps[other]) < 1e-10 and -1e-6 <= float(share[other]) <= 1
-        weights.append(float(share[other]))
-    assert min(weights) < 0.3 and max(weights) > 0.7
-    assert torch.equal(_blended(x, 0.0), x)
-    assert torch.equal(_blended(x, 0.5), mixed)
-
-
-def test_mixtures_are_other_calibration_images() -> None:
-    model = colour_net()
-    graph = trace(model, torch.zeros(1, 3, 8, 8))
-    plan = Plan.uniform(graph, keep=0.5)
-    small = slim(model, graph, plan)
-    fits = [outputs(reconstruct(small, model, graph, plan, train_split(), blended=share)) for share in (0.0, 0.5)]
-    assert not torch.equal(*fits)
 
 
 @pytest.mark.parametrize("name", PICTURES)
