@@ -11,7 +11,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from edgeprune.errors import DataError, UsageError
-from edgeprune.quantize.bits import METHODS, BitPlan, Method, Precision
+from edgeprune.quantize.bits import METHODS, BitPlan, Precision
 
 if TYPE_CHECKING:
     from edgeprune.data import Data
@@ -39,7 +39,7 @@ def quantizer_for(
     latency_ms: float | None = None,
     size_bytes: float | None = None,
     elsewhere: Elsewhere | None = None,
-    method: Method = "minmax",
+    method: str = "minmax",
     seed: int = 0,
     images: int = 256,
 ) -> Any:
@@ -55,11 +55,12 @@ def quantizer_for(
 
     split = data.train if len(data.train) else data.val
     calibration = CalibrationImages(split, limit=images, seed=seed)
+    known = next(name for name in METHODS if name == method)
     if way == "int8":
-        return BitQuantizer(calibration, method=method)
+        return BitQuantizer(calibration, method=known)
     from edgeprune.quantize.mixed import mixed_plan
 
-    quantizer: BitQuantizer = BitQuantizer(calibration, method=method)
+    quantizer: BitQuantizer = BitQuantizer(calibration, method=known)
 
     def choose(proto: Any, write: Any, shown: CalibrationImages) -> BitPlan:
         limits: dict[str, Any] = {"latency_ms": latency_ms, "size_bytes": size_bytes}
