@@ -61,4 +61,5 @@ def bench(
         for change in found:
             typer.echo(change.words())
     if worse:
-        raise GateError(f"worse by more than {max_regression:g}%: " + "; ".join(change.words() for change in worse) + ".")
+        limits = f"{max_regression:g}% (ARM instructions: {100 * gate.TOLERANCE:g}%)"
+        raise GateError(f"worse by more than {limits}: " + "; ".join(change.words() for change in worse) + ".")
