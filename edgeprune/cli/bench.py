@@ -31,6 +31,7 @@ def bench(
     if baseline and against:
         raise UsageError("--baseline and --against are two ways to compare: give one of them.")
     from edgeprune import bench as gate
+    from edgeprune.device.emulated import TOLERANCE
 
     before = gate.read(baseline) if baseline else None
     with progress_bars() as progress:
@@ -61,5 +62,5 @@ def bench(
         for change in found:
             typer.echo(change.words())
     if worse:
-        limits = f"{max_regression:g}% (ARM instructions: {100 * gate.TOLERANCE:g}%)"
+        limits = f"{max_regression:g}% (ARM instructions: {100 * TOLERANCE:g}%)"
         raise GateError(f"worse by more than {limits}: " + "; ".join(change.words() for change in worse) + ".")
