@@ -31,6 +31,8 @@ from edgeprune.graph.sizes import Stuck, rewrite
 from edgeprune.graph.symbolic import Symbolic, Unwritable, renumber, symbolic
 from edgeprune.plan import Plan
 
+_LARGE = 2**20  # elements of a tensor
+
 _EXPORTED: MutableMapping[ChannelGraph, tuple[fx.Graph, dict[str, Tensor], dict[str, Any]]] = WeakKeyDictionary()
 
 
@@ -129,17 +131,26 @@ def _resized(model: nn.Module, graph: ChannelGraph, plan: Plan, *, borrow: bool 
     tensors = dict([*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)])
     resized: dict[int, Any] = {id(p): p for p in model.parameters()} if borrow else {}
     for name in {name for name, _ in gone}:
-        tensor = tensors[name].detach()
+        tensor, picked = tensors[name].detach(), dict[int, Tensor]()
         for axis in range(tensor.ndim):
             if (name, axis) in gone:
                 kept = np.flatnonzero(~gone[name, axis])
                 if borrow and kept[-1] - kept[0] + 1 == len(kept):
                     tensor = tensor.narrow(axis, int(kept[0]), len(kept))
                 else:
-                    tensor = tensor.index_select(axis, torch.from_numpy(kept).to(tensor.device))
-        old = tensors[name]
+                    picked[axis] = torch.from_numpy(kept).to(tensor.device)
+        tensor, old = _picked(tensor, picked), tensors[name]
         resized[id(old)] = nn.Parameter(tensor, requires_grad=old.requires_grad) if isinstance(old, nn.Parameter) else tensor
     return resized
+
+
+def _picked(tensor: Tensor, positions: dict[int, Tensor]) -> Tensor:
+    """The positions along each axis; the first two axes at once: one after the other, a large matrix would be there half cut as well."""
+    if positions.keys() >= {0, 1} and tensor.numel() > _LARGE:
+        tensor = tensor[positions.pop(0)[:, None], positions.pop(1)]
+    for axis, kept in positions.items():
+        tensor = tensor.index_select(axis, kept)
+    return tensor
 
 
 def mask(model: nn.Module, graph: ChannelGraph, plan: Plan) -> nn.Module:
