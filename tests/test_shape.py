@@ -20,7 +20,7 @@ FILE_LINES = 400
 FUNCTION_LINES = 60
 DEPTH = 4
 
-LONGER_FILES: dict[str, int] = {"edgeprune/device/agent.py": 600}  # boards get the agent as one file
+LONGER_FILES: dict[str, int] = {"edgeprune/device/agent.py": 620}  # boards get the agent as one file
 
 UNTYPED: set[tuple[str, str]] = set()
 
