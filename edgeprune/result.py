@@ -122,7 +122,7 @@ def facts(found: Findings, manifest: Mapping[str, Any], used: Mapping[str, bool]
             *_epochs(found),
             *([device.resolved] if device.resolved else []),
             *found.cost.notes,
-            *_float_only(found),
+            *_other_precision(found),
             *_other_runtime(found),
             *(f"measuring the {name} network: {problem}" for name, m in found.measurements.items() for problem in m.problems),
         ],
@@ -171,11 +171,13 @@ def _reached_by(run: Mapping[str, Any], side: str) -> dict[str, Any]:
     return {"accuracy": values.get("accuracy"), **{name: values[name] for name in ("latency", "macs", "params", "size")}}
 
 
-def _float_only(found: Findings) -> list[str]:
-    """That predictions are for float kernels, where the artifact has others."""
-    if found.job.quantize == "none" or found.measurements:
+def _other_precision(found: Findings) -> list[str]:
+    """That predictions are for kernels of another precision than the artifact's."""
+    device, quantized = found.job.device, found.job.quantize != "none"
+    if found.measurements or not device.predicts or (device.constants.precision == "int8") == quantized:
         return []
-    return ["latency, energy and memory are predicted for the network in fp32: no card has constants of int8 kernels yet"]
+    remedy = "edgeprune device calibrate --precision int8 makes a profile of int8 kernels; no shipped card has one"
+    return [f"latency and energy are predicted for {device.constants.precision} kernels{f': {remedy}' if quantized else ''}"]
 
 
 def _other_runtime(found: Findings) -> list[str]:

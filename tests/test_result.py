@@ -179,4 +179,4 @@ def test_a_result_knows_whether_it_met_and_lists_its_files(tmp_path: Path) -> No
 def test_predictions_for_a_quantized_network_are_said_to_be_for_fp32(quantize: str, said: bool) -> None:
     here = found()
     notes = facts(replace(here, job=replace(here.job, quantize=quantize)), MANIFEST, {"trace": False}, "edgeprune compress")["notes"]
-    assert any("predicted for the network in fp32" in note for note in notes) is said
+    assert any("predicted for fp32 kernels" in note for note in notes) is said

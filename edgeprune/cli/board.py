@@ -17,7 +17,7 @@ from edgeprune.errors import GateError, UsageError
 from edgeprune.terminal import print_json, print_table, progress_bars, say
 
 if TYPE_CHECKING:
-    from edgeprune.device.card import Device
+    from edgeprune.device.card import Device, Precision
     from edgeprune.device.power import Meter
     from edgeprune.device.session import Sitting
 
@@ -46,6 +46,7 @@ def calibrate(
     name: Annotated[str, typer.Argument(help="a board or profile of `edgeprune device list`")] = "host",
     quick: Annotated[bool, typer.Option(help="14 small networks instead of 50 and no staircase of widths")] = False,
     host: Annotated[str | None, typer.Option(help="where the board is; several of one kind, with commas between, share the work")] = None,
+    precision: Annotated[str | None, typer.Option(help="fp32, or int8: a profile of its own beside that of fp32, NAME-int8")] = None,
     anchors: Annotated[Path | None, typer.Option(help="3 to 10 networks measured on the board (JSON), which adapt the profile")] = None,
 ) -> None:
     """Fit a profile to a board: to small networks measured on it now, or with --anchors to what was measured on it."""
@@ -57,20 +58,24 @@ def calibrate(
     found = find_device(name, host=host)
     if found.resolved:
         say(found.resolved)
+    known: dict[str | None, Precision | None] = {None: None, "fp32": "fp32", "int8": "int8"}
+    if precision not in known:
+        raise UsageError(f"--precision must be fp32 or int8, got {precision!r}.")
+    store = stored_measurements(found, known[precision])
     if anchors:
         profile, before, after, names = anchored(found.constants, anchors)
         rows = [[n, f"{b:+.1%}", f"{a:+.1%}"] for n, b, a in zip(names, before, after, strict=True)]
         print_table(["anchor", "error before", "error after (left out)"], rows)
     else:
         with progress_bars() as progress:
-            profile = fit_to_board(found, quick=quick, store=stored_measurements(found), progress=progress).profile
+            profile = fit_to_board(found, quick=quick, precision=known[precision], store=store, progress=progress).profile
     path, fitted = replace_profile(found, profile, user_cards() / f"{found.name}.toml"), profile_name(found, profile)
     fit = profile.fit
     say(f"{fitted}: {fit.mape:.1f} % off on average, {fit.within_10:.0f} % within ±10 % ({fit.held_out})")
     if profile.staircase:
         say(f"widths: multiples of {profile.staircase.channel_multiple} are the fastest per channel")
     if not anchors:
-        say(f"what was measured is in {keep_table(stored_measurements(found), path, fitted)}")
+        say(f"what was measured is in {keep_table(store, path, fitted)}")
     say(f"written to {path}, which from now on stands for the card that ships with edgeprune")
 
 

@@ -14,13 +14,13 @@ import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from edgeprune.device.card import Device, Profile, Staircase
+from edgeprune.device.card import Device, Precision, Profile, Staircase
 from edgeprune.device.card import device as find_device
 from edgeprune.device.connection import Connection
 from edgeprune.device.fit import COLUMNS, Fitted, Prior, Sample, constants_of, fit_profile, refine
@@ -29,6 +29,9 @@ from edgeprune.device.kernels import KernelsAt, kernels
 from edgeprune.device.measure import QUICK, Measurement, Schedule, measure_on
 from edgeprune.errors import DeviceError
 from edgeprune.graph.trace import trace
+
+if TYPE_CHECKING:
+    from edgeprune.quantize.quantizer import BitQuantizer
 
 Progress = Callable[[str, int, int], None]
 FORMATS = {"onnxruntime": "onnx", "litert": "tflite"}
@@ -86,47 +89,56 @@ def probes(quick: bool) -> tuple[Probe, ...]:
     return (*convs, *memory, *linear, *blocks, *anchors)
 
 
-def calibrate(device: Device, *, quick: bool = False, store: Path, progress: Progress = lambda *_: None) -> Fitted:
+def calibrate(
+    device: Device, *, quick: bool = False, precision: Precision | None = None, store: Path, progress: Progress = lambda *_: None
+) -> Fitted:
     """A profile for `device`, which must be attached, fitted to networks measured there; the present profile is the prior.
 
+    `precision`: of the networks that are measured, by default the profile's own; int8 ones are quantized as `--quantize int8` does.
     A board without a profile starts from that of a Raspberry Pi 4. Measurements are kept in `store` (JSON), and what is there is not
     measured again; several hosts share them. A full calibration also measures the staircase. Takes about 5 s a network, 50 of them and
     54 widths, or 14 networks with `quick`. Raises DeviceError for a device that is not attached, and for hosts of different kinds.
     """
     if not device.attached:
         raise DeviceError(f"{device.profile} is not attached, so there is nothing to calibrate it by: give --host user@board.")
-    present, chosen = start(device), probes(quick)
-    samples = [_sample(probe, ms) for probe, ms in _measured(device, chosen, store, "networks", progress)]
+    present, chosen = start(device, precision), probes(quick)
+    samples = [_sample(probe, ms) for probe, ms in _measured(device, present, chosen, store, "networks", progress=progress)]
     shape = dict(zip(COLUMNS, constants_of(present).tolist(), strict=True))
     prior = Prior(shape, 0.1 if quick else 0.01, present.cache_bytes)
     facts = {key: getattr(present, key) for key in ("runtime", "threads", "precision", "clock_mhz", "description", "power", "memory")}
     where = f"{device.name} at {' and '.join(device.hosts)}" if device.host else device.name
     prior_words = f"constants drawn to those of {device.profile} before; interval: split conformal"
     words = {
-        "source": f"{len(samples)} small networks measured on {where}",
+        "source": f"{len(samples)} small {'' if present.precision == 'fp32' else f'{present.precision} '}networks measured on {where}",
         "method": f"nonnegative least squares on relative errors, {prior_words}",
         "held_out": "networks of unseen kinds and widths, five folds",
     }
     made = fit_profile(samples, prior, facts, words)
     if quick:
         return made
-    steps = staircase(device, store=store, progress=progress)
+    steps = staircase(device, present, store=store, progress=progress)
     return Fitted(made.profile.model_copy(update={"staircase": steps}), made.held_out_ms, made.covered)
 
 
-def start(device: Device) -> Profile:
+def start(device: Device, precision: Precision | None = None) -> Profile:
     """What a calibration starts from: the present profile; for a board that has none, a Raspberry Pi 4's constants as its own."""
     if device.predicts:
-        return device.constants
+        present = device.constants
+        if precision in (None, present.precision):
+            return present
+        words = {"description": present.description.replace(present.precision, str(precision)), "precision": precision}
+        return present.model_copy(update={**words, "staircase": None})
+    if precision == "int8":
+        raise DeviceError(f"{device.name} has no profile to start from: calibrate it in fp32 first.")
     board, description = device.card.board, f"ONNX Runtime, fp32, {device.threads} thread(s)"
     own = {"threads": device.threads, "clock_mhz": board.clock_mhz, "description": description, "power": None, "staircase": None}
     return find_device("rpi4-ort").constants.model_copy(update=own)
 
 
-def staircase(device: Device, *, store: Path, progress: Progress = lambda *_: None) -> Staircase:
+def staircase(device: Device, present: Profile, *, store: Path, progress: Progress = lambda *_: None) -> Staircase:
     """Milliseconds against width for kinds of convolution and sizes, and the multiple of channels that is fastest per channel."""
     chosen = [Probe(kind, width, side, 3) for kind in STAIRCASE_KINDS for side in STAIRCASE_SIDES for width in STAIRCASE_WIDTHS]
-    ms = dict(_measured(device, chosen, store, "widths", progress))
+    ms = dict(_measured(device, present, chosen, store, "widths", progress=progress))
     rows = {f"{k} {s}": tuple(ms[Probe(k, w, s, 3)] for w in STAIRCASE_WIDTHS) for k in STAIRCASE_KINDS for s in STAIRCASE_SIDES}
     return Staircase(widths=STAIRCASE_WIDTHS, latency_ms=rows, channel_multiple=best_multiple(STAIRCASE_WIDTHS, list(rows.values())))
 
@@ -167,13 +179,17 @@ def anchored(profile: Profile, path: Path) -> tuple[Profile, Any, Any, list[str]
     return made, before, after, [name for name, _, _ in entries]
 
 
-def _measured(device: Device, chosen: Sequence[Probe], store: Path, what: str, progress: Progress) -> list[tuple[Probe, float]]:
+def _measured(
+    device: Device, present: Profile, chosen: Sequence[Probe], store: Path, what: str, *, progress: Progress
+) -> list[tuple[Probe, float]]:
     """The milliseconds of every probe: from the store, or measured now, by all hosts together, and put there."""
     known: dict[str, float] = json.loads(store.read_text()) if store.exists() else {}
     left = [probe for probe in chosen if probe.name not in known]
     kinds: dict[str, str] = {}
     progress(what, len(chosen) - len(left), len(chosen))
-    for number, (probe, found, host) in enumerate(shared(device.hosts, left, lambda board, probe: _measurement(device, board, probe)), 1):
+    for number, (probe, found, host) in enumerate(
+        shared(device.hosts, left, lambda board, probe: _measurement(device, present, board, probe)), 1
+    ):
         kinds[" with ".join(str(found.fingerprint[key]) for key in ("board", "cpu", "runtime"))] = host
         if len(kinds) > 1:
             raise DeviceError(f"the hosts are not of one kind, so they cannot share a calibration: {' and '.join(kinds)}.")
@@ -187,17 +203,31 @@ def _measured(device: Device, chosen: Sequence[Probe], store: Path, what: str, p
     return [(probe, known[probe.name]) for probe in chosen]
 
 
-def _measurement(device: Device, board: Connection, probe: Probe) -> Measurement:
+def _measurement(device: Device, present: Profile, board: Connection, probe: Probe) -> Measurement:
     from edgeprune.export import export
 
-    runtime = start(device).runtime
-    form = FORMATS.get(runtime)
+    form = FORMATS.get(present.runtime)
     if form is None:
-        raise DeviceError(f"{device.profile} runs {runtime}, for which nothing is exported: {' and '.join(FORMATS)} can be calibrated.")
+        raise DeviceError(
+            f"{device.profile} runs {present.runtime}, for which nothing is exported: {' and '.join(FORMATS)} can be calibrated."
+        )
     with tempfile.TemporaryDirectory() as folder:
         with _EXPORTING:
-            artifact = export(*probe.build(), Path(folder) / "probe", format=form)
+            network, example = probe.build()
+            quantizer = _quantizer(example) if present.precision == "int8" else None
+            artifact = export(network, example, Path(folder) / "probe", format=form, quantizer=quantizer)
         return measure_on(board, artifact.path, threads=device.threads, **_SCHEDULE)
+
+
+def _quantizer(example: Tensor) -> BitQuantizer:
+    """Calibrated on noise: how fast int8 kernels are does not depend on what they compute."""
+    from edgeprune.data import Preprocessing, Split
+    from edgeprune.quantize.quantizer import BitQuantizer, CalibrationImages
+    from edgeprune.sources import Arrays
+
+    noise = np.random.default_rng(0).random((8, *example.shape[1:]), dtype=np.float32)
+    split = Split(Arrays("noise", noise), None, np.arange(len(noise)), Preprocessing(None, None, (1, 1)))
+    return BitQuantizer(CalibrationImages(split), variants=("plain",), least_sqnr_db=-np.inf)
 
 
 def _sample(probe: Probe, latency_ms: float) -> Sample:

@@ -25,6 +25,7 @@ from edgeprune.errors import DeviceError, UnknownDevice
 Nonnegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Count = Annotated[int, Field(ge=1)]
+Precision = Literal["fp32", "fp16", "int8"]
 MacKind = Literal["conv1x1", "conv3x3", "conv_other", "depthwise", "depthwise_large", "grouped", "linear"]
 MemoryKind = Literal["activation", "elementwise", "scale", "pool", "global_pool", "cat", "resize", "pad", "norm", "other"]
 KernelKind = MacKind | MemoryKind
@@ -143,7 +144,7 @@ class Profile(_Table):
 
     runtime: str
     threads: Count
-    precision: Literal["fp32", "fp16", "int8"]
+    precision: Precision
     clock_mhz: Positive
     description: str
     network_us: Nonnegative

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
-from edgeprune.device.card import Card, Device, Memory, Profile
+from edgeprune.device.card import Card, Device, Memory, Precision, Profile
 from edgeprune.errors import DeviceError
 
 _MARKER = "# Written by"
@@ -21,11 +21,11 @@ def user_cards() -> Path:
     return Path(os.environ.get("XDG_CONFIG_HOME") or Path.home() / ".config") / "edgeprune" / "devices"
 
 
-def stored_measurements(device: Device) -> Path:
-    """Where the measurements of a calibration of this profile are kept until it is complete."""
+def stored_measurements(device: Device, precision: Precision | None = None) -> Path:
+    """Where the measurements of a calibration of this profile, in this precision, are kept until it is complete."""
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     hosts = "".join(f"-{quote(host, safe='@')}" for host in sorted(device.hosts) if host)
-    return cache / "edgeprune" / f"calibration-{device.profile}{hosts}.json"
+    return cache / "edgeprune" / f"calibration-{device.profile}{f'-{precision}' if precision else ''}{hosts}.json"
 
 
 def keep_table(measurements: Path, card: Path, profile: str) -> Path:
@@ -51,8 +51,10 @@ def replace_profile(device: Device, profile: Profile, path: Path) -> Path:
 
 
 def profile_name(device: Device, profile: Profile) -> str:
-    """The device's own profile, or the name of the first one of a board that has none."""
-    return device.profile if device.predicts else f"{device.name}-{'ort' if profile.runtime == 'onnxruntime' else profile.runtime}"
+    """The device's own profile, that of another precision beside it, or the name of the first one of a board that has none."""
+    if not device.predicts:
+        return f"{device.name}-{'ort' if profile.runtime == 'onnxruntime' else profile.runtime}"
+    return device.profile if profile.precision == device.constants.precision else f"{device.profile}-{profile.precision}"
 
 
 def write_profiles(path: Path, profiles: Mapping[str, Profile], by: str, *, above: str | None = None) -> None:

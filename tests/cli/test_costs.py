@@ -56,12 +56,14 @@ def test_a_calibration_that_was_measured_before_is_fitted_written_and_used(
 ) -> None:
     monkeypatch.setenv("XDG_CONFIG_HOME", str(here / "config"))
     monkeypatch.setenv("XDG_CACHE_HOME", str(here / "cache"))
-    kept = here / "cache/edgeprune/calibration-rpi4-ort.json"
+    kept = here / "cache/edgeprune/calibration-rpi4-ort-int8-pi@gone.json"
     kept.parent.mkdir(parents=True)
     kept.write_text(json.dumps({probe.name: 0.1 + 1e-7 * probe.channels * probe.side**2 for probe in probes(quick=True)}))
-    done = edgeprune("device", "calibrate", "rpi4", "--quick")
-    assert done.code == 0
-    assert "within ±10 %" in done.err
-    shown = edgeprune("profile", *NET, "--input-shape", "1,3,8,8", "--device", "rpi4")
+    asked = ("device", "calibrate", "rpi4", "--quick", "--host", "pi@gone", "--precision")
+    assert edgeprune(*asked, "fp64").code == 2
+    done = edgeprune(*asked, "int8")  # nothing is left to measure, so nobody is called
+    assert done.code == 0, done.err
+    assert "rpi4-ort-int8: " in done.err and "within ±10 %" in done.err
+    shown = edgeprune("profile", *NET, "--input-shape", "1,3,8,8", "--device", "rpi4-ort-int8")
     assert "five folds" in shown.out and "unseen kinds and widths" in shown.out
-    assert edgeprune("device", "show", "rpi4").out.count("12 small networks measured on rpi4") == 1
+    assert edgeprune("device", "show", "rpi4").out.count("14 small int8 networks measured on rpi4") == 1

@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import onnx
 import pytest
 import torch
 
@@ -15,7 +16,7 @@ from edgeprune.device.calibrate import ANCHORS, Probe, anchored, best_multiple, 
 from edgeprune.device.card import Device, device
 from edgeprune.device.fit import MAC_KINDS
 from edgeprune.device.kernels import kernels
-from edgeprune.device.store import stored_measurements
+from edgeprune.device.store import replace_profile, stored_measurements, user_cards
 from edgeprune.errors import DeviceError, Unreachable
 from edgeprune.graph.trace import trace
 from tests.device.boards import Board, Client
@@ -40,6 +41,29 @@ def test_measurements_in_the_store_are_not_measured_again(tmp_path: Path) -> Non
     made = calibrate(device("rpi4", host="gone"), quick=True, store=store, progress=lambda *state: seen.append(state))
     assert made.profile.fit.rows == len(probes(quick=True))
     assert seen == [("networks", 14, 14)]
+
+
+def test_int8_is_a_profile_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path))
+    store, board = tmp_path / "kept.json", device("rpi4", host="gone")
+    store.write_text(json.dumps({probe.name: 0.1 + 1e-7 * probe.channels * probe.side**2 for probe in probes(quick=True)}))
+    made = calibrate(board, quick=True, precision="int8", store=store).profile
+    assert (made.precision, made.fit.source) == ("int8", "14 small int8 networks measured on rpi4 at gone")
+    assert "int8" in made.description and "fp32" not in made.description
+    replace_profile(board, made, user_cards() / "rpi4.toml")
+    assert (device("rpi4").profile, device("rpi4-ort-int8").constants) == ("rpi4-ort", made)
+    assert stored_measurements(board, "int8") != stored_measurements(board)
+    assert start(device("rpi4-ort-int8")).precision == "int8"
+    model = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3), torch.nn.ReLU())
+    assert ep.predict(model, torch.zeros(1, 3, 16, 16), "rpi4-ort-int8").latency_ms.value > 0
+
+
+@pytest.mark.parametrize("kind", ["conv3x3", "linear", "block", "pool"])
+def test_int8_probes_are_quantized(kind: str, tmp_path: Path) -> None:
+    network, example = Probe(kind, 8, 1 if kind == "linear" else 8, 2).build()
+    made = ep.export(network, example, tmp_path / "probe", quantizer=calibration._quantizer(example))
+    names = {node.op_type for node in onnx.load(made.path).graph.node}
+    assert ("DequantizeLinear" in names) == (kind != "pool")  # what has no weights stays float
 
 
 @pytest.fixture
