@@ -230,8 +230,8 @@ class Device:
 
     @property
     def hosts(self) -> tuple[str, ...]:
-        """Every host named; one empty name for this machine."""
-        return tuple(name.strip() for name in self.host.split(","))
+        """Every host named, once; one empty name for this machine."""
+        return tuple(dict.fromkeys(name.strip() for name in self.host.split(",")))
 
     @property
     def channel_multiple(self) -> int:

@@ -114,3 +114,7 @@ def test_a_malformed_card_is_refused_in_one_paragraph(tmp_path: Path, old: str, 
 def test_a_missing_path_is_refused(tmp_path: Path) -> None:
     with pytest.raises(DeviceError, match="cannot be read"):
         device(tmp_path / "none.toml")
+
+
+def test_a_host_that_is_named_twice_is_one() -> None:
+    assert device("rpi4", host="pi@a, pi@b,pi@a").hosts == ("pi@a", "pi@b")
