@@ -59,6 +59,7 @@ bench-graph: .venv/.dev  ## trace and slim: the 87 library networks of the list 
 	$(BIN)/python -m benchmarks.graph coverage
 	$(BIN)/python -m benchmarks.graph speed
 	$(BIN)/python -m benchmarks.graph depth
+	$(BIN)/python -m benchmarks.graph_start
 
 bench-training: .venv/.dev  ## images per second of fine-tuning beside bare forward + backward
 	$(BIN)/python -m benchmarks.training

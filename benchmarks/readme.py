@@ -12,6 +12,7 @@ TABLES = {
         "criteria": ("criteria.md", "### Best on validation"),
         "speed": ("graph_speed.md", ""),
         "depth": ("graph_depth.md", ""),
+        "start": ("graph_start.md", ""),
         "cost": ("cost_models.md", ""),
     },
     "docs/cost-models.md": {
