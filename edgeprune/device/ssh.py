@@ -42,6 +42,7 @@ class Ssh(Connection):
         self._process: asyncssh.SSHClientProcess[str] | None = None
         self._last_error = ""
         self._tasks: list[asyncio.Task[None]] = []
+        self._entering, self._ended = threading.Lock(), False
         self._pushed: list[str] = []  # hashes, the latest last
         # A loop of its own, in a thread of its own: callers may have one running (notebooks), and Ctrl-C reaches the main thread.
         self._loop = asyncio.new_event_loop()
@@ -64,6 +65,8 @@ class Ssh(Connection):
 
     def _end(self) -> None:
         """End the agent, which ends what it started, and hang up."""
+        with self._entering:
+            self._ended = True
         with contextlib.suppress(TimeoutError, asyncssh.Error, OSError):
             asyncio.run_coroutine_threadsafe(self._hang_up(), self._loop).result(timeout=10.0)
         self._loop.call_soon_threadsafe(self._loop.stop)
@@ -71,7 +74,12 @@ class Ssh(Connection):
         self._loop.close()
 
     def _run(self, work: Coroutine[Any, Any, Value]) -> Value:
-        return asyncio.run_coroutine_threadsafe(work, self._loop).result()
+        with self._entering:  # what comes in after the end would wait for ever
+            if self._ended:
+                work.close()
+                raise Unreachable(f"the connection to {self.where} was closed.")
+            future = asyncio.run_coroutine_threadsafe(work, self._loop)
+        return future.result()
 
     def _send(self, line: str) -> None:
         self._run(self._write(line))
