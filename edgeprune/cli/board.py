@@ -61,6 +61,8 @@ def calibrate(
     known: dict[str | None, Precision | None] = {None: None, "fp32": "fp32", "int8": "int8"}
     if precision not in known:
         raise UsageError(f"--precision must be fp32 or int8, got {precision!r}.")
+    if anchors and precision:
+        raise UsageError("--anchors adapts the profile that is named, whatever its precision: leave --precision out.")
     store = stored_measurements(found, known[precision])
     if anchors:
         profile, before, after, names = anchored(found.constants, anchors)

@@ -61,6 +61,7 @@ def test_a_calibration_that_was_measured_before_is_fitted_written_and_used(
     kept.write_text(json.dumps({probe.name: 0.1 + 1e-7 * probe.channels * probe.side**2 for probe in probes(quick=True)}))
     asked = ("device", "calibrate", "rpi4", "--quick", "--host", "pi@gone", "--precision")
     assert edgeprune(*asked, "fp64").code == 2
+    assert "leave --precision out" in edgeprune(*asked, "int8", "--anchors", "measurements.json").message
     done = edgeprune(*asked, "int8")  # nothing is left to measure, so nobody is called
     assert done.code == 0, done.err
     assert "rpi4-ort-int8: " in done.err and "within ±10 %" in done.err
