@@ -103,6 +103,8 @@ def profile(
     if not target.attached and not is_artifact:
         look.predicted(load(path, factory, shape_of(input_shape), trust_pickle), target, as_json)
         return
+    if not is_artifact and target.predicts and target.constants.precision == "int8":
+        raise UsageError(f"{target.profile} is of int8 kernels, {path} would be measured in fp32: export it with --quantize int8 first.")
     from edgeprune.device.session import sitting
     from edgeprune.run import write_json
 

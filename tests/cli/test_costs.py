@@ -68,3 +68,5 @@ def test_a_calibration_that_was_measured_before_is_fitted_written_and_used(
     shown = edgeprune("profile", *NET, "--input-shape", "1,3,8,8", "--device", "rpi4-ort-int8")
     assert "five folds" in shown.out and "unseen kinds and widths" in shown.out
     assert edgeprune("device", "show", "rpi4").out.count("14 small int8 networks measured on rpi4") == 1
+    refused = edgeprune("profile", *NET, "--input-shape", "1,3,8,8", "--device", "rpi4-ort-int8", "--host", "pi@gone")
+    assert refused.code == 2 and "export it with --quantize int8" in refused.message
