@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import asdict, dataclass
 from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING, Any
@@ -57,7 +57,7 @@ class WidthRules:
         for pattern in self.keep_dense:
             matched = [name for name in reached if fnmatchcase(name, pattern)]
             if not matched:
-                near = difflib.get_close_matches(pattern, reached, n=3)
+                near = _near(pattern, reached)
                 hint = f"Did you mean {' or '.join(near)}?" if near else "edgeprune inspect lists the groups."
                 raise UsageError(f"keep_dense: {pattern!r} matches no group, layer or parameter of this network. {hint}")
             dense.update(*(reached[name] for name in matched))
@@ -70,6 +70,15 @@ class WidthRules:
     def _minimum(self, group: ChannelGroup) -> int:
         removable = math.floor(self.max_remove * group.channels + 1e-9)  # 0.29 * 100 is a little less than 29
         return max(math.ceil(self.min_channels / group.filters), group.channels - removable)
+
+
+def _near(pattern: str, names: Collection[str]) -> list[str]:
+    """What was perhaps meant: the beginnings of names for a pattern that ends with *, else whole names."""
+    if pattern.endswith("*"):
+        starts = {".".join(parts[:n]) for name in names if (parts := name.split(".")) for n in range(1, len(parts))}
+        if near := difflib.get_close_matches(pattern.rstrip(".*"), sorted(starts), n=3):
+            return [f"{start}.*" for start in near]
+    return difflib.get_close_matches(pattern.strip(".*"), names, n=3)
 
 
 DEFAULT_RULES = WidthRules()

@@ -81,6 +81,10 @@ def test_a_pattern_that_matches_nothing_is_a_usage_error_with_near_matches() -> 
     graph = traced("plain")[1]
     with pytest.raises(UsageError, match=r"'body\.2\.O' matches no group.* Did you mean body\.2\.0"):
         WidthRules(keep_dense=["body.0.0", "body.2.O"]).allowed(graph)
+    with pytest.raises(UsageError, match=r"'bdy\.2\*' matches no group.* Did you mean body\.2\.\*"):
+        WidthRules(keep_dense=["bdy.2*"]).allowed(graph)
+    with pytest.raises(UsageError, match=r"'\*body\.2\.O' matches no group.* Did you mean body\.2\.0"):
+        WidthRules(keep_dense=["*body.2.O"]).allowed(graph)
     with pytest.raises(UsageError, match=r"'' matches no group.* edgeprune inspect lists"):
         WidthRules(keep_dense=[""]).allowed(graph)
 
