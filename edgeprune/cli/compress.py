@@ -81,7 +81,7 @@ def compress(
     mixup: Annotated[float | None, typer.Option(help="alpha of mixup (0: off)")] = None,
     cutmix: Annotated[float | None, typer.Option(help="alpha of CutMix (0: off)")] = None,
     feature_weight: Annotated[float | None, typer.Option(help="weight of the dense network's feature maps in the loss (0: off)")] = None,
-    precision: Annotated[str | None, typer.Option(help="of fine-tuning: auto (bf16 on a GPU that has it), fp32 or bf16")] = None,
+    precision: Annotated[str | None, typer.Option(help="of fine-tuning: auto (bf16 where the hardware has it), fp32 or bf16")] = None,
     flip: Annotated[bool, typer.Option(help="mirror training images at random")] = True,
     rounds: Annotated[int, typer.Option(help="prune, recover and fine-tune so often, each time a part of the way to the budget")] = 1,
     round_to: Annotated[int | None, typer.Option(help="widths are multiples of this (default: what suits the device)")] = None,

@@ -130,6 +130,14 @@ def _rehearse(trial: _Training, train: Split, seed: int) -> None:
     trial.check_weights()
 
 
+def _multiplies_bf16(device: torch.device) -> bool:
+    """Whether the hardware has instructions for it; emulated bf16 is slower than fp32."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    capabilities = torch.cpu.get_capabilities()
+    return device.type == "cpu" and any(capabilities.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16"))
+
+
 class _Training:
     """A network in training: its weights, the optimizer, the moving average, the best epoch so far."""
 
@@ -143,8 +151,7 @@ class _Training:
         self._teacher, self._layout, self._steps = teacher, layout, steps
         self._parameters = {n: p for n, p in self.work.named_parameters() if p.requires_grad}
         self._optimizer = _optimizer(list(self._parameters.values()), recipe)
-        on_gpu = together.device.type == "cuda"
-        self._bf16 = recipe.precision == "bf16" or (recipe.precision == "auto" and on_gpu and torch.cuda.is_bf16_supported())
+        self._bf16 = recipe.precision == "bf16" or (recipe.precision == "auto" and _multiplies_bf16(together.device))
         self._kept: dict[str, Tensor] = {}
         self._loss, self._seen = torch.zeros((), device=together.device), 0
 

@@ -16,7 +16,7 @@ from edgeprune.train.evaluate import evaluate
 from edgeprune.train.finetune import chosen_epoch, finetune
 from tests.colours import SIDE, colour_data, colour_net, images, same
 
-RECIPE = Recipe(epochs=3, lr=0.05, batch_size=16, flip=True, crop_padding=1)
+RECIPE = Recipe(epochs=3, lr=0.05, batch_size=16, flip=True, crop_padding=1, precision="fp32")  # the same on every machine
 
 
 class Killed(Exception):
@@ -327,6 +327,14 @@ def test_what_is_broken_from_the_start_is_known_at_once(tmp_path: Path) -> None:
         finetune(model, None, colour_data().train, None, RECIPE, checkpoints=tmp_path, progress=lambda w, d, t: steps.append(d))
     assert steps == []
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(("capability", "precision"), [("avx512_bf16", "bf16"), ("bf16", "bf16"), ("avx2", "fp32")])
+def test_the_automatic_precision_is_bf16_where_the_processor_has_it(capability: str, precision: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {capability: True})
+    data = colour_data()
+    chosen, named = (finetune(colour_net(), None, data.train, None, replace(RECIPE, precision=p))[0] for p in ("auto", precision))
+    assert same(chosen.state_dict(), named.state_dict())
 
 
 def test_bf16_trains_and_leaves_float32() -> None:
