@@ -330,7 +330,9 @@ def test_what_is_broken_from_the_start_is_known_at_once(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("capability", "precision"), [("avx512_bf16", "bf16"), ("bf16", "bf16"), ("avx2", "fp32")])
-def test_the_automatic_precision_is_bf16_where_the_processor_has_it(capability: str, precision: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_automatic_precision_is_bf16_where_the_processor_has_it(
+    capability: str, precision: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {capability: True})
     data = colour_data()
     chosen, named = (finetune(colour_net(), None, data.train, None, replace(RECIPE, precision=p))[0] for p in ("auto", precision))
