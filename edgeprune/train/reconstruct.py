@@ -19,7 +19,7 @@ Source: reconstruction by least squares after He, Zhang, Sun, "Channel Pruning f
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -44,6 +44,8 @@ RECTIFY_ROUNDS = 3
 PATCH_BYTES = 256 << 20
 KEPT_BYTES = 512 << 20
 MEMORY_BYTES = 3 << 30
+RIDGES = (1e-3, 1e-2, 1e-1, 1.0, 10.0, 100.0)
+ASIDE = 4  # one image in so many judges the ridges
 
 
 def reconstruct(
@@ -55,14 +57,14 @@ def reconstruct(
     *,
     images: int = 2048,
     augment: Augment | None = None,
-    ridge: float = 1e-3,
+    ridges: Sequence[float] = RIDGES,
     progress: Progress = silent,
 ) -> nn.Module:
     """A copy of `small` whose convs and linears were refitted to the dense network's outputs; the inputs are untouched.
 
-    Needs images only, no labels; `augment` as the network's own training had it makes them more like new ones. `ridge` pulls towards
-    the present weights, as a share of the mean variance of the inputs. At most as many images as their feature maps fit into 3 GB.
-    Raises DataError when there are none.
+    Needs images only, no labels; `augment` as the network's own training had it makes them more like new ones. `ridges`: pulls towards
+    the present weights, as shares of the mean variance of a layer's inputs, of which each layer takes the one that serves unseen images
+    best. At most as many images as their feature maps fit into 3 GB. Raises DataError when there are none.
     """
     batch = _batch(split, min(images, _affordable(graph)), augment)
     if graph.exported is not None:  # the slim network runs the exported operations, so the dense one must too
@@ -77,7 +79,7 @@ def reconstruct(
         for part in batch.split(128):
             recorder.calls = 0
             dense(part)
-    with _frozen(fitted), _Refitter(targets, recorder, dict(named_tensors(fitted)), ridge, progress):
+    with _frozen(fitted), _Refitter(targets, recorder, dict(named_tensors(fitted)), ridges, progress):
         fitted(batch)
     return fitted
 
@@ -214,12 +216,12 @@ class _Refitter(Observer):
         targets: Mapping[int, _Target],
         recorder: _Recorder,
         tensors: Mapping[str, Tensor],
-        ridge: float,
+        ridges: Sequence[float],
         progress: Progress,
     ) -> None:
         super().__init__()
         self._targets, self._wanted, self._eps, self._tensors = targets, recorder.outputs(), recorder.eps, tensors
-        self._ridge, self._progress = ridge, progress
+        self._ridges, self._progress = ridges, progress
         self._calls = self._done = 0
         self._beside: dict[int, list[_Target]] = {}
         for target in targets.values():
@@ -252,9 +254,10 @@ class _Refitter(Observer):
         bias = args[2] if target.op.kind == "conv" else (args[0] if target.op.name == "addmm" else None)
         mean = self._tensors[_prefix(target.norm) + "running_mean"] if target.norm and bias is None else None
         present = _present(target, weight)
-        fit = _Fit(present, self._ridge, free=bias is not None or mean is not None)
+        fit = _Fit(present, self._ridges, affine.gain.double().reshape(present.shape[:2]), free=bias is not None or mean is not None)
+        places = len(target.places) if target.op.kind == "conv" else 1
         for x, y in _chunks(target, args, _rows(wanted)):
-            fit.add(x, y)
+            fit.add(x, y, places)
         fit.solve()
         if target.rectified and len(present) == 1 and fit.free:
             fit.rectify(affine, None if beside is None else _rows(beside))
@@ -328,38 +331,49 @@ def _lists(args: tuple[Any, ...]) -> list[list[int]]:
 class _Fit:
     """Ridge regression of a layer's wanted outputs on its inputs, pulled towards the weights it has; one for each conv group.
 
-    `free`: the intercept may be anything, else it is 0. After `solve`: `weight` (groups, outputs, values), `intercept` (groups, outputs).
+    How hard it is pulled, every fourth image decides: the ridge is the one whose fit to the others errs least on these. `gain` (groups,
+    outputs): by how much an output's error counts. `free`: the intercept may be anything, else it is 0. After `solve`: `weight` (groups,
+    outputs, values), `intercept` (groups, outputs).
     """
 
-    def __init__(self, present: Tensor, ridge: float, *, free: bool) -> None:
+    def __init__(self, present: Tensor, ridges: Sequence[float], gain: Tensor, *, free: bool) -> None:
         self.free = free
-        self.weight = present.double()
+        self.weight = self._present = present.double()
         self.intercept = torch.zeros(present.shape[:2], dtype=torch.float64)
-        self._ridge = ridge
-        self._moments = Moments(present.shape[0], present.shape[1] + present.shape[2])
+        self._ridges, self._gain = ridges, gain
+        self._others, self._aside = (Moments(present.shape[0], present.shape[1] + present.shape[2]) for _ in range(2))
         self._seen: list[tuple[Tensor, Tensor]] = []
-        self._bytes = 0
+        self._bytes = self._images = 0
 
-    def add(self, x: Tensor, y: Tensor) -> None:
-        """Rows x (rows, groups, values), y (rows, groups, outputs); those of the first half gigabyte are kept to look at again."""
-        self._moments.add(torch.cat([x, y], dim=2))
+    def add(self, x: Tensor, y: Tensor, places: int) -> None:
+        """Rows x (rows, groups, values), y (rows, groups, outputs), `places` of each image; the first half gigabyte is kept to rectify."""
+        images = torch.arange(self._images, self._images + len(x) // places)
+        aside = (images % ASIDE == ASIDE - 1).repeat_interleave(places)
+        self._images += len(images)
+        rows = torch.cat([x, y], dim=2)
+        for moments, theirs in ((self._others, rows[~aside]), (self._aside, rows[aside])):
+            if len(theirs):
+                moments.add(theirs)
         if self._bytes < KEPT_BYTES:
             self._bytes += 4 * x.numel()
             self._seen.append((x, y))
 
     def solve(self) -> None:
         """The weights and the intercept that fit best."""
-        second, mean = self._moments.covariance(), self._moments.mean()
-        if not self.free:
-            second = second + mean[:, :, None] * mean[:, None, :]
-        values = self.weight.shape[2]
-        xx, xy = second[:, :values, :values], second[:, :values, values:]
-        pull = (self._ridge * xx.diagonal(dim1=1, dim2=2).mean(1).clamp(min=1e-12))[:, None, None]
-        self._factor = torch.linalg.cholesky(xx + pull * torch.eye(values, dtype=torch.float64))
-        self._mean = mean[:, None, :values]
-        self.weight = torch.cholesky_solve(xy + pull * self.weight.transpose(1, 2), self._factor).transpose(1, 2)
-        if self.free:
-            self.intercept = mean[:, values:] - (self._mean @ self.weight.transpose(1, 2))[:, 0]
+        every = self._normal(self._others + self._aside)
+        self.weight, self.intercept, self._factor = every.solved(self._ridge())
+        self._mean = every.mean[:, None, : every.values]
+
+    def _ridge(self) -> float:
+        if len(self._ridges) == 1 or self._images < ASIDE:
+            return self._ridges[-1]
+        others, aside = self._normal(self._others), self._normal(self._aside)
+        errors = [aside.error(*others.solved(ridge)[:2], self._gain) for ridge in self._ridges]
+        return self._ridges[int(np.argmin(errors))]
+
+    def _normal(self, moments: Moments) -> _Normal:
+        second, mean = moments.covariance(), moments.mean()
+        return _Normal(second if self.free else second + mean[:, :, None] * mean[:, None, :], mean, self._present, self.free)
 
     def rectify(self, affine: _Affine, beside: Tensor | None) -> None:
         """Refit to what passes a ReLU behind z = gain * y + shift (+ beside, (rows, outputs)); layers without conv groups."""
@@ -374,3 +388,41 @@ class _Fit:
             step = torch.cholesky_solve(cross, self._factor[0])
             self.weight = self.weight + step.T
             self.intercept = self.intercept + mean - self._mean[0] @ step
+
+
+class _Normal(NamedTuple):
+    """The normal equations of a fit: second moments of inputs and wanted outputs (about the mean where the intercept is free), means."""
+
+    second: Tensor
+    mean: Tensor
+    present: Tensor
+    free: bool
+
+    @property
+    def values(self) -> int:
+        """The number of inputs, which come before the outputs."""
+        return self.present.shape[2]
+
+    def solved(self, ridge: float) -> tuple[Tensor, Tensor, Tensor]:
+        """Weights (groups, outputs, values), intercepts (groups, outputs), and the Cholesky factor of what was solved."""
+        n = self.values
+        xx, xy = self.second[:, :n, :n], self.second[:, :n, n:]
+        pull = (ridge * xx.diagonal(dim1=1, dim2=2).mean(1).clamp(min=1e-12))[:, None, None]
+        factor = torch.linalg.cholesky(xx + pull * torch.eye(n, dtype=torch.float64))
+        weight = torch.cholesky_solve(xy + pull * self.present.transpose(1, 2), factor).transpose(1, 2)
+        if self.free:
+            return weight, self.mean[:, n:] - self._given(weight), factor
+        return weight, torch.zeros(weight.shape[:2], dtype=torch.float64), factor
+
+    def error(self, weight: Tensor, intercept: Tensor, gain: Tensor) -> float:
+        """The squared error of such a fit on the rows of these moments, of each output times its gain; the mean over rows."""
+        n = self.values
+        xx, xy, yy = self.second[:, :n, :n], self.second[:, :n, n:], self.second[:, n:, n:].diagonal(dim1=1, dim2=2)
+        errors = yy - 2 * (weight * xy.transpose(1, 2)).sum(2) + ((weight @ xx) * weight).sum(2)
+        if self.free:
+            errors = errors + (self.mean[:, n:] - self._given(weight) - intercept).square()
+        return float((gain.square() * errors).sum())
+
+    def _given(self, weight: Tensor) -> Tensor:
+        """What the weights give at the mean of the inputs, (groups, outputs)."""
+        return (self.mean[:, None, : self.values] @ weight.transpose(1, 2))[:, 0]

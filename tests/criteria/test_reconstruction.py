@@ -17,7 +17,7 @@ from edgeprune.plan import Scores
 from tests.networks import build, images, traced
 
 EVERYWHERE = 10_000
-EXACT = {"ridge": 1e-9, "positions": EVERYWHERE, "measure": "layer"}
+EXACT = {"ridge": 1e-9, "shrink": False, "positions": EVERYWHERE, "measure": "layer"}
 Floats = NDArray[np.float64]
 
 
@@ -48,6 +48,38 @@ def conv_rows(model: nn.Module, layer: str, x: Tensor) -> tuple[Floats, Floats]:
     conv: Any = model.get_submodule(layer)
     patches = F.unfold(inputs_of(model, layer, x), conv.kernel_size, padding=conv.padding, stride=conv.stride)
     return patches.movedim(1, 2).flatten(0, 1).numpy(), conv.weight.detach().flatten(1).numpy()
+
+
+def test_correlations_are_drawn_to_none_where_few_rows_make_them_up() -> None:
+    """Of independent and of mixed columns: what is shrunk is nearer to the truth; the more rows, the less is shrunk."""
+    generator = torch.Generator().manual_seed(0)
+    for mixed in (torch.eye(40, dtype=torch.float64), torch.randn(40, 40, generator=generator, dtype=torch.float64)):
+        true = _correlation(mixed @ mixed.T)
+        drawn = []
+        for rows in (20, 80, 2000):
+            found = _correlation(torch.cov((torch.randn(rows, 40, generator=generator, dtype=torch.float64) @ mixed.T).T))
+            drawn.append(reconstruction.shrinkage(found[None], rows))
+            shrunk = (1 - drawn[-1]) * found + drawn[-1] * torch.eye(40)
+            assert (shrunk - true).norm() < (found - true).norm()
+    assert 1 >= drawn[0] > drawn[1] > drawn[2] > 0
+
+
+def _correlation(second: Tensor) -> Tensor:
+    spread = second.diagonal().sqrt()
+    return second / spread[:, None] / spread
+
+
+def test_few_images_do_not_make_wide_layers_look_redundant() -> None:
+    """With fewer images than channels, all of which matter alike, unshrunk scores call most of them worthless."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 8)).eval()
+    x = torch.randn(24, 64)
+    drawn, plain = (
+        np.sort(criteria.score(trace(model, x[:1]), model, "reconstruction", data=[x], shrink=shrink).values["0"])
+        for shrink in (True, False)
+    )
+    assert plain[32] < 0.05 * plain[-1]
+    assert drawn[32] > 0.1 * drawn[-1]
 
 
 def test_alone_a_channel_scores_what_least_squares_without_it_leave() -> None:

@@ -62,3 +62,31 @@ def test_a_large_mean_does_not_drown_a_small_variance() -> None:
         moments.add(part)
     np.testing.assert_allclose(moments.covariance()[0], np.cov(rows[:, 0].T.numpy(), bias=True), atol=1e-8)
     assert moments.rounding == torch.finfo(torch.float32).eps
+
+
+def test_two_sets_of_moments_add_up_to_those_of_all_rows() -> None:
+    rows = noise(60, 2, 5) + torch.arange(60)[:, None, None] / 10
+    parts = [Moments(2, 5) for _ in range(3)]
+    for moments, part in zip(parts, (rows[:25], rows[25:], rows), strict=True):
+        moments.add(part, images=5)
+    for both in (parts[0] + parts[1], parts[0] + parts[1] + Moments(2, 5), Moments(2, 5) + parts[2]):
+        assert torch.allclose(both.covariance(), parts[2].covariance(), atol=1e-12)
+        assert torch.allclose(both.mean(), parts[2].mean(), atol=1e-12)
+
+
+def test_rows_of_one_image_count_by_how_much_they_differ() -> None:
+    def counted(share: float, parts: int = 1) -> float:
+        """Of 400 images with 16 rows each, whose images make up so much of the variance."""
+        images = noise(400, 1, 1, 6).expand(400, 16, 1, 6) * share**0.5 + noise(400, 16, 1, 6, seed=1) * (1 - share) ** 0.5
+        moments = Moments(1, 6)
+        for part in images.chunk(parts):
+            moments.add(part.flatten(0, 1) + 3, images=len(part))
+        return moments.independent_rows()
+
+    assert counted(1) == 400
+    assert counted(0) == pytest.approx(6400, rel=0.1)
+    assert counted(0.2) == pytest.approx(6400 / (1 + 15 * 0.2), rel=0.1)  # Kish's design effect
+    assert counted(0.2, parts=7) == pytest.approx(counted(0.2), rel=1e-9)
+    one_each = Moments(1, 6)
+    one_each.add(noise(50, 1, 6))
+    assert one_each.independent_rows() == 50

@@ -61,7 +61,7 @@ def test_a_channel_that_stands_twice_is_recovered_exactly(norm: bool, bias: bool
     plan = Plan({name: (0, 1, 2, 3, 4, 6, 7)})
     small = slim(model, graph, plan)
     lost = float((outputs(small) - outputs(model)).abs().max())
-    fitted = reconstruct(small, model, graph, plan, train_split(), ridge=1e-9)
+    fitted = reconstruct(small, model, graph, plan, train_split(), ridges=(1e-9,))
     assert lost > 1e-3
     assert float((outputs(fitted) - outputs(model)).abs().max()) < 1e-4 * lost + 1e-5
 
@@ -120,12 +120,29 @@ def test_no_images_is_an_error() -> None:
 
 
 @pytest.mark.parametrize("free", [True, False])
+@pytest.mark.parametrize(("images", "strongest"), [(24, True), (2000, False)])
+def test_images_aside_choose_how_hard_the_weights_are_pulled(images: int, strongest: bool, free: bool) -> None:
+    """Few images and noisy outputs: the present weights, which were right, serve new ones best. Many: what is fitted to them does."""
+    random = torch.Generator().manual_seed(1)
+    x, noise = torch.randn(images, 1, 40, generator=random), torch.randn(images, 1, 3, generator=random)
+    present, true = torch.randn(1, 3, 40, generator=random), torch.randn(1, 3, 40, generator=random)
+    y = x @ (present if strongest else true).transpose(1, 2)[0] + noise
+    fits = {ridges: _Fit(present, ridges, torch.ones(1, 3), free=free) for ridges in ((1e-3, 0.1, 100.0), (1e-3,), (100.0,))}
+    for fit in fits.values():
+        for part in (slice(0, images // 3), slice(images // 3, images)):
+            fit.add(x[part], y[part], places=1)
+        fit.solve()
+    chosen, least, most = (fit.weight for fit in fits.values())
+    assert torch.equal(chosen, most if strongest else least)
+
+
+@pytest.mark.parametrize("free", [True, False])
 def test_the_solution_is_ridge_regression(free: bool) -> None:
     random = np.random.default_rng(0)
     x, y, present = random.normal(1, 1, (200, 6)), random.normal(size=(200, 3)), random.normal(size=(3, 6))
-    fit = _Fit(torch.from_numpy(present)[None], 0.1, free=free)
+    fit = _Fit(torch.from_numpy(present)[None], (0.1,), torch.ones(1, 3), free=free)
     for part in (slice(0, 70), slice(70, 200)):
-        fit.add(torch.from_numpy(x[part])[:, None], torch.from_numpy(y[part])[:, None])
+        fit.add(torch.from_numpy(x[part])[:, None], torch.from_numpy(y[part])[:, None], places=10)
     fit.solve()
     mean_x, mean_y = (x.mean(0), y.mean(0)) if free else (np.zeros(6), np.zeros(3))
     a, b = x - mean_x, y - mean_y
@@ -148,8 +165,8 @@ def test_behind_a_relu_only_what_passes_it_is_fitted(summed: bool) -> None:
     def before(values: Tensor) -> Tensor:
         return values * gain + shift + (0 if beside is None else beside)
 
-    fit = _Fit(torch.zeros(1, 3, 5), 1e-9, free=True)
-    fit.add(x, y)
+    fit = _Fit(torch.zeros(1, 3, 5), (1e-9,), torch.ones(1, 3), free=True)
+    fit.add(x, y, places=1)
     fit.solve()
     behind, convex, wanted = [], [], before(y[:, 0])
     for _ in range(4):
@@ -182,7 +199,7 @@ def test_of_depthwise_convs_the_scale_of_each_channel_is_refitted() -> None:
     model = Depthwise().eval()
     graph = trace(model, torch.zeros(1, 3, 8, 8))
     small = slim(model, graph, Plan({"first": (0, 1, 2, 3)}))
-    fitted = reconstruct(small, model, graph, Plan({"first": (0, 1, 2, 3)}), train_split(), ridge=1e-9)
+    fitted = reconstruct(small, model, graph, Plan({"first": (0, 1, 2, 3)}), train_split(), ridges=(1e-9,))
     factors = fitted.state_dict()["each.weight"] / small.state_dict()["each.weight"]
     assert float((factors - factors.mean((1, 2, 3), keepdim=True)).abs().max()) < 1e-5
     assert float((factors - 1).abs().max()) > 1e-3
@@ -259,5 +276,5 @@ def test_networks_with_numbers_in_their_code_are_refitted_too() -> None:
     small = slim(model, graph, plan)
     assert sum(p.numel() for p in small.parameters()) < sum(p.numel() for p in model.parameters())
     lost = float((outputs(small) - outputs(model)).abs().max())
-    fitted = reconstruct(small, model, graph, plan, train_split(), ridge=1e-9)
+    fitted = reconstruct(small, model, graph, plan, train_split(), ridges=(1e-9,))
     assert float((outputs(fitted) - outputs(model)).abs().max()) < 1e-4 * lost + 1e-5
