@@ -40,6 +40,17 @@ class Symbolic(fx.GraphModule):
         assert isinstance(twin, Symbolic)
         return twin
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """As fx pickles, with what it leaves out."""
+        return _unpickled, (*super().__reduce__(), dict(self.meta))
+
+
+def _unpickled(make: Callable[..., fx.GraphModule], args: tuple[Any, ...], meta: dict[str, Any]) -> Symbolic:
+    read = make(*args)
+    network = Symbolic(read, read.graph)
+    network.meta.update(meta)
+    return network
+
 
 def symbolic(model: nn.Module, opened: Collection[str]) -> Symbolic:
     """The network with the forwards of the named modules written down, sharing everything with `model`. Raises Unwritable."""
@@ -51,9 +62,13 @@ def symbolic(model: nn.Module, opened: Collection[str]) -> Symbolic:
 
 def _forward(model: nn.Module, opened: Collection[str]) -> fx.Graph:
     try:
-        return _Writer({id(model.get_submodule(name)) for name in opened}).trace(model)
+        graph = _Writer({id(model.get_submodule(name)) for name in opened}).trace(model)
     except Exception as error:  # the user's forward may raise anything when it is given no tensors
         raise Unwritable(first_line(error)[:160]) from error
+    for node in graph.nodes:
+        if isinstance(node.type, str):  # a postponed annotation, with which fx could not pickle what it wrote
+            node.type = None
+    return graph
 
 
 def _same_while_training(model: nn.Module, written: Symbolic, opened: Collection[str]) -> bool:
@@ -64,9 +79,9 @@ def _same_while_training(model: nn.Module, written: Symbolic, opened: Collection
 
 
 class _Writer(fx.Tracer):
-    """Steps into the opened modules alone."""
+    """Steps into the opened modules alone; without any it is what fx reads a pickled forward back with."""
 
-    def __init__(self, opened: set[int]) -> None:
+    def __init__(self, opened: Collection[int] = ()) -> None:
         super().__init__()
         self._opened = opened
 

@@ -165,6 +165,20 @@ def test_layers_and_their_names_stay_and_only_training_drops_out() -> None:
 
 
 @pytest.mark.parametrize("kind", [Shortcut, Split])
+def test_a_slim_network_can_be_pickled(kind: type[nn.Module], tmp_path: Path) -> None:
+    """Twice, and it is still known how it was slimmed. Its annotations are postponed: fx alone cannot pickle what it writes then."""
+    _, _, plan, small = thin(kind, 1)
+    network = small
+    for name in ("once.pt", "twice.pt"):
+        torch.save(network, tmp_path / name)
+        network = torch.load(tmp_path / name, weights_only=False)
+    x = inputs(2)
+    assert torch.equal(network.eval()(x), small.eval()(x)) and list(network.state_dict()) == list(small.state_dict())
+    save(network, tmp_path / "slim.safetensors", plan=plan)
+    assert torch.equal(copy.deepcopy(network)(x), small(x))
+
+
+@pytest.mark.parametrize("kind", [Shortcut, Split])
 def test_round_trips_are_exact_also_when_slimmed_twice(kind: type[nn.Module], tmp_path: Path) -> None:
     _, _, plan, small = thin(kind, 1)
     save(small, tmp_path / "once.safetensors", plan=plan)
