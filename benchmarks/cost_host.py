@@ -13,7 +13,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from benchmarks.cost_models import CORE, DEVICES, RESULTS
+from benchmarks.cost_models import CORE, DEVICES, RESULTS, with_known_memory
 from edgeprune.device.calibrate import calibrate
 from edgeprune.device.card import Board, Card, Device, Fit, Profile, device
 from edgeprune.device.fit import Prior, rates, shape_of
@@ -56,7 +56,8 @@ def main() -> None:
             (RESULTS / f"cost_staircase_{name}.json").write_text(text + "\n", encoding="utf-8")
         fit = fitted.profile.fit
         print(f"{name}: {fit.rows} networks, {fit.mape:.1f} % off on unseen ones, {fit.within_10:.0f} % within ±10 %")
-    write_profiles(DEVICES / "host.toml", {**device(DEVICES / "host.toml").card.profiles, **made}, "python -m benchmarks.cost_host")
+    profiles = with_known_memory("host", {**device(DEVICES / "host.toml").card.profiles, **made})
+    write_profiles(DEVICES / "host.toml", profiles, "python -m benchmarks.cost_host")
 
 
 def first_guess(name: str) -> Profile:

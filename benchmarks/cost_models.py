@@ -14,7 +14,7 @@ from __future__ import annotations
 import argparse
 import json
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks.cost_tables import nb201_energies, nb201_rows, timm_rows, yolo_rows
-from edgeprune.device.card import Profile
+from edgeprune.device.card import Profile, device
 from edgeprune.device.cost import interval_factors
 from edgeprune.device.fit import (
     COLUMNS,
@@ -151,7 +151,13 @@ def main() -> None:
     if chosen.write:
         for board in dict.fromkeys(t.board for t in targets):
             made = {t.profile: fits[t.profile].profile for t in targets if t.board == board}
-            write_profiles(DEVICES / f"{board}.toml", made, "python -m benchmarks.cost_models --write")
+            write_profiles(DEVICES / f"{board}.toml", with_known_memory(board, made), "python -m benchmarks.cost_models --write")
+
+
+def with_known_memory(board: str, profiles: Mapping[str, Profile]) -> dict[str, Profile]:
+    """The profiles with the constants for memory that the board's card has: benchmarks.cost_memory measures those."""
+    known = device(DEVICES / f"{board}.toml").card.profiles
+    return {name: p.model_copy(update={"memory": known[name].memory if name in known else None}) for name, p in profiles.items()}
 
 
 def all_targets() -> list[Target]:

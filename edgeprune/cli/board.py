@@ -73,7 +73,7 @@ def calibrate(
             profile = fit_to_board(found, quick=quick, precision=known[precision], store=store, progress=progress).profile
     path, fitted = replace_profile(found, profile, user_cards() / f"{found.name}.toml"), profile_name(found, profile)
     fit = profile.fit
-    say(f"{fitted}: {fit.mape:.1f} % off on average, {fit.within_10:.0f} % within ±10 % ({fit.held_out})")
+    say(f"{fitted}: {fit.mape:.1f} % off on average, {fit.within_10:.0f} % within ±10 % ({fit.held_out}); fitted to {fit.source}")
     if profile.staircase:
         say(f"widths: multiples of {profile.staircase.channel_multiple} are the fastest per channel")
     if not anchors:

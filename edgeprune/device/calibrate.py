@@ -25,7 +25,7 @@ from edgeprune.device.card import device as find_device
 from edgeprune.device.connection import Connection
 from edgeprune.device.fit import COLUMNS, Fitted, Prior, Sample, constants_of, fit_profile, refine
 from edgeprune.device.fleet import shared
-from edgeprune.device.kernels import KernelsAt, kernels
+from edgeprune.device.kernels import FLOAT_BYTES, KernelsAt, kernels
 from edgeprune.device.measure import QUICK, Measurement, Schedule, measure_on
 from edgeprune.errors import DeviceError
 from edgeprune.graph.trace import trace
@@ -39,6 +39,8 @@ FORMATS = {"onnxruntime": "onnx", "litert": "tflite"}
 _CONVS = {"conv1x1": (1, 1), "conv3x3": (3, 1), "conv_other": (5, 1), "depthwise": (3, 0), "depthwise_large": (5, 0), "grouped": (3, 8)}
 _SIZES = ((32, 32), (64, 14), (128, 28), (256, 14))
 ANCHORS = ("mobile", "residual")  # whole networks, of reference.py
+_STEM_CHANNELS = 4
+_LEAST_BYTE_NS = 0.002  # 500 bytes a nanosecond: more than the first-level cache of any core gives
 _MEMORY = ("activation", "elementwise", "scale", "pool", "cat", "resize")
 # As for the compress loop, with as few processes as give an interval: many networks matter more than the interval of each.
 _SCHEDULE: Schedule = {**QUICK, "processes": 3}
@@ -70,8 +72,12 @@ class Probe:
                 from edgeprune.reference import reference
 
                 return reference(self.kind)[:2]
-            shape = (1, self.channels) if self.kind == "linear" else (1, self.channels, self.side, self.side)
-            return nn.Sequential(*(_link(self.kind, self.channels) for _ in range(self.depth))).eval(), torch.rand(shape)
+            links = [_link(self.kind, self.channels) for _ in range(self.depth)]
+            # Kernels that only move memory are met behind a convolution, in the layout that it leaves.
+            stem = [nn.Conv2d(_STEM_CHANNELS, self.channels, 1)] if self.kind in _MEMORY else []
+            read = _STEM_CHANNELS if stem else self.channels
+            shape = (1, read) if self.kind == "linear" else (1, read, self.side, self.side)
+            return nn.Sequential(*stem, *links).eval(), torch.rand(shape)
 
 
 def probes(quick: bool) -> tuple[Probe, ...]:
@@ -102,14 +108,17 @@ def calibrate(
     if not device.attached:
         raise DeviceError(f"{device.profile} is not attached, so there is nothing to calibrate it by: give --host user@board.")
     present, chosen = start(device, precision), probes(quick)
-    samples = [_sample(probe, ms) for probe, ms in _measured(device, present, chosen, store, "networks", progress=progress)]
+    everything = [_sample(probe, ms) for probe, ms in _measured(device, present, chosen, store, "networks", progress=progress)]
+    samples = [sample for sample in everything if _was_run(sample)]
+    absent = ", ".join(sample.network for sample in everything if not _was_run(sample))
     shape = dict(zip(COLUMNS, constants_of(present).tolist(), strict=True))
     prior = Prior(shape, 0.1 if quick else 0.01, present.cache_bytes)
     facts = {key: getattr(present, key) for key in ("runtime", "threads", "precision", "clock_mhz", "description", "power", "memory")}
     where = f"{device.name} at {' and '.join(device.hosts)}" if device.host else device.name
     prior_words = f"constants drawn to those of {device.profile} before; interval: split conformal"
     words = {
-        "source": f"{len(samples)} small {'' if present.precision == 'fp32' else f'{present.precision} '}networks measured on {where}",
+        "source": f"{len(samples)} small {'' if present.precision == 'fp32' else f'{present.precision} '}networks measured on {where}"
+        + (f"; left out, as faster than their bytes can be moved (the runtime skips them): {absent}" if absent else ""),
         "method": f"nonnegative least squares on relative errors, {prior_words}",
         "held_out": "networks of unseen kinds and widths, five folds",
     }
@@ -234,6 +243,13 @@ def _sample(probe: Probe, latency_ms: float) -> Sample:
     return Sample(probe.name, f"{probe.kind}-{probe.channels}", latency_ms, _kernels(*probe.build()))
 
 
+def _was_run(sample: Sample) -> bool:
+    """False for a network that a converter or runtime reduced to nothing: its time says nothing about its kernels."""
+    at = sample.at
+    moved = FLOAT_BYTES * float((at.input_elements + at.output_elements + at.weight_elements).sum())
+    return sample.latency_ms * 1e6 > moved * _LEAST_BYTE_NS
+
+
 def _kernels(network: nn.Module, example: Tensor) -> KernelsAt:
     graph = trace(network.eval(), example)
     return kernels(graph).at(graph.dense_widths)
@@ -279,5 +295,6 @@ class _Memory(nn.Module):
         if self.kind == "scale":
             return x * y.mean((2, 3), keepdim=True)
         if self.kind == "cat":
-            return torch.cat([x, y], 1)[:, : x.shape[1]]
+            # Parts of both: what is one of the operands whole, converters take from there.
+            return torch.cat([x, y], 1)[:, x.shape[1] // 2 : -(x.shape[1] // 2)]
         return nn.functional.avg_pool2d(nn.functional.interpolate(y, scale_factor=2.0), 2)

@@ -108,9 +108,10 @@ class Power(_Table):
 
 
 class Memory(_Table):
-    """What one inference keeps resident: base_bytes, kernel_bytes a kernel, and so many times weights, live activations and pointers.
+    """What one inference keeps resident: base_bytes, kernel_bytes a kernel, and so many times weights, activations and pointers.
 
-    `copied`: the kinds of kernels whose inputs and outputs exist twice while they run (see Kernels.live_bytes). Resident is what the
+    `arena`: activations as ONNX Runtime's allocator holds them (arena.arena_bytes), not as liveness has them (Kernels.live_bytes).
+    `copied`: the kinds of kernels whose inputs and outputs exist twice while they run, see either. Resident is what the
     process has at most in its inferences, beyond what it had when the runtime was imported: packed copies of weights, files that are
     mapped, workspace and the runtime's own objects count; what only loading needed does not. `mape` and `worst` are the errors in
     percent on `networks` networks that did not set the constants.
@@ -121,6 +122,7 @@ class Memory(_Table):
     weights: Nonnegative
     activations: Nonnegative
     pointers: Nonnegative
+    arena: bool = False
     copied: tuple[KernelKind, ...]
     networks: Count
     mape: Nonnegative

@@ -17,6 +17,7 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from edgeprune.device.arena import arena_bytes
 from edgeprune.device.card import Device, Memory, Power, Profile
 from edgeprune.device.kernels import FLOAT_BYTES, Kernels, KernelsAt, kernels
 from edgeprune.errors import UsageError
@@ -127,12 +128,16 @@ class CostModel:
         return self.interval_ms(at)[1] * power.active_mw / 1e3 * (1 + power.uncertainty)
 
     def peak_memory_bytes(self, made: Kernels, widths: NDArray[Any]) -> Floats:
-        """What an inference keeps resident beyond the imported runtime, see card.Memory: (plans, groups) -> (plans,)."""
+        """What an inference keeps resident beyond the imported runtime, see card.Memory: (plans, groups) -> (plans,).
+
+        It rises with every width where the runtime plans by liveness; ONNX Runtime's arena has steps, see arena.py.
+        """
         memory = self.device.constants.memory
         if memory is None:
             return made.peak_memory_bytes(widths)
         fixed = memory.base_bytes + memory.kernel_bytes * len(made.names) + memory.pointers * made.pointer_bytes
-        return fixed + memory.weights * made.weight_bytes(widths) + memory.activations * made.live_bytes(widths, memory.copied)
+        activations = arena_bytes(made, widths, memory.copied) if memory.arena else made.live_bytes(widths, memory.copied)
+        return np.floor(fixed + memory.weights * made.weight_bytes(widths) + memory.activations * activations)
 
     def notes(self, at: KernelsAt) -> tuple[str, ...]:
         """Why the interval of the first plan is wider than the fit's own, in words."""

@@ -87,6 +87,10 @@ class Kernels:
             groups=self._groups_at(w, read),
         )
 
+    def activation_elements(self, widths: NDArray[Any]) -> Floats:
+        """Elements of every activation of the graph, (plans, activations)."""
+        return self._activations.at(checked(widths, len(self.graph.groups)))
+
     def macs(self, widths: NDArray[Any]) -> Floats:
         """Multiply-accumulates of conv and linear, (plans,)."""
         total: Floats = self._sizes_at(checked(widths, len(self.graph.groups))) @ self._positions
@@ -116,7 +120,7 @@ class Kernels:
         held = self._activations.at(checked(widths, len(self.graph.groups)))
         read, written = held @ self._reading, held[:, list(self.writes)]
         twice = np.array([kind in copied for kind in self.kinds], dtype=np.float64)
-        used = held @ self._alive + twice * (read + written) + self._composed * written
+        used = held @ self._alive + twice * (read + written) + self.composed * written
         peak: Floats = FLOAT_BYTES * used.max(axis=1, initial=0.0)
         return peak
 
@@ -177,7 +181,7 @@ class Kernels:
         return np.array([g * s for g, s in zip(gathers, sizes, strict=True)], dtype=np.float64) / self._input_area
 
     @cached_property
-    def _composed(self) -> Floats:
+    def composed(self) -> Floats:
         """1 for activations that are computed in two steps, with a result between them."""
         return np.array([op.name in _COMPOSED for op in self._main], dtype=np.float64)
 
@@ -235,7 +239,7 @@ class Kernels:
     def _alive(self) -> Floats:
         """(activations, kernels): 1 where the buffer that an activation owns is in use while the kernel runs."""
         last = len(self.names)
-        owner = _buffers(self)
+        owner = buffers(self)
         born, dies = dict.fromkeys(self.graph.input_activations, 0), dict.fromkeys(self.graph.output_activations, last)
         for kernel, (reads, write) in enumerate(zip(self.reads, self.writes, strict=True)):
             born.setdefault(write, kernel)
@@ -327,19 +331,20 @@ def _root(ops: Sequence[Op], number: int) -> int:
     return number
 
 
-def _buffers(made: Kernels) -> dict[int, int]:
+def buffers(made: Kernels) -> dict[int, int]:
     """Activation -> the one whose buffer it overwrites, for elementwise kernels whose input dies there."""
     last_read = {a: kernel for kernel, reads in enumerate(made.reads) for a in reads}
     pinned = {*made.graph.output_activations, *made.graph.input_activations}
     owner: dict[int, int] = {}
     for kernel, (kind, reads, write) in enumerate(zip(made.kinds, made.reads, made.writes, strict=True)):
         if kind in ("activation", "elementwise", "scale", "norm"):
-            free = (a for a in reads if a not in pinned and last_read[a] == kernel and _same_size(made.graph, a, write))
+            free = (a for a in reads if a not in pinned and last_read[a] == kernel and same_size(made.graph, a, write))
             if (reused := next(free, None)) is not None:
                 owner[write] = owner.get(reused, reused)
     return owner
 
 
-def _same_size(graph: ChannelGraph, one: int, other: int) -> bool:
+def same_size(graph: ChannelGraph, one: int, other: int) -> bool:
+    """Whether two activations have as many elements under every plan."""
     a, b = graph.activations[one], graph.activations[other]
     return a.fixed == b.fixed and sorted(a.per_channel) == sorted(b.per_channel)

@@ -18,6 +18,7 @@ from edgeprune.device.fit import MAC_KINDS
 from edgeprune.device.kernels import kernels
 from edgeprune.device.store import replace_profile, stored_measurements, user_cards
 from edgeprune.errors import DeviceError, Unreachable
+from edgeprune.export.flatbuffer import operations
 from edgeprune.graph.trace import trace
 from tests.device.boards import Board, Client
 
@@ -33,6 +34,25 @@ def test_probes_are_of_the_kind_they_name() -> None:
         assert kinds.count(wanted) >= probe.depth - 1, probe
     assert set(MAC_KINDS) <= {p.kind for p in probes(quick=False)}
     assert len({p.name for p in probes(quick=False)}) == len(probes(quick=False))
+
+
+@pytest.mark.parametrize("kind", ["cat", "scale"])
+def test_converters_leave_the_probes_their_kernels(kind: str, tmp_path: Path) -> None:
+    pytest.importorskip("litert_torch")
+    network, example = Probe(kind, 8, 8, 2).build()
+    found = operations(ep.export(network, example, tmp_path / "probe", format="tflite").path.read_bytes())
+    assert found[{"cat": "CONCATENATION", "scale": "MUL"}[kind]] == 2
+    assert not found["TRANSPOSE"]
+
+
+def test_what_the_runtime_does_not_run_is_left_out(tmp_path: Path) -> None:
+    store, quick = tmp_path / "kept.json", probes(quick=True)
+    times = {probe.name: 0.1 + 1e-7 * probe.channels * probe.side**2 for probe in quick}
+    skipped = next(probe.name for probe in quick if probe.kind == "elementwise")
+    store.write_text(json.dumps({**times, skipped: 0.0006}))
+    fit = calibrate(device("rpi4", host="gone"), quick=True, store=store).profile.fit
+    assert fit.rows == len(quick) - 1
+    assert fit.source.endswith(f"(the runtime skips them): {skipped}")
 
 
 def test_measurements_in_the_store_are_not_measured_again(tmp_path: Path) -> None:
@@ -63,7 +83,7 @@ def test_int8_probes_are_quantized(kind: str, tmp_path: Path) -> None:
     network, example = Probe(kind, 8, 1 if kind == "linear" else 8, 2).build()
     made = ep.export(network, example, tmp_path / "probe", quantizer=calibration._quantizer(example))
     names = {node.op_type for node in onnx.load(made.path).graph.node}
-    assert ("DequantizeLinear" in names) == (kind != "pool")  # what has no weights stays float
+    assert "DequantizeLinear" in names
 
 
 @pytest.fixture
