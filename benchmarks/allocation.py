@@ -57,7 +57,7 @@ from edgeprune.train.finetune import finetune
 from edgeprune.train.reconstruct import reconstruct
 from edgeprune.widths import WidthRules
 
-BARE: dict[str, Any] = {"start": (), "per_cost": False, "loss": "cross_entropy"}  # what the papers add to nothing
+BARE: dict[str, Any] = {"start": (), "per_cost": False, "loss": "cross_entropy", "recover": "bn"}  # what the papers add to nothing
 METHODS: dict[str, tuple[str, dict[str, Any]]] = {
     "knapsack": ("knapsack", {}),
     "global": ("global", {"per_cost": False}),
@@ -81,7 +81,7 @@ class Sizes:
     reconstruction: int = 512
     training: int = 7680
     fitness: int = 256
-    fitness_recalibration: int = 512
+    fitness_recalibration: int = 256
     evaluations: int = 100
     population: int = 24
     samples: int = 8
