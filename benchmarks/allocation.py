@@ -336,7 +336,9 @@ def main() -> None:
     rows = list(results.rows.values())
     text = table(rows, results.dense)
     options.results.with_suffix(".md").write_text(text)
-    write_atomic(Path("runs") / "bench" / "allocation.html", chart(rows, results.dense).encode())
+    page = Path("runs") / "bench" / "allocation.html"
+    page.parent.mkdir(parents=True, exist_ok=True)
+    write_atomic(page, chart(rows, results.dense).encode())
     print(text)
 
 

@@ -32,7 +32,7 @@ from torch import Tensor, nn
 from edgeprune.data import Augment, Split
 from edgeprune.errors import DataError
 from edgeprune.graph import ChannelGraph, Op
-from edgeprune.graph.running import Observer, evaluating, fresh, tensors_in
+from edgeprune.graph.running import Observer, contiguous, evaluating, fresh, tensors_in
 from edgeprune.graph.slim import named_tensors, recall, removed_positions
 from edgeprune.graph.trace import trace
 from edgeprune.plan import Plan
@@ -102,7 +102,7 @@ class Recording:
         At most as many images as their feature maps fit into 3 GB. With `plan` it serves this plan alone, and takes less memory.
         `substitutes`: refits are pulled towards weights that the moments of what layers read give, instead of the present ones.
         """
-        inputs = tuple(x[: _affordable(graph)] for x in inputs)
+        inputs = tuple(x[: _affordable(graph)].contiguous() for x in inputs)
         if graph.exported is not None:  # the slim network runs the exported operations, so the dense one must too
             dense = recall(graph, dense)
             graph = trace(dense, tuple(x[:1] for x in inputs))
@@ -230,7 +230,7 @@ def _batch(split: Split, images: int, augment: Augment | None) -> Tensor:
 
 @contextmanager
 def _frozen(model: nn.Module) -> Iterator[None]:
-    with torch.no_grad(), evaluating(model):
+    with torch.no_grad(), evaluating(model), contiguous(model):
         yield
 
 
