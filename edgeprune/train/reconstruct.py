@@ -118,13 +118,7 @@ class Recording:
         return Recording(graph, inputs, positions, recorder.outputs(), recorder.eps, recorder.moments, weights)
 
     def refitted(
-        self,
-        small: nn.Module,
-        plan: Plan,
-        *,
-        ridge: float = RIDGE,
-        rectify_rounds: int = RECTIFY_ROUNDS,
-        progress: Progress = silent,
+        self, small: nn.Module, plan: Plan, *, ridge: float = RIDGE, rectify_rounds: int = RECTIFY_ROUNDS, progress: Progress = silent
     ) -> nn.Module:
         """A copy of the plan's slim network, refitted; see `reconstruct`."""
         fitted = copy.deepcopy(small)
@@ -240,8 +234,10 @@ class _Recorder(Observer):
     def __init__(self, targets: Mapping[int, _Target], *, substitutes: bool) -> None:
         super().__init__()
         self.calls = 0
-        self.moments: dict[int, Moments] = {}
-        self._readers = {call: t for call, t in targets.items() if substitutes and t.read is not None and len(t.read) <= MOMENTS}
+        self._targets = targets
+        self.moments = {
+            call: Moments(1, len(t.read)) for call, t in targets.items() if substitutes and t.read is not None and len(t.read) <= MOMENTS
+        }
         self._wanted: dict[int, list[tuple[str, _Target]]] = {}
         for target in targets.values():
             self._wanted.setdefault(target.op.call, []).append(("output", target))
@@ -257,9 +253,8 @@ class _Recorder(Observer):
         out = func(*args, **(kwargs or {}))
         for role, target in self._wanted.get(self.calls, ()):
             self._found.setdefault((role, target.op.call), []).append(_at_places(out, target)[:, target.kept])
-        if (reader := self._readers.get(self.calls)) is not None:
-            moments = self.moments.setdefault(self.calls, Moments(1, len(reader.read)))
-            for rows in _rows_read(reader, args):
+        if (moments := self.moments.get(self.calls)) is not None and not _transposed(self._targets[self.calls], args):
+            for rows in _rows_read(self._targets[self.calls], args):
                 moments.add(rows)
         if self.calls in self._norms:
             self.eps[self.calls] = float(args[-1])
@@ -269,6 +264,11 @@ class _Recorder(Observer):
     def outputs(self) -> dict[tuple[str, int], Tensor]:
         """By role ("output", "beside") and call number of the layer, (images, outputs that stay, places)."""
         return {key: torch.cat(parts) for key, parts in self._found.items()}
+
+
+def _transposed(target: _Target, args: tuple[Any, ...]) -> bool:
+    """Whether a conv's weight has its inputs first: it stays as it is."""
+    return target.op.kind == "conv" and bool(args[6])
 
 
 def _at_places(result: Any, target: _Target) -> Tensor:
@@ -312,7 +312,7 @@ class _Refitter(Observer):
         return out
 
     def _refit(self, target: _Target, args: tuple[Any, ...]) -> None:
-        if target.op.kind == "conv" and args[6]:  # a transposed conv, whose weight has its inputs first, stays as it is
+        if _transposed(target, args):
             return
         wanted, beside = self._wanted("output", target), None
         affine = self._affine(target)
