@@ -2,6 +2,7 @@
 
     python -m benchmarks.allocation                                    # goes on where it was; ResNet-20, then ResNet-56
     python -m benchmarks.allocation --network resnet20 --allocators knapsack,layer-compensated --limit-minutes 9
+    python -m benchmarks.allocation --network resnet56 --allocators "LeGR bare" --evaluations 400 --jobs 2 --seeds 1 --budgets macs-64
 
 Scores: the default criterion, on augmented training images. Budgets: 36% and half of the MACs, and a latency on this machine as its cost
 model predicts it (halfway between the dense network and all layers at their narrowest). Channels in any number. What an allocator learns
@@ -57,7 +58,7 @@ from edgeprune.train.finetune import finetune
 from edgeprune.train.reconstruct import reconstruct
 from edgeprune.widths import WidthRules
 
-BARE: dict[str, Any] = {"start": (), "per_cost": False, "loss": "cross_entropy"}  # what the papers add to nothing
+BARE: dict[str, Any] = {"start": (), "per_cost": False, "loss": "cross_entropy", "recover": "bn"}  # what the papers add to nothing
 METHODS: dict[str, tuple[str, dict[str, Any]]] = {
     "knapsack": ("knapsack", {}),
     "global": ("global", {"per_cost": False}),
@@ -70,6 +71,7 @@ METHODS: dict[str, tuple[str, dict[str, Any]]] = {
     "LcP bare": ("layer_compensated", BARE | {"form": "additive"}),
     "DI greedy by accuracy": ("di_greedy", {"layer_choice": "accuracy", "share": 0.05, "images": 256}),
 }
+PUBLISHED = 400  # evaluations of LeGR's search, which has larger generations than ours here
 BUDGETS = ("macs-64", "macs-50", "latency")
 
 
@@ -81,7 +83,7 @@ class Sizes:
     reconstruction: int = 512
     training: int = 7680
     fitness: int = 256
-    fitness_recalibration: int = 512
+    fitness_recalibration: int = 256
     evaluations: int = 100
     population: int = 24
     samples: int = 8
@@ -325,7 +327,8 @@ def main() -> None:
     clock, results = Clock(time.monotonic() + 60 * options.limit_minutes), Results(options.results)
     try:
         for network in [options.network] if options.network else sorted(WEIGHTS):
-            arena = Arena(load(network), Sizes(evaluations=options.evaluations))
+            published = {"population": 64, "samples": 16} if options.evaluations >= PUBLISHED else {}
+            arena = Arena(load(network), Sizes(evaluations=options.evaluations, **published))
             wanted = list(learners(network, allocators, options.seeds))
             training = network == "resnet20" and not options.no_training
             run(arena, results, wanted, clock, budgets=options.budgets.split(","), training=training, jobs=options.jobs)
@@ -336,7 +339,9 @@ def main() -> None:
     rows = list(results.rows.values())
     text = table(rows, results.dense)
     options.results.with_suffix(".md").write_text(text)
-    write_atomic(Path("runs") / "bench" / "allocation.html", chart(rows, results.dense).encode())
+    page = Path("runs") / "bench" / "allocation.html"
+    page.parent.mkdir(parents=True, exist_ok=True)
+    write_atomic(page, chart(rows, results.dense).encode())
     print(text)
 
 

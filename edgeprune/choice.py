@@ -122,7 +122,7 @@ class Chooser:
 
     def __init__(self, stages: Pipeline, scores: Scores) -> None:
         job = stages.job
-        known = {"progress": stages.progress, "seed": job.seed}
+        known = {"progress": stages.progress, "seed": job.seed, "recover": job.recover}
         self._stages = stages
         self._planner = Planner(
             stages.graph,

@@ -85,7 +85,7 @@ def learn(
     if layer_choice != "accuracy":
         search = replace(search, given=retained(search, probe, images, rho))
         return Greedy(search, layer_choice, share, None, progress)
-    judge = judge_of(probe, images=images, recalibration_images=recalibration_images, loss="divergence", steps=0)
+    judge = judge_of(probe, images=images, recalibration_images=recalibration_images, loss="divergence", steps=0, recover="bn")
     return Greedy(search, layer_choice, share, Workers(judge, jobs=jobs, cluster=cluster), progress)
 
 

@@ -1,11 +1,15 @@
 """How good a network is with channels removed, before any training: what searches judge their candidates by.
 
-A candidate's batch norms are recalibrated on some images, it may train a few steps on them, and its loss is taken on others, which it
-never sees otherwise. The loss is the cross-entropy with the labels, or the divergence from the dense network's answers (outputs that are no
-logits: the squared error, as a share of their variance): where the dense network was trained on all images at hand, cross-entropy hardly
-tells good candidates apart, and the divergence does.
+A candidate is recovered on some images, it may train a few steps on them, and its loss is taken on others, which it never sees otherwise.
+It is recovered as the product will recover it. `reconstruct` refits its layers (train/reconstruct.py) in a cheap form: one run of the dense
+network serves all candidates, few positions are fitted, with one look behind each ReLU, and because so few would not do for wide layers,
+fits are pulled towards what the moments of the dense network's own inputs give. `bn` recalibrates batch norms, as searches in the
+literature do; it misleads where networks will be reconstructed (docs/allocators.md). `none` leaves it as it is.
+The loss is the cross-entropy with the labels, or the divergence from the dense network's answers (outputs that are no logits: the squared
+error, as a share of their variance): where the dense network was trained on all images at hand, cross-entropy hardly tells good candidates
+apart, and the divergence does.
 Candidates are slimmed, because small networks are fast; `masked` judges them by the masked dense network instead, whose loss is the
-same, and which is all there is for exported networks, whose batch norms are fixed operations once slimmed.
+same, and which is all there is for recalibrated exported networks, whose batch norms are fixed operations once slimmed.
 Recalibration before judging: Li et al., "EagleEye: Fast Sub-net Evaluation for Efficient Neural Network Pruning", ECCV 2020.
 """
 
@@ -30,8 +34,12 @@ from edgeprune.graph.running import evaluating, tensors_in
 from edgeprune.graph.slim import slim
 from edgeprune.plan import Plan
 from edgeprune.train.evaluate import logits_of, refit_norms, settled
+from edgeprune.train.reconstruct import Recording
 
 LOSSES = ("divergence", "cross_entropy")
+RECOVERIES = ("reconstruct", "bn", "none")
+ROWS = 4096  # positions of maps, over all images, that each layer is refitted on
+PULL = 128  # as many rows' worth are fits pulled towards the dense network's weights
 BATCH = 64  # the fastest for small networks on one thread
 TRAINING_BATCH = 128
 TRAINING: dict[str, Any] = {"lr": 0.01, "momentum": 0.9, "weight_decay": 5e-4}  # the settings of LeGR's search
@@ -52,7 +60,8 @@ class Verdict:
 class Judge:
     """The dense network, the images, and what is done with them; callable: a plan in, its Verdict out. Runs on one thread.
 
-    `held` judge, `spare` recalibrate and train. A verdict depends on the plan alone.
+    `held` judge, on `spare` candidates are recovered and trained. `rows`: positions that a layer is refitted on. A verdict depends on the
+    plan alone.
     """
 
     model: nn.Module
@@ -61,6 +70,8 @@ class Judge:
     spare: Pairs
     loss: str = "divergence"
     steps: int = 0
+    recover: str = "reconstruct"
+    rows: int = ROWS
     masked: bool = False
 
     def __call__(self, plan: Plan) -> Verdict:
@@ -69,7 +80,8 @@ class Judge:
             network = self._network(plan)
             if self.steps:
                 self._train(network)
-            refit_norms(network, self._batches(self.spare[0], 2 * BATCH))
+            if self.recover == "bn" or (self.steps and self.recover != "none"):
+                refit_norms(network, self._batches(self.spare[0], 2 * BATCH))
             return self._verdict(network)
 
     @cached_property
@@ -79,12 +91,18 @@ class Judge:
             return self._verdict(self.model)
 
     def _network(self, plan: Plan) -> nn.Module:
-        if self.masked or self.graph.exported is not None:
+        if self.masked or (self.graph.exported is not None and self.recover != "reconstruct"):
             self._masked.reset()
             return self._masked.set(self._masked.keep_of(plan))
         network: Any = settled(slim(self.model, self.graph, plan))  # Any: torch types `to` without memory_format
+        if self.recover == "reconstruct":
+            network = self._recording.refitted(network, plan, ridges=(PULL / self.rows,), rectify_rounds=1)
         moved: nn.Module = network.to(memory_format=self._format)
         return moved
+
+    @cached_property
+    def _recording(self) -> Recording:
+        return Recording.of(self.model, self.graph, self.spare[0], rows=self.rows, substitutes=True)
 
     @cached_property
     def _masked(self) -> Masked:
@@ -152,18 +170,32 @@ def divergence(answers: Sequence[Tensor], outputs: Sequence[Tensor]) -> float:
     return error / max(sum(float((a - a.mean(dim=0)).square().sum()) for a in answers), 1e-300)
 
 
-def judge_of(probe: Probe | None, *, images: int, recalibration_images: int, loss: str, steps: int, masked: bool = False) -> Judge:
-    """A judge with the first `images` images of the probe's data, and the next ones to recalibrate and train on.
+def judge_of(
+    probe: Probe | None,
+    *,
+    images: int,
+    recalibration_images: int,
+    loss: str,
+    steps: int,
+    recover: str,
+    rows: int = ROWS,
+    masked: bool = False,
+) -> Judge:
+    """A judge with the first `images` images of the probe's data, and the next ones to recover and train on.
 
-    Where the data hold fewer, a third of them recalibrates. Raises UsageError without a network and data or for options out of range,
+    Where the data hold fewer, a third of them recovers. Raises UsageError without a network and data or for options out of range,
     DataError for too few images, or where labels are needed and missing.
     """
     if probe is None or probe.data is None:
         raise UsageError("this allocator runs candidates on images: give model and data to allocate, or --data.")
     if loss not in LOSSES:
         raise UsageError(f"the loss that judges candidates must be one of {', '.join(LOSSES)}, got {loss!r}.")
+    if recover not in RECOVERIES:
+        raise UsageError(f"what recovers candidates before they are judged must be one of {', '.join(RECOVERIES)}, got {recover!r}.")
+    if masked and recover == "reconstruct":
+        raise UsageError("masked networks are not reconstructed: judge slim ones (masked=False), or recover by bn or none.")
     if images < 1 or recalibration_images < 2 or steps < 0:
-        raise UsageError(f"at least one image must judge and two recalibrate, got {images} and {recalibration_images}; steps {steps}.")
+        raise UsageError(f"at least one image must judge and two recover, got {images} and {recalibration_images}; steps {steps}.")
     x, y = _gathered(probe.data, images + recalibration_images)
     if len(y) < 4:
         raise DataError(f"{len(y)} images are too few to judge candidates by: give at least 4.")
@@ -171,7 +203,7 @@ def judge_of(probe: Probe | None, *, images: int, recalibration_images: int, los
     if int(y.min()) < 0 and (loss == "cross_entropy" or steps):
         raise DataError("judging by cross-entropy and training need labels: give labelled images, or judge by divergence with 0 steps.")
     judging, spare = (tuple(t[part] for t in x) for part in (slice(0, held), slice(held, None)))
-    judge = Judge(probe.model, probe.graph, (judging, y[:held]), (spare, y[held:]), loss, steps, masked)
+    judge = Judge(probe.model, probe.graph, (judging, y[:held]), (spare, y[held:]), loss, steps, recover, rows, masked)
     if not math.isfinite(judge.dense.loss):
         raise DataError(f"the loss of the dense network is {judge.dense.loss}: check the preprocessing (mean, std) and the weights.")
     return judge

@@ -4,7 +4,7 @@
 
 Scales and shifts come from regularised evolution: a population of 64, parents the best of 16 drawn with replacement, offspring that
 change a tenth of the groups, the oldest dies. They are learned once, at the smallest of several budgets, and serve all of them: at
-each, the best four of all that were ever judged, plain global ranking (the identity individual) and the plans that the search started
+each, the best six of all that were ever judged, plain global ranking (the identity individual) and the plans that the search started
 from are judged once more, on more images, and the best of these comes back: it is never worse, to that judge, than plain ranking.
 form="additive": rank = importance + shift. Published (LcP): one latent scalar per layer; how it was found is reconstructed as the search
 of LeGR. form="affine": scale > 0 too (LeGR).
@@ -13,10 +13,12 @@ counts once per layer that writes it); `per_cost` divides the importance by the 
 saves, which scales then need not learn (False: as published); `start` adds the plans of other allocators, as compensations that give
 these plans, to the first generation (empty: as published); the last look is ours; offspring are born `batch` at a time, so that they
 can be judged in parallel (1: as published); fitness is the divergence from the dense network's answers unless `loss` asks for
-cross-entropy.
-Cost: `evaluations` runs of small networks on `images` + `recalibration_images` images. Source: Chin et al., "Layer-compensated Pruning for
-Resource-constrained Convolutional Neural Networks", arXiv 1810.00518; "Towards Efficient Model Compression via Learned Global Ranking",
-CVPR 2020; evolution after Real et al., "Regularized Evolution for Image Classifier Architecture Search", AAAI 2019.
+cross-entropy; candidates are reconstructed before they are judged (`recover`: "bn" recalibrates their batch norms, as is usual; "none": as
+published).
+Cost: `evaluations` refits and runs of small networks on `images` + `recalibration_images` images.
+Source: Chin et al., "Layer-compensated Pruning for Resource-constrained Convolutional Neural Networks", arXiv 1810.00518; "Towards
+Efficient Model Compression via Learned Global Ranking", CVPR 2020; evolution after Real et al., "Regularized Evolution for Image
+Classifier Architecture Search", AAAI 2019.
 """
 
 from __future__ import annotations
@@ -31,7 +33,7 @@ from typing import Any
 
 import numpy as np
 
-from edgeprune.allocate.judge import judge_of
+from edgeprune.allocate.judge import ROWS, judge_of
 from edgeprune.allocate.search import Floats, Search, Widths
 from edgeprune.allocate.workers import Workers
 from edgeprune.criteria.probe import Probe
@@ -46,8 +48,8 @@ from edgeprune.widths import DEFAULT_RULES, WidthRules
 NEEDS = ("images",)
 PAPER = "Chin et al., arXiv 1810.00518 (LcP; its search is reconstructed) and CVPR 2020 (LeGR)"
 FORMS = ("affine", "additive")
-BEST = 4  # individuals that the last look chooses among
-CLOSER = 2  # times as many images as the search has, to judge by and to recalibrate on, are looked at last
+BEST = 6  # individuals that the last look chooses among
+CLOSER = 4  # times as many images as the search has, to judge by and to recover on, are looked at last
 
 
 def allocate(
@@ -78,8 +80,9 @@ def learn(
     evaluations: int = 400,
     batch: int = 8,
     images: int = 256,
-    recalibration_images: int = 512,
+    recalibration_images: int = 256,
     loss: str = "divergence",
+    recover: str = "reconstruct",
     steps: int = 0,
     masked: bool = False,
     seed: int = 0,
@@ -90,15 +93,16 @@ def learn(
 ) -> Compensation:
     """The compensation that lost least at the budget of `search`. Reproducible from the seed, unless `search_minutes` cut it short.
 
+    `images` judge a candidate that was recovered on `recalibration_images` others; how (`recover`) and by which `loss`: see judge.py.
     `steps`: training steps of every candidate before it is judged. `jobs`, `cluster`: see Workers; results do not depend on them.
     Raises BudgetError with the floor, UsageError for options out of range, DataError for missing images.
     """
     began = time.monotonic()
     search.check()
     settings = Evolution(form, population, samples, mutation, evaluations, batch, seed, 60 * search_minutes)
+    how: dict[str, Any] = {"loss": loss, "recover": recover, "steps": steps, "masked": masked}
     judge, closer = (
-        judge_of(probe, images=n * images, recalibration_images=n * recalibration_images, loss=loss, steps=steps, masked=masked)
-        for n in (1, CLOSER)
+        judge_of(probe, images=n * images, recalibration_images=n * recalibration_images, rows=n * ROWS, **how) for n in (1, CLOSER)
     )
     ranking = Ranking.of(search, per_cost=per_cost)
     first = [ranking.giving(search.to_levels(_widths_of(name, search)), form) for name in start]
@@ -109,7 +113,14 @@ def learn(
             return [v.loss for v in workers.verdicts([search.plan(ranking.widths(search, c)) for c in candidates])]
 
         best, facts = settings.run(ranking, first, lost, progress, began=began, reserve=last_look)
-    about = {"form": form, "loss": loss, "images": len(judge.held[1]), "recalibration_images": len(judge.spare[1]), "start": list(start)}
+    about = {
+        "form": form,
+        "loss": loss,
+        "recover": recover,
+        "images": len(judge.held[1]),
+        "recalibration_images": len(judge.spare[1]),
+        "start": list(start),
+    }
     about |= {"dense_accuracy": judge.dense.accuracy, "last_look_images": len(closer.held[1])}
     return Compensation(search, ranking, best, tuple(start), Workers(closer, jobs=jobs, cluster=cluster), about | facts)
 

@@ -21,7 +21,7 @@ from torch.nn import functional as F
 from edgeprune.criteria.reaction import reactions
 from edgeprune.errors import DataError, UsageError
 from edgeprune.graph import ChannelGraph, ChannelGroup, Tap
-from edgeprune.graph.running import Observer, evaluating, tensors_in
+from edgeprune.graph.running import Observer, contiguous, evaluating, tensors_in
 from edgeprune.graph.slim import named_tensors
 from edgeprune.plan import Scores
 
@@ -133,7 +133,7 @@ class Probe:
         """
         images = 0
         directions = torch.Generator().manual_seed(0)
-        with evaluating(self.model):
+        with evaluating(self.model), contiguous(self.model):
             for batch in self.data if self.data is not None else ():
                 inputs, labels = _parts(batch)
                 images += count_of(inputs)
@@ -190,7 +190,9 @@ def _parts(batch: Any) -> tuple[tuple[Any, ...], Tensor | None]:
     """(inputs, labels) of one batch."""
     pair = isinstance(batch, (tuple, list))
     inputs, labels = (batch[0], batch[1] if len(batch) > 1 else None) if pair else (batch, None)
-    return tuple(inputs) if isinstance(inputs, (tuple, list)) else (inputs,), labels if isinstance(labels, Tensor) else None
+    arguments = tuple(inputs) if isinstance(inputs, (tuple, list)) else (inputs,)
+    in_rows = tuple(x.contiguous() if isinstance(x, Tensor) else x for x in arguments)
+    return in_rows, labels if isinstance(labels, Tensor) else None
 
 
 class _Watch(Observer):

@@ -56,8 +56,8 @@ def single_sample(example_inputs: Any) -> tuple[Any, ...]:
 
 
 def fresh(inputs: tuple[Any, ...]) -> tuple[Any, ...]:
-    """Copies of the tensors: a forward may write into what it is given."""
-    copies: tuple[Any, ...] = tree_map(lambda t: t.clone() if isinstance(t, Tensor) else t, inputs)
+    """Contiguous copies of the tensors: a forward may write into what it is given."""
+    copies: tuple[Any, ...] = tree_map(lambda t: t.clone(memory_format=torch.contiguous_format) if isinstance(t, Tensor) else t, inputs)
     return copies
 
 
@@ -100,6 +100,22 @@ def evaluating(model: nn.Module) -> Iterator[None]:
         torch.backends.mha.set_fastpath_enabled(fused_attention)
         for module, flag in training:
             module.training = flag
+
+
+@contextmanager
+def contiguous(model: nn.Module) -> Iterator[None]:
+    """Contiguous weights for a while, whatever their layout.
+
+    Operations are numbered as they run, and which ones run depends on the layout: of a channels_last map, a flatten makes a copy first.
+    """
+    found = [(t, t.data) for t in (*model.parameters(), *model.buffers()) if t.layout == torch.strided and not t.is_contiguous()]
+    try:
+        for tensor, data in found:
+            tensor.data = data.contiguous()
+        yield
+    finally:
+        for tensor, data in found:
+            tensor.data = data
 
 
 @contextmanager

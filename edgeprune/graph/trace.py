@@ -28,6 +28,7 @@ from edgeprune.graph.rehearse import Misfit, misfit, stuck
 from edgeprune.graph.rules import RULES, Call, Labelled, Weight, give_up
 from edgeprune.graph.running import (
     Observer,
+    contiguous,
     described,
     evaluating,
     few_collections,
@@ -99,7 +100,7 @@ def _run(model: nn.Module, inputs: tuple[Any, ...], book: Labels) -> _Tracer:
     """The user's own network with labels."""
     tracer = _Tracer(model, book)
     inputs = fresh(inputs)
-    with evaluating(model), torch.no_grad():
+    with evaluating(model), contiguous(model), torch.no_grad():
         for leaf in tensors_in(inputs):
             tracer.enter(leaf)
         try:

@@ -22,30 +22,32 @@ import copy
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from edgeprune.data import Augment, Split
 from edgeprune.errors import DataError
 from edgeprune.graph import ChannelGraph, Op
-from edgeprune.graph.running import Observer, evaluating, tensors_in
+from edgeprune.graph.running import Observer, contiguous, evaluating, fresh, tensors_in
 from edgeprune.graph.slim import named_tensors, recall, removed_positions
 from edgeprune.graph.trace import trace
 from edgeprune.plan import Plan
 from edgeprune.train import Progress, silent
 from edgeprune.train.moments import Moments, conv_patches, sampled_places
+from edgeprune.train.ridge import RECTIFY_ROUNDS, RIDGES, Affine, Fit, substituted
 
 ROWS = 49_152  # positions of maps, over all images, that a layer is fitted on: the more images, the fewer in each
-LEAST_POSITIONS = 12
-RECTIFY_ROUNDS = 3
+LEAST_POSITIONS = 4
+RIDGE = 1e-3  # of what stands in for inputs that go
+BATCH = 128
+MOMENTS = 2304  # values that an output reads: of layers that read more, moments would be large
 PATCH_BYTES = 256 << 20
-KEPT_BYTES = 512 << 20
 MEMORY_BYTES = 3 << 30
-RIDGES = (1e-3, 1e-2, 1e-1, 1.0, 10.0, 100.0)
-ASIDE = 4  # one image in so many judges the ridges
+Gone = Mapping[tuple[str, int], NDArray[np.bool_]]
 
 
 def reconstruct(
@@ -67,32 +69,85 @@ def reconstruct(
     best. At most as many images as their feature maps fit into 3 GB. Raises DataError when there are none.
     """
     batch = _batch(split, min(images, _affordable(graph)), augment)
-    if graph.exported is not None:  # the slim network runs the exported operations, so the dense one must too
-        dense = recall(graph, dense)
-        graph = trace(dense, batch[:1])
-    targets = _targets(graph, plan, max(LEAST_POSITIONS, ROWS // len(batch)))
-    if not targets:
-        return copy.deepcopy(small)
-    fitted = copy.deepcopy(small)
-    recorder = _Recorder(targets)
-    with _frozen(dense), recorder:
-        for part in batch.split(128):
-            recorder.calls = 0
-            dense(part)
-    with _frozen(fitted), _Refitter(targets, recorder, dict(named_tensors(fitted)), ridges, progress):
-        fitted(batch)
-    return fitted
+    return Recording.of(dense, graph, (batch,), plan=plan).refitted(small, plan, ridges=ridges, progress=progress)
+
+
+@dataclass(frozen=True, eq=False)
+class Recording:
+    """What the dense network computes on some images, at the sampled places of its layers: any number of slim networks are fitted to it.
+
+    `moments`: by call number, those of what a layer reads; empty unless they were asked for.
+    """
+
+    graph: ChannelGraph
+    inputs: tuple[Tensor, ...]
+    positions: int
+    outputs: Mapping[tuple[str, int], Tensor]
+    eps: Mapping[int, float]
+    moments: Mapping[int, Moments]
+    weights: Mapping[str, Tensor]
+
+    @staticmethod
+    def of(
+        dense: nn.Module,
+        graph: ChannelGraph,
+        inputs: tuple[Tensor, ...],
+        *,
+        rows: int = ROWS,
+        plan: Plan | None = None,
+        substitutes: bool = False,
+    ) -> Recording:
+        """One run of the dense network; `inputs` are its forward's arguments.
+
+        At most as many images as their feature maps fit into 3 GB. With `plan` it serves this plan alone, and takes less memory.
+        `substitutes`: refits are pulled towards weights that the moments of what layers read give, instead of the present ones.
+        """
+        inputs = tuple(x[: _affordable(graph)].contiguous() for x in inputs)
+        if graph.exported is not None:  # the slim network runs the exported operations, so the dense one must too
+            dense = recall(graph, dense)
+            graph = trace(dense, tuple(x[:1] for x in inputs))
+        positions = max(LEAST_POSITIONS, rows // len(inputs[0]))
+        targets = _targets(graph, _could_go(graph) if plan is None else removed_positions(graph, plan), positions)
+        parts = list(zip(*(x.split(BATCH) for x in inputs), strict=True)) if targets else []
+        recorder = _Recorder(targets, substitutes=substitutes)
+        with _frozen(dense), recorder:
+            for part in parts:
+                recorder.calls = 0
+                dense(*part)
+        weights = {name: t.detach() for name, t in named_tensors(dense)} if substitutes else {}
+        return Recording(graph, inputs, positions, recorder.outputs(), recorder.eps, recorder.moments, weights)
+
+    def refitted(
+        self,
+        small: nn.Module,
+        plan: Plan,
+        *,
+        ridges: Sequence[float] = RIDGES,
+        rectify_rounds: int = RECTIFY_ROUNDS,
+        progress: Progress = silent,
+    ) -> nn.Module:
+        """A copy of the plan's slim network, refitted; see `reconstruct`."""
+        fitted = copy.deepcopy(small)
+        gone = removed_positions(self.graph, plan)
+        if targets := _targets(self.graph, gone, self.positions):
+            inputs, tensors = fresh(self.inputs), dict(named_tensors(fitted))
+            refitter = _Refitter(targets, self, tensors, ridges=ridges, rectify_rounds=rectify_rounds, progress=progress)
+            with _frozen(fitted), refitter:
+                fitted(*inputs)
+        return fitted
 
 
 @dataclass(frozen=True, eq=False)
 class _Target:
-    """One layer to refit: its operation, the outputs that stay, the batch norm behind it, the call whose result is added to it.
+    """One layer to refit: its operation, what stays of it, the batch norm behind it, the call whose result is added to it.
 
-    `rectified`: what comes of that goes through a ReLU and nowhere else. `scaled`: a depthwise conv, of which only the scale of each
-    channel is refitted: it mixes no channels, so what it lost is not in its inputs.
+    `read`: which of the values that an output reads stay; None of layers with conv groups. `kept`: the outputs that stay. `rectified`:
+    what comes of these goes through a ReLU and nowhere else. `scaled`: a depthwise conv, of which only the scale of each channel is
+    refitted: it mixes no channels, so what it lost is not in its inputs.
     """
 
     op: Op
+    read: Tensor | None
     kept: Tensor
     norm: Op | None
     places: Tensor
@@ -101,9 +156,14 @@ class _Target:
     scaled: bool
 
 
-def _targets(graph: ChannelGraph, plan: Plan, positions: int) -> dict[int, _Target]:
+def _could_go(graph: ChannelGraph) -> Gone:
+    """Every parameter axis that may lose something, none of it lost."""
+    axes = {(member.parameter, member.axis) for group in graph.groups for member in group.members}
+    return {(name, axis): np.zeros(graph.shapes[name][axis], dtype=bool) for name, axis in axes}
+
+
+def _targets(graph: ChannelGraph, gone: Gone, positions: int) -> dict[int, _Target]:
     """By call number, every conv and linear from the first one on that lost inputs; fitted at so many positions of each image's map."""
-    gone = removed_positions(graph, plan)
     norms = {op.inputs[0]: op for op in graph.ops if op.kind == "norm" and op.inputs and op.weight}
     seen: set[str] = set()
     targets: dict[int, _Target] = {}
@@ -123,7 +183,9 @@ def _targets(graph: ChannelGraph, plan: Plan, positions: int) -> dict[int, _Targ
         places = sampled_places([spatial], positions, op.call)
         kept = torch.from_numpy(np.flatnonzero(~lost))
         scaled = op.groups > 1 and shape[1] == 1
-        targets[op.call] = _Target(op, kept, norm, places, _beside(graph, op), _rectified(graph, op), scaled)
+        inputs = gone.get((op.weight, 1), np.zeros(shape[1], dtype=bool))
+        read = None if op.groups > 1 else torch.from_numpy(~inputs).repeat_interleave(int(np.prod(shape[2:])))
+        targets[op.call] = _Target(op, read, kept, norm, places, _beside(graph, op), _rectified(graph, op), scaled)
     return targets
 
 
@@ -163,21 +225,25 @@ def _affordable(graph: ChannelGraph) -> int:
 def _batch(split: Split, images: int, augment: Augment | None) -> Tensor:
     if not len(split):
         raise DataError("reconstruction needs calibration images: give data with a training part.")
-    return torch.cat([x for x, _ in split.batches(128, shuffle_seed=0, limit=images, augment=augment)])
+    return torch.cat([x for x, _ in split.batches(BATCH, shuffle_seed=0, limit=images, augment=augment)])
 
 
 @contextmanager
 def _frozen(model: nn.Module) -> Iterator[None]:
-    with torch.no_grad(), evaluating(model):
+    with torch.no_grad(), evaluating(model), contiguous(model):
         yield
 
 
 class _Recorder(Observer):
-    """Keeps the outputs of the target layers at their sampled places."""
+    """Keeps the outputs of the target layers at their sampled places, and the moments of what they read where these are asked for."""
 
-    def __init__(self, targets: Mapping[int, _Target]) -> None:
+    def __init__(self, targets: Mapping[int, _Target], *, substitutes: bool) -> None:
         super().__init__()
         self.calls = 0
+        self._targets = targets
+        self.moments = {
+            call: Moments(1, len(t.read)) for call, t in targets.items() if substitutes and t.read is not None and len(t.read) <= MOMENTS
+        }
         self._wanted: dict[int, list[tuple[str, _Target]]] = {}
         for target in targets.values():
             self._wanted.setdefault(target.op.call, []).append(("output", target))
@@ -193,6 +259,9 @@ class _Recorder(Observer):
         out = func(*args, **(kwargs or {}))
         for role, target in self._wanted.get(self.calls, ()):
             self._found.setdefault((role, target.op.call), []).append(_at_places(out, target)[:, target.kept])
+        if (moments := self.moments.get(self.calls)) is not None and not _transposed(self._targets[self.calls], args):
+            for rows in _rows_read(self._targets[self.calls], args):
+                moments.add(rows)
         if self.calls in self._norms:
             self.eps[self.calls] = float(args[-1])
         self.calls += 1
@@ -201,6 +270,11 @@ class _Recorder(Observer):
     def outputs(self) -> dict[tuple[str, int], Tensor]:
         """By role ("output", "beside") and call number of the layer, (images, outputs that stay, places)."""
         return {key: torch.cat(parts) for key, parts in self._found.items()}
+
+
+def _transposed(target: _Target, args: tuple[Any, ...]) -> bool:
+    """Whether a conv's weight has its inputs first: it stays as it is."""
+    return target.op.kind == "conv" and bool(args[6])
 
 
 def _at_places(result: Any, target: _Target) -> Tensor:
@@ -214,14 +288,16 @@ class _Refitter(Observer):
     def __init__(
         self,
         targets: Mapping[int, _Target],
-        recorder: _Recorder,
+        recording: Recording,
         tensors: Mapping[str, Tensor],
+        *,
         ridges: Sequence[float],
+        rectify_rounds: int,
         progress: Progress,
     ) -> None:
         super().__init__()
-        self._targets, self._wanted, self._eps, self._tensors = targets, recorder.outputs(), recorder.eps, tensors
-        self._ridges, self._progress = ridges, progress
+        self._targets, self._recording, self._tensors = targets, recording, tensors
+        self._ridges, self._rectify_rounds, self._progress = ridges, rectify_rounds, progress
         self._calls = self._done = 0
         self._beside: dict[int, list[_Target]] = {}
         for target in targets.values():
@@ -242,50 +318,60 @@ class _Refitter(Observer):
         return out
 
     def _refit(self, target: _Target, args: tuple[Any, ...]) -> None:
-        if target.op.kind == "conv" and args[6]:  # a transposed conv, whose weight has its inputs first, stays as it is
+        if _transposed(target, args):
             return
-        wanted, beside = self._wanted["output", target.op.call], None
+        wanted, beside = self._wanted("output", target), None
         affine = self._affine(target)
         if target.beside is not None:
             beside = self._sums.pop(target.op.call)
-            lacking = self._wanted["beside", target.op.call] - beside
+            lacking = self._wanted("beside", target) - beside
             wanted = wanted + lacking * affine.inverse[:, None]
         weight = self._tensors[target.op.weight or ""]
         bias = args[2] if target.op.kind == "conv" else (args[0] if target.op.name == "addmm" else None)
         mean = self._tensors[_prefix(target.norm) + "running_mean"] if target.norm and bias is None else None
-        present = _present(target, weight)
-        fit = _Fit(present, self._ridges, affine.gain.double().reshape(present.shape[:2]), free=bias is not None or mean is not None)
-        places = len(target.places) if target.op.kind == "conv" else 1
-        for x, y in _chunks(target, args, _rows(wanted)):
-            fit.add(x, y, places)
+        present = self._present(target, weight)
+        gain = affine.gain.double().reshape(present.shape[:2])
+        fit = Fit(present, self._ridges, gain, free=bias is not None or mean is not None)
+        left, places = _rows(wanted), len(target.places) if target.op.kind == "conv" else 1
+        for x in _rows_read(target, args):
+            fit.add(x, left[: len(x)].reshape(len(x), x.shape[1], -1), places)
+            left = left[len(x) :]
         fit.solve()
         if target.rectified and len(present) == 1 and fit.free:
-            fit.rectify(affine, None if beside is None else _rows(beside))
+            fit.rectify(affine, None if beside is None else _rows(beside), rounds=self._rectify_rounds)
         weight.copy_(weight * fit.weight.reshape(-1, *[1] * (weight.ndim - 1)) if target.scaled else fit.weight.reshape(weight.shape))
         if bias is not None:
             bias.copy_(fit.intercept.reshape(-1))
         elif mean is not None:
             mean.sub_(fit.intercept.reshape(-1).to(mean.dtype))
 
-    def _affine(self, target: _Target) -> _Affine:
+    def _wanted(self, role: str, target: _Target) -> Tensor:
+        """What the dense network computed, of the outputs that stay."""
+        found = self._recording.outputs[role, target.op.call]
+        return found if found.shape[1] == len(target.kept) else found[:, target.kept]
+
+    def _present(self, target: _Target, weight: Tensor) -> Tensor:
+        """The weights to pull towards, (groups, outputs, values): of a depthwise conv the factor of each channel, which is 1."""
+        if target.scaled:
+            return torch.ones(len(weight), 1, 1)
+        moments = self._recording.moments.get(target.op.call)
+        if moments is None or target.read is None:
+            groups = target.op.groups
+            return weight.reshape(groups, len(weight) // groups, -1)
+        dense = self._recording.weights[target.op.weight or ""][target.kept].flatten(1)
+        return substituted(dense, moments.covariance()[0], target.read, RIDGE)[None]
+
+    def _affine(self, target: _Target) -> Affine:
         """What the norm behind a layer does to its outputs."""
         if target.norm is None:
             ones = torch.ones(len(target.kept))
-            return _Affine(ones, torch.zeros_like(ones), ones)
+            return Affine(ones, torch.zeros_like(ones), ones)
         name = _prefix(target.norm)
         scale = self._tensors[name + "weight"]
-        spread = (self._tensors[name + "running_var"] + self._eps[target.norm.call]).sqrt()
+        spread = (self._tensors[name + "running_var"] + self._recording.eps[target.norm.call]).sqrt()
         gain = scale / spread
         shift = self._tensors[name + "bias"] - self._tensors[name + "running_mean"] * gain
-        return _Affine(gain, shift, torch.where(scale.abs() > 1e-3, spread / scale, torch.zeros_like(scale)))
-
-
-class _Affine(NamedTuple):
-    """z = gain * y + shift, for each output; `inverse` is 1 / gain, or 0 where a norm hardly passes an output on."""
-
-    gain: Tensor
-    shift: Tensor
-    inverse: Tensor
+        return Affine(gain, shift, torch.where(scale.abs() > 1e-3, spread / scale, torch.zeros_like(scale)))
 
 
 def _rows(values: Tensor) -> Tensor:
@@ -293,136 +379,25 @@ def _rows(values: Tensor) -> Tensor:
     return values.movedim(1, 2).reshape(-1, values.shape[1])
 
 
-def _present(target: _Target, weight: Tensor) -> Tensor:
-    """The weights to refit, (groups, outputs, values): of a depthwise conv the factor of each channel, which is 1."""
-    if target.scaled:
-        return torch.ones(len(weight), 1, 1)
-    groups = target.op.groups
-    return weight.reshape(groups, len(weight) // groups, -1)
-
-
-def _chunks(target: _Target, args: tuple[Any, ...], outputs: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-    """Rows of inputs (rows, groups, values) and wanted outputs (rows, groups, outputs), a bounded number of images at a time."""
+def _rows_read(target: _Target, args: tuple[Any, ...]) -> Iterator[Tensor]:
+    """What a layer reads at its places, rows (rows, groups, values) in the order of images and places, a bounded number at a time."""
     if target.op.kind == "linear":
-        x = args[-2]
-        yield x[:, None], outputs[:, None]
+        yield args[-2][:, None]
         return
     x, weight = args[:2]
     if target.scaled:
-        made = torch.cat([torch.ops.aten.convolution(part, weight, None, *args[3:]) for part in x.split(128)])
-        yield _rows(_at_places(made, target))[:, :, None], outputs[:, :, None]
+        made = torch.cat([torch.ops.aten.convolution(part, weight, None, *args[3:]) for part in x.split(BATCH)])
+        yield _rows(_at_places(made, target))[:, :, None]
         return
-    groups = target.op.groups
     spatial = [(n + 2 * p - d * (k - 1) - 1) // s + 1 for n, k, s, p, d in zip(x.shape[2:], weight.shape[2:], *_lists(args), strict=True)]
     places = len(target.places)
     step = max(1, PATCH_BYTES // (4 * places * x.shape[1] * weight.shape[2:].numel()))
-    for start in range(0, len(x), step):
-        patches = conv_patches(x[start : start + step], weight, args[3:6], spatial, target.places)
-        rows = patches.reshape(patches.shape[0] * places, groups, -1)
-        yield rows, outputs[start * places : start * places + len(rows)].reshape(len(rows), groups, -1)
+    for part in x.split(step):
+        patches = conv_patches(part, weight, args[3:6], spatial, target.places)
+        yield patches.reshape(patches.shape[0] * places, target.op.groups, -1)
 
 
 def _lists(args: tuple[Any, ...]) -> list[list[int]]:
     """Stride, padding and dilation of a conv's arguments, one number for each spatial axis."""
     axes = args[0].ndim - 2
     return [list(v) * axes if len(v) == 1 else list(v) for v in args[3:6]]
-
-
-class _Fit:
-    """Ridge regression of a layer's wanted outputs on its inputs, pulled towards the weights it has; one for each conv group.
-
-    How hard it is pulled, every fourth image decides: the ridge is the one whose fit to the others errs least on these. `gain` (groups,
-    outputs): by how much an output's error counts. `free`: the intercept may be anything, else it is 0. After `solve`: `weight` (groups,
-    outputs, values), `intercept` (groups, outputs).
-    """
-
-    def __init__(self, present: Tensor, ridges: Sequence[float], gain: Tensor, *, free: bool) -> None:
-        self.free = free
-        self.weight = self._present = present.double()
-        self.intercept = torch.zeros(present.shape[:2], dtype=torch.float64)
-        self._ridges, self._gain = ridges, gain
-        self._others, self._aside = (Moments(present.shape[0], present.shape[1] + present.shape[2]) for _ in range(2))
-        self._seen: list[tuple[Tensor, Tensor]] = []
-        self._bytes = self._images = 0
-
-    def add(self, x: Tensor, y: Tensor, places: int) -> None:
-        """Rows x (rows, groups, values), y (rows, groups, outputs), `places` of each image; the first half gigabyte is kept to rectify."""
-        images = torch.arange(self._images, self._images + len(x) // places)
-        aside = (images % ASIDE == ASIDE - 1).repeat_interleave(places)
-        self._images += len(images)
-        rows = torch.cat([x, y], dim=2)
-        for moments, theirs in ((self._others, rows[~aside]), (self._aside, rows[aside])):
-            if len(theirs):
-                moments.add(theirs)
-        if self._bytes < KEPT_BYTES:
-            self._bytes += 4 * x.numel()
-            self._seen.append((x, y))
-
-    def solve(self) -> None:
-        """The weights and the intercept that fit best."""
-        every = self._normal(self._others + self._aside)
-        self.weight, self.intercept, self._factor = every.solved(self._ridge())
-        self._mean = every.mean[:, None, : every.values]
-
-    def _ridge(self) -> float:
-        if len(self._ridges) == 1 or self._images < ASIDE:
-            return self._ridges[-1]
-        others, aside = self._normal(self._others), self._normal(self._aside)
-        errors = [aside.error(*others.solved(ridge)[:2], self._gain) for ridge in self._ridges]
-        return self._ridges[int(np.argmin(errors))]
-
-    def _normal(self, moments: Moments) -> _Normal:
-        second, mean = moments.covariance(), moments.mean()
-        return _Normal(second if self.free else second + mean[:, :, None] * mean[:, None, :], mean, self._present, self.free)
-
-    def rectify(self, affine: _Affine, beside: Tensor | None) -> None:
-        """Refit to what passes a ReLU behind z = gain * y + shift (+ beside, (rows, outputs)); layers without conv groups."""
-        x, y = (torch.cat(parts)[:, 0] for parts in zip(*self._seen, strict=True))
-        offset = affine.shift if beside is None else affine.shift + beside[: len(x)]
-        wanted = y * affine.gain + offset
-        for _ in range(RECTIFY_ROUNDS):
-            present = (x @ self.weight[0].T.to(x.dtype) + self.intercept[0].to(x.dtype)) * affine.gain + offset
-            rest = (torch.where(wanted > 0, wanted, present.clamp(max=0)) - present) * affine.inverse
-            mean = rest.mean(dim=0).double()
-            cross = (x.T @ rest).double() / len(x) - self._mean[0].T * mean
-            step = torch.cholesky_solve(cross, self._factor[0])
-            self.weight = self.weight + step.T
-            self.intercept = self.intercept + mean - self._mean[0] @ step
-
-
-class _Normal(NamedTuple):
-    """The normal equations of a fit: second moments of inputs and wanted outputs (about the mean where the intercept is free), means."""
-
-    second: Tensor
-    mean: Tensor
-    present: Tensor
-    free: bool
-
-    @property
-    def values(self) -> int:
-        """The number of inputs, which come before the outputs."""
-        return self.present.shape[2]
-
-    def solved(self, ridge: float) -> tuple[Tensor, Tensor, Tensor]:
-        """Weights (groups, outputs, values), intercepts (groups, outputs), and the Cholesky factor of what was solved."""
-        n = self.values
-        xx, xy = self.second[:, :n, :n], self.second[:, :n, n:]
-        pull = (ridge * xx.diagonal(dim1=1, dim2=2).mean(1).clamp(min=1e-12))[:, None, None]
-        factor = torch.linalg.cholesky(xx + pull * torch.eye(n, dtype=torch.float64))
-        weight = torch.cholesky_solve(xy + pull * self.present.transpose(1, 2), factor).transpose(1, 2)
-        if self.free:
-            return weight, self.mean[:, n:] - self._given(weight), factor
-        return weight, torch.zeros(weight.shape[:2], dtype=torch.float64), factor
-
-    def error(self, weight: Tensor, intercept: Tensor, gain: Tensor) -> float:
-        """The squared error of such a fit on the rows of these moments, of each output times its gain; the mean over rows."""
-        n = self.values
-        xx, xy, yy = self.second[:, :n, :n], self.second[:, :n, n:], self.second[:, n:, n:].diagonal(dim1=1, dim2=2)
-        errors = yy - 2 * (weight * xy.transpose(1, 2)).sum(2) + ((weight @ xx) * weight).sum(2)
-        if self.free:
-            errors = errors + (self.mean[:, n:] - self._given(weight) - intercept).square()
-        return float((gain.square() * errors).sum())
-
-    def _given(self, weight: Tensor) -> Tensor:
-        """What the weights give at the mean of the inputs, (groups, outputs)."""
-        return (self.mean[:, None, : self.values] @ weight.transpose(1, 2))[:, 0]

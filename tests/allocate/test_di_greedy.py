@@ -60,7 +60,7 @@ def test_by_accuracy_every_step_keeps_the_best_candidate() -> None:
     search = Search(graph, scores, Budget(macs=0.6), None, rules=RULES)
     found = learn(search, probe("plain"), layer_choice="accuracy", share=0.15, images=12, recalibration_images=12)
     found.plan(Budget(macs=0.6))
-    judge = judge_of(probe("plain"), images=12, recalibration_images=12, loss="divergence", steps=0)
+    judge = judge_of(probe("plain"), images=12, recalibration_images=12, loss="divergence", steps=0, recover="bn")
     for before, after in zip(found.path, found.path[1:], strict=False):
         (changed,) = np.flatnonzero(before != after)
         mine = judge(search.plan(search.from_levels(after)))

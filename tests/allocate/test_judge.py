@@ -9,19 +9,20 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from edgeprune.allocate.judge import Judge, divergence, judge_of
+from edgeprune.allocate.judge import PULL, Judge, divergence, judge_of
 from edgeprune.criteria.probe import Probe
 from edgeprune.errors import DataError, UsageError
 from edgeprune.graph.slim import slim
 from edgeprune.plan import Plan
 from edgeprune.train.evaluate import refit_norms
+from edgeprune.train.reconstruct import Recording
 from tests.networks import NETWORKS, images, traced
 
 
 def judge(name: str, *, n: int = 16, labels: bool = True, **options: Any) -> Judge:
     model, graph = traced(name)
     y = (torch.arange(n) % 5,) if labels else ()
-    given: dict[str, Any] = {"images": 8, "recalibration_images": 8, "loss": "divergence", "steps": 0, **options}
+    given: dict[str, Any] = {"images": 8, "recalibration_images": 8, "loss": "divergence", "steps": 0, "recover": "bn", **options}
     inputs = images(name, n)
     return judge_of(Probe(model, graph, [(inputs if len(inputs) > 1 else inputs[0], *y)]), **given)
 
@@ -62,6 +63,33 @@ def test_the_loss_is_that_of_the_recalibrated_network_on_the_held_images(loss: s
     assert verdict.accuracy == pytest.approx(float((logits.argmax(1) == y).double().mean()))
 
 
+def test_candidates_are_refitted_as_the_product_does() -> None:
+    """With its ridge and its number of positions it is the same network."""
+    by = judge("residual", n=64, images=16, recalibration_images=48, recover="reconstruct")
+    plan = Plan.uniform(by.graph, 0.5)
+    small = slim(by.model, by.graph, plan)
+    fitted = Recording.of(by.model, by.graph, by.spare[0], rows=by.rows, substitutes=True).refitted(
+        small, plan, ridge=PULL / by.rows, rectify_rounds=1
+    )
+    with torch.no_grad():
+        expected = divergence([by.model(*by.held[0])], [fitted(*by.held[0])])
+    assert by(plan).loss == pytest.approx(expected, rel=1e-9)
+    recalibrated, bare = (judge("residual", n=64, images=16, recalibration_images=48, recover=how)(plan).loss for how in ("bn", "none"))
+    assert by(plan).loss < min(recalibrated, bare) and recalibrated != bare
+
+
+def test_training_follows_the_refit() -> None:
+    plan = Plan.uniform(traced("residual")[1], 0.5)
+    assert judge("residual", recover="reconstruct", steps=2)(plan).loss != judge("residual", recover="reconstruct")(plan).loss
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_any_network_is_refitted(name: str) -> None:
+    by = judge(name, n=40, images=8, recalibration_images=32, recover="reconstruct")
+    plan = Plan.uniform(by.graph, 0.6)
+    assert by(plan) == by(plan) and by(plan).loss > 0
+
+
 def test_the_same_plan_has_the_same_verdict_and_nothing_is_left_behind() -> None:
     model, graph = traced("mobile")
     before = {name: t.clone() for name, t in model.state_dict().items()}
@@ -85,9 +113,13 @@ def test_what_cannot_judge_is_refused() -> None:
     x = images("residual", 8)[0]
     for probe in (None, Probe(model, graph)):
         with pytest.raises(UsageError, match="give model and data"):
-            judge_of(probe, images=4, recalibration_images=4, loss="divergence", steps=0)
+            judge_of(probe, images=4, recalibration_images=4, loss="divergence", steps=0, recover="bn")
     with pytest.raises(UsageError, match="one of divergence, cross_entropy, got 'mse'"):
         judge("residual", loss="mse")
+    with pytest.raises(UsageError, match="one of reconstruct, bn, none, got 'knit'"):
+        judge("residual", recover="knit")
+    with pytest.raises(UsageError, match="masked networks are not reconstructed"):
+        judge("residual", recover="reconstruct", masked=True)
     with pytest.raises(UsageError, match="at least one image must judge"):
         judge("residual", images=0)
     with pytest.raises(DataError, match="need labels"):
@@ -95,9 +127,9 @@ def test_what_cannot_judge_is_refused() -> None:
     with pytest.raises(DataError, match="2 images are too few"):
         judge("residual", n=2)
     with pytest.raises(DataError, match="the loss of the dense network is inf: check the preprocessing"):
-        judge_of(Probe(model, graph, [(x * math.nan, None)]), images=4, recalibration_images=4, loss="divergence", steps=0)
+        judge_of(Probe(model, graph, [(x * math.nan, None)]), images=4, recalibration_images=4, loss="divergence", steps=0, recover="bn")
     with pytest.raises(DataError, match="empty"):
-        judge_of(Probe(model, graph, []), images=4, recalibration_images=4, loss="divergence", steps=0)
+        judge_of(Probe(model, graph, []), images=4, recalibration_images=4, loss="divergence", steps=0, recover="bn")
 
 
 def test_few_images_are_shared_out() -> None:
@@ -124,7 +156,9 @@ def test_networks_that_need_contiguous_memory_are_judged_too() -> None:
     model = Fussy().eval()
     x = torch.randn(12, 3, 8, 8)
     graph = trace(model, x[:1])
-    by = judge_of(Probe(model, graph, [(x, torch.arange(12) % 5)]), images=8, recalibration_images=4, loss="divergence", steps=1)
+    by = judge_of(
+        Probe(model, graph, [(x, torch.arange(12) % 5)]), images=8, recalibration_images=4, loss="divergence", steps=1, recover="bn"
+    )
     whole = Plan.uniform(graph, 1.0)
     assert replace(by, steps=0)(whole).loss == pytest.approx(0, abs=1e-6)
     assert by(whole).loss > 0

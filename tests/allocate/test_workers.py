@@ -28,7 +28,7 @@ ROOT = Path(__file__).parents[2]
 def judge(name: str = "residual") -> Judge:
     model, graph = traced(name)
     probe = Probe(model, graph, [(images(name, 16), torch.arange(16) % 5)])
-    return judge_of(probe, images=8, recalibration_images=8, loss="divergence", steps=0)
+    return judge_of(probe, images=8, recalibration_images=8, loss="divergence", steps=0, recover="reconstruct")
 
 
 def plans(by: Judge) -> list[Plan]:
@@ -76,7 +76,7 @@ def fatal_judge(mark: Path) -> Judge:
     model, _ = traced("residual")
     fatal = Fatal(model, mark, os.getpid())
     probe = Probe(fatal, trace(fatal, images("residual")), [(images("residual", 16), torch.arange(16) % 5)])
-    return judge_of(probe, images=8, recalibration_images=8, loss="divergence", steps=0)
+    return judge_of(probe, images=8, recalibration_images=8, loss="divergence", steps=0, recover="reconstruct")
 
 
 @pytest.mark.slow

@@ -43,18 +43,18 @@ def test_only_random_searches_have_seeds() -> None:
 
 
 def test_one_search_makes_a_row_per_budget_and_a_run_goes_on_where_it_was(arena: Arena, tmp_path: Path) -> None:
-    path, wanted = tmp_path / "allocation.json", list(learners("resnet20", ["global", LEARNED], 1))
+    path, wanted = tmp_path / "allocation.json", list(learners("resnet20", ["knapsack", "global", "global per cost", LEARNED], 1))
     with pytest.raises(OutOfTime):
         run(arena, Results(path), wanted, Clock(time.monotonic() - 1), budgets=BUDGETS, training=True)
     run(arena, Results(path), wanted, ENDLESS, budgets=["macs-64", "macs-50"], training=False)
     first = json.loads(path.read_text())["rows"]
-    assert len(first) == 4 and first[2]["search"] == first[3]["search"]
+    assert len(first) == 8 and first[6]["search"] == first[7]["search"]
     results = Results(path)
     run(arena, results, wanted, ENDLESS, budgets=BUDGETS, training=True)
     examine(arena, results, ENDLESS)
     content = json.loads(path.read_text())
     rows: list[dict[str, Any]] = content["rows"]
-    assert len(rows) == 6 and [r["search"] for r in rows if r["budget"] != "latency"] == [r["search"] for r in first]
+    assert len(rows) == 12 and [r["search"] for r in rows if r["budget"] != "latency"] == [r["search"] for r in first]
     for row in rows:
         assert {"recalibrated", "reconstructed"} <= row["after"].keys() and row["revision"]
         assert row["learned_at"] == ("latency" if row["budget"] == "latency" else "macs-64")
@@ -66,5 +66,11 @@ def test_one_search_makes_a_row_per_budget_and_a_run_goes_on_where_it_was(arena:
     assert searched["evaluations"] == 3 and searched["best_so_far"]
     assert content["dense"]["resnet20"]["divergence"] == 0 and "test" in content["dense"]["resnet20"]
     text = table(rows, content["dense"])
-    assert text.count("### resnet20") == 3 and text.count("on validation loss after") == 6
+    assert text.count("### resnet20") == 3
+    verdict = text.partition(f"### {LEARNED} against")[2].partition("###")[0]
+    assert verdict.count("| after BN recalibration |") == verdict.count("| after reconstruction |") == 3
+    mine = {r["allocator"]: r["after"]["reconstructed"]["divergence"] for r in rows if r["budget"] == "macs-50"}
+    beaten = [name for name in ("global", "global per cost", "knapsack") if mine[LEARNED] < mine[name]]
+    line = next(x for x in verdict.splitlines() if "macs-50 | after reconstruction" in x)
+    assert line.endswith(f"| {', '.join(beaten) or 'none of them'} |") and f"{mine[LEARNED]:.3f}" in line
     assert "the 10,000 test images" in text and "Allocators on CIFAR-10" in chart(rows, content["dense"])

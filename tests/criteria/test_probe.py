@@ -8,9 +8,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from edgeprune.criteria import score
 from edgeprune.criteria.probe import Probe, Statistic, View, channel_maps
 from edgeprune.errors import DataError, UsageError
 from edgeprune.graph import Tap
+from edgeprune.graph.trace import trace
 from edgeprune.plan import Scores
 from tests.networks import NETWORKS, build, images, traced
 
@@ -188,3 +190,23 @@ def test_flattened_channels_arrive_as_rows() -> None:
     tokens = channel_maps(torch.arange(24.0).view(2, 4, 3), Tap(0, 2, torch.arange(3).view(3, 1).numpy()))
     assert tokens.shape == (2, 3, 1, 4)
     assert tokens[0, 1, 0].tolist() == [1, 4, 7, 10]
+
+
+@pytest.mark.parametrize("which", ["network", "images"])
+def test_the_layout_in_memory_changes_nothing(which: str) -> None:
+    """To flatten channels_last maps takes an operation more: whatever is behind would be taken for something else."""
+    torch.manual_seed(0)
+    layers = [nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Flatten(), nn.Linear(8 * 36, 16), nn.ReLU(), nn.Linear(16, 5)]
+    model, x, labels = nn.Sequential(*layers).eval(), torch.randn(16, 3, 8, 8), torch.arange(16) % 5
+    graph = trace(model, x[:1])
+    expected = [score(graph, model, criterion, data=[(x, labels)]).values for criterion in ("reconstruction", "di")]
+    if which == "network":
+        fast: Any = model.to
+        fast(memory_format=torch.channels_last)
+        assert trace(model, x[:1]).ops == graph.ops
+    else:
+        x = x.contiguous(memory_format=torch.channels_last)
+    found = [score(graph, model, criterion, data=[(x, labels)]).values for criterion in ("reconstruction", "di")]
+    for a, b in zip(expected, found, strict=True):
+        assert all(np.allclose(a[name], b[name]) for name in a)
+    assert which == "images" or layers[0].weight.is_contiguous(memory_format=torch.channels_last)  # type: ignore[operator, union-attr]
