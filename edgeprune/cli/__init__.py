@@ -12,7 +12,7 @@ import sys
 import typer
 
 from edgeprune.cli import artifacts, bench, board, compress, look, runs
-from edgeprune.errors import EdgepruneError
+from edgeprune.errors import EdgepruneError, out_of_memory
 from edgeprune.terminal import complain, quiet_unless_first
 
 app = typer.Typer(
@@ -45,12 +45,24 @@ devices_app.command("calibrate")(board.calibrate)
 devices_app.command("check")(board.check)
 
 
+MEMORY_RAN_OUT = (
+    "memory ran out ({}): allow the process more, or need less with a smaller --batch-size or --input-shape or fewer --jobs. A run that "
+    "had begun goes on with --resume."
+)
+
+
 def main() -> None:
-    """The command `edgeprune`: every error of ours becomes one paragraph and its exit code."""
+    """The command `edgeprune`: every error of ours, and memory that ran out, becomes one paragraph and its exit code."""
     gc.set_threshold(100_000, 50, 100)  # what torch and a network's library import stays: by default it is looked through dozens of times
     try:
         with quiet_unless_first():
             app()
-    except EdgepruneError as error:
-        complain(str(error))
-        sys.exit(error.exit_code)
+        return
+    except (EdgepruneError, MemoryError, RuntimeError, OSError, ImportError) as error:
+        short = out_of_memory(error)
+        if not short and not isinstance(error, EdgepruneError):
+            raise
+        text, code = str(error), EdgepruneError.exit_code if short else getattr(error, "exit_code", 1)
+        first = (text.strip().splitlines() or ["Python had none left"])[0][:200]
+    complain(MEMORY_RAN_OUT.format(first) if short else text)  # behind the handler: what the failed step held is free again
+    sys.exit(code)

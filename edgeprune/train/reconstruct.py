@@ -43,7 +43,8 @@ LEAST_POSITIONS = 12
 RECTIFY_ROUNDS = 3
 PATCH_BYTES = 256 << 20
 KEPT_BYTES = 512 << 20
-MEMORY_BYTES = 3 << 30
+MEMORY_BYTES = 2 << 30
+RECORDED_BYTES = 640 << 20
 
 
 def reconstruct(
@@ -61,20 +62,25 @@ def reconstruct(
     """A copy of `small` whose convs and linears were refitted to the dense network's outputs; the inputs are untouched.
 
     Needs images only, no labels; `augment` as the network's own training had it makes them more like new ones. `ridge` pulls towards
-    the present weights, as a share of the mean variance of the inputs. At most as many images as their feature maps fit into 3 GB.
+    the present weights, as a share of the mean variance of the inputs. At most as many images as their feature maps fit into 2 GiB, and
+    as many positions as 640 MiB hold of the dense network's outputs.
     Raises DataError when there are none.
     """
     batch = _batch(split, min(images, _affordable(graph)), augment)
     if graph.exported is not None:  # the slim network runs the exported operations, so the dense one must too
         dense = recall(graph, dense)
         graph = trace(dense, batch[:1])
-    targets = _targets(graph, plan, max(LEAST_POSITIONS, ROWS // len(batch)))
+    positions = max(LEAST_POSITIONS, ROWS // len(batch))
+    targets = _targets(graph, plan, positions)
+    recorded = 4 * len(batch) * sum(len(t.kept) * len(t.places) for t in targets.values())
+    if recorded > RECORDED_BYTES:
+        targets = _targets(graph, plan, max(LEAST_POSITIONS, positions * RECORDED_BYTES // recorded))
     if not targets:
         return copy.deepcopy(small)
     fitted = copy.deepcopy(small)
     recorder = _Recorder(targets)
     with _frozen(dense), recorder:
-        for part in batch.split(128):
+        for part in batch.split(split.at_once(128)):
             recorder.calls = 0
             dense(part)
     with _frozen(fitted), _Refitter(targets, recorder, dict(named_tensors(fitted)), ridge, progress):
@@ -198,7 +204,7 @@ class _Recorder(Observer):
 
     def outputs(self) -> dict[tuple[str, int], Tensor]:
         """By role ("output", "beside") and call number of the layer, (images, outputs that stay, places)."""
-        return {key: torch.cat(parts) for key, parts in self._found.items()}
+        return {key: torch.cat(self._found.pop(key)) for key in list(self._found)}
 
 
 def _at_places(result: Any, target: _Target) -> Tensor:
@@ -242,11 +248,11 @@ class _Refitter(Observer):
     def _refit(self, target: _Target, args: tuple[Any, ...]) -> None:
         if target.op.kind == "conv" and args[6]:  # a transposed conv, whose weight has its inputs first, stays as it is
             return
-        wanted, beside = self._wanted["output", target.op.call], None
+        wanted, beside = self._wanted.pop(("output", target.op.call)), None
         affine = self._affine(target)
         if target.beside is not None:
             beside = self._sums.pop(target.op.call)
-            lacking = self._wanted["beside", target.op.call] - beside
+            lacking = self._wanted.pop(("beside", target.op.call)) - beside
             wanted = wanted + lacking * affine.inverse[:, None]
         weight = self._tensors[target.op.weight or ""]
         bias = args[2] if target.op.kind == "conv" else (args[0] if target.op.name == "addmm" else None)
