@@ -2,6 +2,7 @@
 
     python -m benchmarks.robustness                        # everything
     python -m benchmarks.robustness kill disk              # some of it
+    python -m benchmarks.robustness kill --seconds 150     # no new trial after so long; the next call goes on
     python -m benchmarks.robustness kill --trials 3        # fewer trials, nothing written
 
 A run is the command in a process of its own, forked from one that has everything imported: a small CNN on a task of coloured noise,
@@ -15,8 +16,10 @@ resident set of a process that compresses again and again. Writes robustness.jso
 from __future__ import annotations
 
 import argparse
+import hashlib
 import importlib
 import json
+import math
 import os
 import platform
 import random
@@ -32,11 +35,13 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import psutil
 import torch
+from safetensors import safe_open
 
 import edgeprune as ep
 from benchmarks.revision import git_revision
@@ -52,6 +57,14 @@ NEEDED = {"model.safetensors", "model.onnx", "plan.json", "bitplan.json"}  # mus
 MEMORY_MB = 48
 GROWTH_WARMUP = 10  # runs, while modules are imported and pools filled
 LONGEST_S = 120
+
+
+@dataclass(frozen=True)
+class Asked:
+    """How many trials (None: all that belong to the part), and after how many seconds no new one begins."""
+
+    trials: int | None = None
+    seconds: float = math.inf
 
 
 class Wrong(Exception):
@@ -128,8 +141,19 @@ def ended(child: int, until: Callable[[], bool] = lambda: False) -> int | None:
 
 
 def hashes(folder: Path) -> dict[str, str]:
-    """Every file of a run by its name in the folder."""
-    return {p.relative_to(folder).as_posix(): hash_file(p) for p in folder.rglob("*") if p.is_file()}
+    """Every file of a run by its name in the folder; of .safetensors what they hold, because their header has no fixed order."""
+    return {p.relative_to(folder).as_posix(): _hash(p) for p in folder.rglob("*") if p.is_file()}
+
+
+def _hash(file: Path) -> str:
+    if file.suffix != ".safetensors":
+        return hash_file(file)
+    with safe_open(file, framework="numpy") as opened:
+        found = hashlib.sha256(json.dumps(opened.metadata(), sort_keys=True).encode())
+        for name in sorted(opened.keys()):
+            array = opened.get_tensor(name)
+            found.update(f"{name} {array.dtype} {array.shape} ".encode() + array.tobytes())
+    return found.hexdigest()
 
 
 def prepared(folder: Path, device: str) -> Bench:
@@ -170,7 +194,7 @@ def checked_resume(bench: Bench, folder: Path) -> None:
     if status:
         raise Wrong(f"resuming ended with {status}: {folder.with_suffix('.txt').read_text()}")
     different = [name for name, value in bench.steady.items() if found.get(name) != value]
-    half = [name for name in found if name.endswith(".tmp")]
+    half = [name for name in found if ".tmp" in name]
     if different or half or json.loads((folder / "run.json").read_text())["status"] != "done":
         raise Wrong(f"after resuming {different} differ, {half} are left")
 
@@ -271,33 +295,32 @@ def memory(bench: Bench, folder: Path, turn: int, dice: random.Random) -> tuple[
     return found
 
 
-def trials(what: str, count: int | None) -> dict[str, Any]:
-    """Kills, full disks or full memories, the stages in turn: `count` that hit (50 kills; of the others one in every stage)."""
-    dice = random.Random(7)
-    hits, outcomes, missed, number = Counter[str](), Counter[str](), 0, 0
+def trials(what: str, asked: Asked, before: dict[str, Any]) -> dict[str, Any]:
+    """Kills, full disks or full memories, the stages in turn: so many that hit (50 kills; of the others one in every stage)."""
+    hits, outcomes = Counter[str](before.get("by_stage", {})), Counter[str](before.get("outcomes", {}))
+    number, start = before.get("begun", 0), time.monotonic()
     with tempfile.TemporaryDirectory() as name:
         place = Path(name)
         board, host = (prepared(place / device, device) for device in ("rpi4", "host"))
         # Measuring takes three processes each time: only that stage is tried on the device that has it.
         turns = [(board, n) for n in range(len(board.stages))] + [(host, host.stages.index("measure"))]
-        dice.shuffle(turns)
-        asked = count or (50 if what == "kill" else len(turns))
-        while hits.total() < asked:
-            (bench, turn), folder = turns[number % len(turns)], place / f"{what}-{number}"
+        random.Random(7).shuffle(turns)
+        wanted = asked.trials or (50 if what == "kill" else len(turns))
+        while hits.total() < wanted and time.monotonic() - start < asked.seconds:
+            (bench, turn), folder, dice = turns[number % len(turns)], place / f"{what}-{number}", random.Random(number)
             number += 1
             if what == "kill":
                 hit, outcome = kill(bench, folder, turn, dice), "resumed to the same files"
             else:
                 hit, outcome = (disk if what == "disk" else memory)(bench, folder, turn, dice)
-            if hit is None:
-                missed += 1
-                continue
-            hits[hit] += 1
-            outcomes[outcome] += 1
+            if hit is not None:
+                hits[hit] += 1
+                outcomes[outcome] += 1
         seconds = {name: round(b - a, 3) for name, a, b in zip(host.stages, host.moments, host.moments[1:], strict=False)}
     return {
-        "trials": asked,
-        "run_over_before": missed,
+        "trials": hits.total(),
+        "asked": wanted,
+        "begun": number,
         "by_stage": {name: hits[name] for name in host.stages},
         "outcomes": dict(outcomes),
         "seconds_of_an_undisturbed_run": seconds,
@@ -305,9 +328,9 @@ def trials(what: str, count: int | None) -> dict[str, Any]:
     }
 
 
-def growth(count: int | None) -> dict[str, Any]:
+def growth(asked: Asked, before: dict[str, Any]) -> dict[str, Any]:
     """Resident set after every tenth run of one process; the last over the one after the first GROWTH_WARMUP."""
-    process, count = psutil.Process(), count or 200
+    process, count = psutil.Process(), asked.trials or 200
     torch.set_num_threads(1)
     model, data, sizes = colour_net(), colour_data(), []
     start = time.monotonic()
@@ -336,14 +359,14 @@ def growth(count: int | None) -> dict[str, Any]:
     }
 
 
-def fuzz(count: int | None) -> dict[str, Any]:
+def fuzz(asked: Asked, before: dict[str, Any]) -> dict[str, Any]:
     """Damaged files by kind; each kind in a folder of its own."""
     from tests.hostile import KINDS, LONGEST_S, survey
 
     found = {}
     for name, kind in KINDS.items():
         with tempfile.TemporaryDirectory() as folder:
-            found[name] = survey(kind, Path(folder), count or 40, seed=1)
+            found[name] = survey(kind, Path(folder), asked.trials or 40, seed=1)
     return {
         "files": sum(s.files for s in found.values()),
         "refused": sum(s.refused for s in found.values()),
@@ -353,11 +376,11 @@ def fuzz(count: int | None) -> dict[str, Any]:
     }
 
 
-PARTS: dict[str, Callable[[int | None], dict[str, Any]]] = {
+PARTS: dict[str, Callable[[Asked, dict[str, Any]], dict[str, Any]]] = {
     "fuzz": fuzz,
-    "kill": lambda count: trials("kill", count),
-    "disk": lambda count: trials("disk", count),
-    "memory": lambda count: trials("memory", count),
+    "kill": partial(trials, "kill"),
+    "disk": partial(trials, "disk"),
+    "memory": partial(trials, "memory"),
     "growth": growth,
 }
 
@@ -385,11 +408,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("parts", nargs="*", metavar="PART", help=", ".join(PARTS))
     parser.add_argument("--trials", type=int, help="per part (per kind for fuzz)")
-    asked = parser.parse_args()
+    parser.add_argument("--seconds", type=float, default=math.inf)
+    words = parser.parse_args()
+    asked = Asked(words.trials, words.seconds)
     file = RESULTS / "robustness.json"
     found = json.loads(file.read_text()) if file.exists() else {}
-    for name in asked.parts or PARTS:
-        entry = PARTS[name](asked.trials)
+    for name in words.parts or PARTS:
+        before = found.get(name, {})
+        unfinished = asked.trials is None and before.get("trials", 0) < before.get("asked", 0)
+        entry = PARTS[name](asked, before if unfinished else {})
         print(json.dumps({name: entry}), flush=True)
         if asked.trials is None:
             found[name] = entry | {"revision": git_revision(), "platform": platform.platform()}

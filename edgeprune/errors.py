@@ -104,7 +104,10 @@ class ParityError(ExportError):
     """The artifact does not compute what the model computes."""
 
 
-OUT_OF_MEMORY = ("can't allocate memory", "cannot allocate memory", "out of memory", "bad_alloc", "bad allocation", "failed to map segment")
+OUT_OF_MEMORY = (
+    "can't allocate memory", "cannot allocate memory", "out of memory", "bad_alloc", "bad allocation", "failed to map segment",
+    "can't start new thread", "could not create a primitive", "could not execute a primitive",  # the latter two: oneDNN
+)  # fmt: skip
 
 
 def out_of_memory(error: BaseException | None) -> bool:

@@ -8,11 +8,14 @@ from __future__ import annotations
 
 import gc
 import sys
+import tempfile
+from pathlib import Path
 
 import typer
 
 from edgeprune.cli import artifacts, bench, board, compress, look, runs
 from edgeprune.errors import EdgepruneError, out_of_memory
+from edgeprune.run import disk_is_full, write_error
 from edgeprune.terminal import complain, quiet_unless_first
 
 app = typer.Typer(
@@ -60,6 +63,8 @@ def main() -> None:
         return
     except (EdgepruneError, MemoryError, RuntimeError, OSError, ImportError) as error:
         short = out_of_memory(error)
+        if isinstance(error, OSError) and disk_is_full(error):  # of the temporary files, say
+            error = write_error(error, Path(error.filename or tempfile.gettempdir()))
         if not short and not isinstance(error, EdgepruneError):
             raise
         text, code = str(error), EdgepruneError.exit_code if short else getattr(error, "exit_code", 1)

@@ -241,8 +241,9 @@ def _spent(result: Result, seconds: float) -> str:
     for facts in {id(r.facts): r.facts for r in (*result.parts, result)}.values():
         for stage in facts.get("stages") or ():
             stages[stage["name"]] += 0 if stage["cached"] else stage["seconds"]
-    named = [f"{name} {spent:.1f} s" for name, spent in stages.most_common() if spent >= SHORTEST_NAMED_S]
-    return f"{seconds:.1f} s: {', '.join([*named, f'reading, report and the rest {max(0.0, seconds - stages.total()):.1f} s'])}"
+    named = [(name, spent) for name, spent in stages.most_common() if spent >= SHORTEST_NAMED_S]
+    named.append(("reading, report and the rest", max(0.0, seconds - sum(spent for _, spent in named))))
+    return f"{seconds:.1f} s: {', '.join(f'{name} {spent:.1f} s' for name, spent in named)}"
 
 
 def _gate(result: Result) -> None:
