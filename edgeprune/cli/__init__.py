@@ -1,7 +1,8 @@
 """The commands, and nothing else: options in, one api call, words out; here they are gathered in the order of --help.
 
-Exit codes: 0 done; 1 a gate failed; 2 usage; 3 no plan meets the budget; 4 device or connection; 5 export or parity; 6 model or
-data; 130 interrupted. Errors are one paragraph on stderr; a traceback means a bug. With --json, stdout holds one JSON object.
+Exit codes: 0 done; 1 a gate failed, or disk or memory ran out; 2 usage; 3 no plan meets the budget; 4 device or connection; 5 export or
+parity; 6 model or data; 130 interrupted. Errors are one paragraph on stderr; a traceback means a bug. With --json, stdout holds one
+JSON object.
 """
 
 from __future__ import annotations
