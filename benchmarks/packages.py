@@ -31,7 +31,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.revision import git_revision
-from edgeprune.run import write_json
+from edgeprune.run import hash_file, write_json
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = Path(__file__).parent / "results"
@@ -63,7 +63,7 @@ class Extra:
 EXTRAS = {
     "ssh": Extra("device check rpi4 --host nobody@127.0.0.1:1", "no connection to"),
     "cluster": Extra(
-        "compress net.pt --model net.py:net --device rpi4 --macs 0.7 --data data.npz --epochs 0 --allocate di_greedy "
+        "compress net.pt --model net.py:net --device rpi4 --macs 0.7 --data data.npz --epochs 0 --allocate layer_compensated "
         "--cluster dask://127.0.0.1:1 --out clustered",
         "no Dask scheduler answers",
     ),
@@ -129,10 +129,8 @@ class Place:
         where = said([self.program("core", "python"), "-I", "-c", "import edgeprune; print(edgeprune.__file__)"], self.folder).strip()
         if not Path(where).is_relative_to(self.folder / "core"):
             raise RuntimeError(f"edgeprune is imported from {where}")
-        (self.folder / "net.py").write_text(NET)
-        said([self.program("core", "python"), "-c", f"import sys; sys.path.insert(0, '.'){INPUTS}"], self.folder)
         for name, extra in EXTRAS.items():
-            text = " ".join(said([self.program("core", "edgeprune"), *extra.command.split()], self.folder, code=None).split())
+            text = self._tried("core", extra)
             if f"pip install 'edgeprune[{name}]'" not in text:
                 raise RuntimeError(f"without {name}: {text}")
         return entry | {"names_what_is_missing": list(EXTRAS)}
@@ -141,7 +139,7 @@ class Place:
         """The same with one extra, on top of the core's packages."""
         entry = self._installed(name, [f"{self.wheel}[{name}]"], on_core=True)
         wanted = EXTRAS[name]
-        text = " ".join(said([self.program(name, "edgeprune"), *wanted.command.split()], self.folder, code=None).split())
+        text = self._tried(name, wanted)
         if wanted.answer not in text:
             raise RuntimeError(f"with {name}: {text}")
         return entry | {"answers": wanted.answer}
@@ -165,8 +163,19 @@ class Place:
             raise RuntimeError(f"the demo wrote {made}: {text}")
         return {"seconds": round(time.monotonic() - start, 1), "artifacts": made}
 
+    def _tried(self, environment: str, extra: Extra) -> str:
+        """What the command says in this environment, on one line; in a fresh folder with a network and data."""
+        with tempfile.TemporaryDirectory(dir=self.folder) as name:
+            folder = Path(name)
+            (folder / "net.py").write_text(NET)
+            said([self.program("core", "python"), "-c", f"import sys; sys.path.insert(0, '.'){INPUTS}"], folder)
+            return " ".join(said([self.program(environment, "edgeprune"), *extra.command.split()], folder, code=None).split())
+
     def _installed(self, name: str, *steps: list[str], on_core: bool = False) -> dict[str, Any]:
-        start = time.monotonic()
+        """How many packages, in how many seconds; an environment that is there for this very wheel is taken as it is."""
+        start, note = time.monotonic(), self.folder / name / "installed.json"
+        if note.exists() and (before := json.loads(note.read_text()))["wheel"] == hash_file(self.wheel):
+            return {key: before[key] for key in ("packages", "seconds")}
         shutil.rmtree(self.folder / name, ignore_errors=True)
         subprocess.run([sys.executable, "-m", "venv", str(self.folder / name)], check=True)
         if on_core:
@@ -180,7 +189,9 @@ class Place:
         listed = json.loads(
             said([self.program(name, "python"), "-m", "pip", "list", "--format", "json", "--local"], self.folder).splitlines()[0]
         )
-        return {"packages": len(listed), "seconds": round(time.monotonic() - start, 1)}
+        entry = {"packages": len(listed), "seconds": round(time.monotonic() - start, 1)}
+        write_json(note, entry | {"wheel": hash_file(self.wheel)})
+        return entry
 
     def _pip(self, environment: str, words: list[str]) -> None:
         pip = [self.program(environment, "python"), "-m", "pip", "--disable-pip-version-check", "install", "--quiet"]
