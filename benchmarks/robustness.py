@@ -329,7 +329,10 @@ def trials(what: str, asked: Asked, before: dict[str, Any]) -> dict[str, Any]:
 
 
 def growth(asked: Asked, before: dict[str, Any]) -> dict[str, Any]:
-    """Resident set after every tenth run of one process; the last over the one after the first GROWTH_WARMUP."""
+    """Resident set after every tenth run of one process; the last over the one after the first GROWTH_WARMUP.
+
+    Every fourth run has data, so scores, refits and judges too.
+    """
     process, count = psutil.Process(), asked.trials or 200
     torch.set_num_threads(1)
     model, data, sizes = colour_net(), colour_data(), []
@@ -341,7 +344,7 @@ def growth(asked: Asked, before: dict[str, Any]) -> dict[str, Any]:
                 torch.zeros(1, 3, SIDE, SIDE),
                 budget=ep.Budget(macs=0.5),
                 device="rpi4",
-                data=data,
+                data=None if number % 4 else data,
                 recipe=ep.Recipe(epochs=0),
                 out=Path(name) / str(number),
             )

@@ -24,7 +24,7 @@ def test_the_table_names_where_the_time_goes() -> None:
         "stages_s": {"trace": 0.04, "score": 20.0, "export": 4.0},
         "rest_s": 3.5,
     }
-    found = {"compress": whole, "light": {"--help": {"wall_s": 0.3, "peak_memory_bytes": 4e7}}}
+    found = {"compress": whole, "light": {"--help": {"wall_s": 0.3}}}
     lines = rows(found)
     assert "score 20.0, export 4.0; imports, reading, report 3.5" in lines[2] and "trace" not in lines[2]
     assert len(lines) == 4
