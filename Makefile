@@ -4,7 +4,7 @@ BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint .ci/constraints.txt
 TORCH := torch==2.13.0
 
-.PHONY: demo test test-slow test-board lint type setup bench-accuracy bench-allocation bench-artifacts bench-board bench-cost bench-criteria bench-graph bench-instructions bench-regression bench-staircase bench-training clean style
+.PHONY: demo test test-slow test-board lint type setup bench-accuracy bench-allocation bench-artifacts bench-board bench-cost bench-criteria bench-graph bench-instructions bench-regression bench-robustness bench-staircase bench-training bench-whole clean package style
 
 demo: .venv/.core  ## the main job on data that ships with the installation, three to four minutes
 	$(BIN)/edgeprune demo
@@ -63,6 +63,15 @@ bench-graph: .venv/.dev  ## trace and slim: the 87 library networks of the list 
 
 bench-training: .venv/.dev  ## images per second of fine-tuning beside bare forward + backward
 	$(BIN)/python -m benchmarks.training
+
+bench-robustness: .venv/.dev  ## damaged files, kills, full disks (root), memory limits, 200 runs in one process; goes on where it was; ten minutes
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.robustness
+
+bench-whole: .venv/.dev  ## seconds and memory of compress on MobileNetV2 224x224, and of the light commands (EDGEPRUNE_DATA; wants an idle machine)
+	$(BIN)/python -m benchmarks.whole
+
+package: .venv/.dev  ## sdist and wheel, installed where nothing is with and without each extra, and the demo from it; downloads 1.5 GB
+	$(BIN)/python -m benchmarks.packages
 
 style: .venv/.dev  ## the shape of the code in one row
 	@$(BIN)/python -m benchmarks.style

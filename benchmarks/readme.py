@@ -32,6 +32,11 @@ TABLES = {
         "channels": ("quantize.md", "### channels"),
         "mixed": ("quantize.md", "### mixed"),
     },
+    "docs/robustness.md": {
+        "hostile": ("robustness.md", ""),
+        "whole": ("whole.md", ""),
+        "packages": ("packages.md", ""),
+    },
 }
 
 

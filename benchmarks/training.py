@@ -50,13 +50,13 @@ def cifar(folder: Path, images: int) -> Data:
     return load_data(((x, y), (x[:20], y[:20])))
 
 
-def photos(folder: Path, images: int) -> Data:
+def photos(folder: Path, images: int, val: int = 20) -> Data:
     """Real photos as JPEG files of 256x256 pixels (EDGEPRUNE_DATA/imagenet), decoded and resized to 224x224 on the way.
 
     Classes are made up: only the files matter here.
     """
     with tarfile.open(data_folder() / "imagenet" / "imagenet_sample1000_256px.tar") as archive:
-        members = [m for m in archive.getmembers() if m.isfile()][: images + 20]
+        members = [m for m in archive.getmembers() if m.isfile()][: images + val]
         for n, member in enumerate(members):
             file = folder / ("train" if n < images else "val") / f"class{n % 10}" / f"{n}.jpg"
             file.parent.mkdir(parents=True, exist_ok=True)

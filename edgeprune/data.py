@@ -24,6 +24,7 @@ from edgeprune.sources import Labels, Source, digest, read_folder, read_npz, rea
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 VAL_SHARE = 0.2  # of a source that comes in one piece
+BATCH_PIXELS = 1 << 20  # the maps of more at a time fill gigabytes and no cache: 1,024 images of 32x32 pixels, 20 of 224x224
 
 
 @dataclass(frozen=True)
@@ -119,6 +120,10 @@ class Split:
         for start, (raw, labels) in zip(starts, self.raw([order[i : i + batch_size] for i in starts]), strict=True):
             x = normalised(torch.from_numpy(raw), self.preprocessing)
             yield (changes.apply(x, slice(start, start + len(x))) if augment else x), labels
+
+    def at_once(self, most: int) -> int:
+        """How many images a network is to look at together: `most`, fewer where they are large."""
+        return max(1, min(most, BATCH_PIXELS // int(np.prod(self.preprocessing.size))))
 
     def shuffled(self, generator: torch.Generator) -> NDArray[np.int64]:
         """The positions of this split in a random order, (len,)."""

@@ -17,6 +17,7 @@ A message says what happened, the offending value, and what to do. Raise where i
 
 from __future__ import annotations
 
+import errno
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -101,3 +102,20 @@ class UnsupportedOp(ExportError):
 
 class ParityError(ExportError):
     """The artifact does not compute what the model computes."""
+
+
+OUT_OF_MEMORY = (
+    "can't allocate memory", "cannot allocate memory", "out of memory", "bad_alloc", "bad allocation", "failed to map segment",
+    "can't start new thread", "could not create a primitive", "could not execute a primitive",  # the latter two: oneDNN
+)  # fmt: skip
+
+
+def out_of_memory(error: BaseException | None) -> bool:
+    """Whether memory ran out: Python, torch, the runtimes and the kernel each say so in their own words, often as the cause of an error."""
+    while error is not None:
+        if isinstance(error, MemoryError) or getattr(error, "errno", None) == errno.ENOMEM:
+            return True
+        if any(words in str(error).lower() for words in OUT_OF_MEMORY):
+            return True
+        error = error.__cause__ or error.__context__
+    return False

@@ -158,8 +158,8 @@ class Pipeline:
 
             def images() -> Any:
                 if self.train_split:
-                    done = 0
-                    for batch in self.train_split.batches(64, shuffle_seed=job.seed, limit=job.calibration_images, augment=self.augment):
+                    done, size = 0, self.train_split.at_once(64)
+                    for batch in self.train_split.batches(size, shuffle_seed=job.seed, limit=job.calibration_images, augment=self.augment):
                         yield batch
                         done += len(batch[0])
                         self.progress(f"scoring by {job.criterion}", done, total)

@@ -93,7 +93,7 @@ class Run:
             folder.mkdir(parents=True, exist_ok=True)
             lock = _acquire(folder)
         except OSError as error:
-            raise _write_error(error, folder) from error
+            raise write_error(error, folder) from error
         try:
             manifest = _manifest(folder, resume=resume)
             manifest |= {"status": "running", "command": command, "asked": dict(asked), **_environment()}
@@ -129,7 +129,7 @@ class Run:
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise _write_error(error, path.parent) from error
+            raise write_error(error, path.parent) from error
         return path
 
     @contextmanager
@@ -154,7 +154,7 @@ class Run:
             with (self.root / "log.txt").open("a", encoding="utf-8") as file:
                 file.write(f"{_now()} {' '.join(text.split())}\n")
         except OSError as error:
-            raise _write_error(error, self.root / "log.txt") from error
+            raise write_error(error, self.root / "log.txt") from error
 
     def cached(
         self,
@@ -241,7 +241,7 @@ def replacing(path: str | Path) -> Iterator[Path]:
         temporary.replace(path)
         _sync(path.parent)  # the rename itself must survive a power cut
     except OSError as error:
-        raise _write_error(error, path) from error
+        raise write_error(error, path) from error
     finally:
         with suppress(OSError):
             temporary.unlink(missing_ok=True)
@@ -285,7 +285,7 @@ def _manifest(folder: Path, *, resume: bool) -> dict[str, Any]:
     """What run.json holds (resumed) or a fresh manifest; clears what a killed run left half-written."""
     path = folder / "run.json"
     # Only our own names: a folder without a run may be anything, even the user's home.
-    leftovers = folder.rglob(f".*{TEMPORARY}") if path.exists() else folder.glob(f".{path.name}.*{TEMPORARY}")
+    leftovers = folder.rglob(f".*{TEMPORARY}*") if path.exists() else folder.glob(f".{path.name}.*{TEMPORARY}")
     if not path.exists():
         _remove(leftovers)
         return {"format": FORMAT, "created": _now(), "inputs": {}, "stages": {}}
@@ -355,7 +355,13 @@ def _sync(path: Path) -> None:
         os.close(handle)
 
 
-def _write_error(error: OSError, path: Path) -> EdgepruneError:
-    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+def write_error(error: OSError, path: Path) -> EdgepruneError:
+    """What to tell of a file that could not be written: a full disk is no fault of what was asked for."""
+    if disk_is_full(error):
         return EdgepruneError(f"no space left to write {path}: nothing half-written was left; free some space and go on with --resume.")
     return UsageError(f"{path} cannot be written ({error.strerror or error}): choose another folder with --out.")
+
+
+def disk_is_full(error: OSError) -> bool:
+    """Whether there is no space left, or none for this user."""
+    return error.errno in (errno.ENOSPC, errno.EDQUOT)

@@ -1,7 +1,6 @@
-"""Damaged and hostile files: every reader answers with one of our errors or with a value, and nothing else happens.
+"""Damaged and hostile files: every reader answers with one of our errors or with a value, and nothing else happens (hostile.py).
 
-A mutation fuzzer with fixed seeds: bits flipped, files cut, blocks overwritten, repeated or taken out, for every kind of file that
-edgeprune reads. The quick round runs a few of each in every test run, the slow one forty-five of each (over 500 in all).
+The quick round damages a few files of each kind in every test run, the slow one forty of each (over 500 in all).
 """
 
 from __future__ import annotations
@@ -11,187 +10,59 @@ import io
 import json
 import os
 import pickle
-import struct
-import tempfile
-import warnings
+import subprocess
 import zipfile
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from functools import cache
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
-from PIL import Image
 
-import edgeprune as ep
-from edgeprune import bench
-from edgeprune.cli.runs import report
 from edgeprune.data import load_data
-from edgeprune.device.card import device
 from edgeprune.errors import EdgepruneError
-from edgeprune.export import export, load_artifact
 from edgeprune.load import load_model
-from edgeprune.result import COMMON
-from edgeprune.run import Run
-from tests.colours import FACTORY, SIDE, colour_net, images, write_npz, write_weights
-
-EXAMPLE = torch.zeros(1, 3, SIDE, SIDE)
-
-
-@dataclass(frozen=True)
-class Kind:
-    """A file that edgeprune reads: how a good one is made, and what reads it."""
-
-    file: str
-    make: Callable[[Path], object]
-    read: Callable[[Path], object]
-
-
-def write_portable(path: Path) -> None:
-    model = colour_net()
-    graph = ep.trace(model, EXAMPLE)
-    plan = ep.Plan.uniform(graph, keep=0.5)
-    ep.save(ep.slim(model, graph, plan), path, plan=plan)
-
-
-def write_program(path: Path) -> None:
-    torch.export.save(torch.export.export(colour_net(), (EXAMPLE,)), path)
-
-
-@cache
-def tflite() -> bytes:
-    with tempfile.TemporaryDirectory() as folder:
-        return export(colour_net(), EXAMPLE, Path(folder) / "a.tflite", format="tflite").path.read_bytes()
-
-
-def write_tflite(path: Path) -> None:
-    path.write_bytes(tflite())
-
-
-def write_card(path: Path) -> None:
-    path.write_bytes((Path(__file__).resolve().parents[1] / "devices" / "rpi4.toml").read_bytes())
-
-
-def write_image(path: Path) -> None:
-    Image.fromarray(images(1)[0][0]).resize((32, 32)).save(path)
-
-
-def read_image(path: Path) -> object:
-    """A data folder in which one image is the file."""
-    root = path.parent / "folder"
-    for n, name in enumerate(("a", "b")):
-        (root / name).mkdir(parents=True, exist_ok=True)
-        for k in range(4):
-            Image.fromarray(images(8)[0][4 * n + k]).save(root / name / f"{k}.png")
-    (root / "a" / "0.png").write_bytes(path.read_bytes())
-    return [batch[0].shape for batch in load_data(root, size=(SIDE, SIDE)).train.batches(8)]
-
-
-def write_manifest(path: Path) -> None:
-    with Run.open(path.parent / "run", asked={"a": 1}, command=["x"], resume=False) as run:
-        run.record("inputs", {"model": "m"})
-    path.write_bytes((path.parent / "run" / "run.json").read_bytes())
-
-
-def read_manifest(path: Path) -> object:
-    (path.parent / "run").mkdir(exist_ok=True)
-    (path.parent / "run" / "run.json").write_bytes(path.read_bytes())
-    with Run.open(path.parent / "run", asked={"a": 1}, command=["x"], resume=True) as run:
-        return run.cached("stage", {}, lambda: 1, write=lambda v: {"v": v}, read=lambda facts: facts["v"])
-
-
-def write_result(path: Path) -> None:
-    figures = [
-        {"name": name, "before": {"value": 2.0}, "after": {"value": 1.0}, "basis": "predicted"}
-        for name in ("accuracy", "latency", "macs", "params", "size")
-    ]
-    path.write_text(json.dumps(dict.fromkeys(COMMON) | {"title": "x", "created": "", "budgets": [], "figures": figures, "artifacts": []}))
-
-
-def read_result(path: Path) -> None:
-    """The file beside a good one, as `edgeprune report` puts them together."""
-    for name in ("good", "done"):
-        (path.parent / name).mkdir(exist_ok=True)
-    write_result(path.parent / "good" / "result.json")
-    (path.parent / "done" / "result.json").write_bytes(path.read_bytes())
-    report([path.parent / "good", path.parent / "done"], path.parent / "good")
-    report([path.parent / "done"], path.parent / "done")
-
-
-KINDS = {
-    "state dict": Kind("w.pt", write_weights, lambda p: load_model(p, factory=FACTORY, input_shape=(1, 3, SIDE, SIDE))),
-    "slim weights": Kind("s.safetensors", write_portable, lambda p: ep.load(p, model=colour_net())),
-    "exported program": Kind("m.pt2", write_program, load_model),
-    "arrays": Kind("d.npz", write_npz, lambda p: load_data(p).fingerprint),
-    "device card": Kind("rpi4.toml", write_card, lambda p: device(str(p))),
-    "artifact": Kind("a.onnx", lambda p: export(colour_net(), EXAMPLE, p), lambda p: load_artifact(p)(EXAMPLE.numpy())),
-    "TFLite artifact": Kind("a.tflite", write_tflite, lambda p: load_artifact(p)(EXAMPLE.numpy())),
-    "png": Kind("i.png", write_image, read_image),
-    "jpeg": Kind("i.jpg", write_image, read_image),
-    "manifest": Kind("run.json", write_manifest, read_manifest),
-    "result": Kind("result.json", write_result, read_result),
-    "baseline": Kind("b.json", lambda p: bench.write(p, {"n": bench.Figures({"macs": 1.0}, ((1.0, 2.0),))}), bench.read),
-}
-
-
-def mutants(content: bytes, count: int, seed: int) -> Iterator[bytes]:
-    """Damaged versions of a file, the same for the same seed."""
-    random = np.random.default_rng(seed)
-    for number in range(count):
-        damaged = bytearray(content)
-        at = int(random.integers(len(content)))
-        size = int(random.integers(1, max(2, len(content) // 4)))
-        match number % 6:
-            case 0:
-                del damaged[at:]
-            case 1:  # headers decide most: half of the flips fall there
-                for place in random.integers(min(len(content), 512 if number % 12 == 1 else len(content)), size=4):
-                    damaged[place] ^= 1 << int(random.integers(8))
-            case 2:
-                damaged[at : at + size] = random.bytes(size)
-            case 3:
-                damaged[at:at] = damaged[at : at + size]
-            case 4:
-                del damaged[at : at + size]
-            case _:
-                damaged[at : at + 8] = struct.pack("<q", int(random.integers(-(2**62), 2**62)))
-        yield bytes(damaged)
-
-
-def survives(kind: Kind, folder: Path, count: int, seed: int) -> int:
-    """How many of the damaged files were refused; anything but an EdgepruneError comes through."""
-    good = folder / kind.file
-    kind.make(good)
-    kind.read(good)
-    content = good.read_bytes()
-    before = {p for p in folder.rglob("*") if p != good}
-    refused = 0
-    for number, damaged in enumerate(mutants(content, count, seed)):
-        good.write_bytes(damaged)
-        try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")
-                kind.read(good)
-        except EdgepruneError as error:
-            assert "\n\n" not in str(error) and len(str(error)) < 2000, f"mutant {number}"
-            refused += 1
-    left = {p for p in folder.rglob("*") if p != good} - before
-    expected = {p for p in left if "checkpoints" in p.parts or p.suffix in (".json", ".txt", ".lock", ".html", ".md")}
-    assert left == expected
-    return refused
+from tests.colours import FACTORY, SIDE, write_npz
+from tests.hostile import KINDS, mutants, survey, watched, write_program
 
 
 @pytest.mark.parametrize("name", KINDS)
 def test_damaged_files_are_refused_or_read(name: str, tmp_path: Path) -> None:
-    assert survives(KINDS[name], tmp_path, 6, seed=0) >= 1
+    assert survey(KINDS[name], tmp_path, 8, seed=0).refused >= 1
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", KINDS)
 def test_hundreds_of_damaged_files(name: str, tmp_path: Path) -> None:
-    assert survives(KINDS[name], tmp_path, 48, seed=1) >= 10
+    assert survey(KINDS[name], tmp_path, 40, seed=1).refused >= 8
+
+
+DEEDS: dict[str, Callable[[Path], object]] = {
+    "a file outside": lambda folder: (folder.parent / "outside").write_text("x"),
+    "a folder outside": lambda folder: (folder.parent / "outside").mkdir(),
+    "moved outside": lambda folder: (folder / "mine").rename(folder.parent / "outside"),
+    "a process": lambda folder: subprocess.run(["true"], check=True),
+    "unpickled": lambda folder: pickle.loads(pickle.dumps(os.getcwd)),
+}
+
+
+@pytest.mark.parametrize("deed", DEEDS)
+def test_the_watch_sees(deed: str, tmp_path: Path) -> None:
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    with watched(folder) as seen:
+        (folder / "mine").write_text("x")
+        list(folder.iterdir())
+    assert seen == []
+    with watched(folder) as seen:
+        DEEDS[deed](folder)
+    assert len(seen) == 1
+
+
+def test_mutants_are_many_and_the_same_again() -> None:
+    content = json.dumps({"a": [1, {"b": "y"}], "c": 2.0}).encode()
+    found = list(mutants(content, 40, seed=3))
+    assert found == list(mutants(content, 40, seed=3)) != list(mutants(content, 40, seed=4))
+    assert content not in found and len(set(found)) > 25
 
 
 class Bomb:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import sys
+import time
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -34,6 +36,8 @@ from edgeprune.widths import DEFAULT_RULES
 if TYPE_CHECKING:
     from edgeprune.result import Result
     from edgeprune.train import Recipe
+
+SHORTEST_NAMED_S = 0.05
 
 
 def compress(
@@ -107,6 +111,7 @@ def compress(
     from edgeprune.plan import Budget
     from edgeprune.quantize import check_way
 
+    started = time.monotonic()
     limits = {"latency_ms": latency_ms, "energy_mj": energy_mj, "macs": macs, "params": params}
     limits |= {"size_bytes": size_mb, "peak_memory_bytes": peak_memory_mb}
     budgets = [Budget(**found) for found in limits_of(limits)]
@@ -163,6 +168,7 @@ def compress(
             command=["edgeprune", *sys.argv[1:]],
             progress=progress,
         )
+    say(_spent(result, time.monotonic() - started))
     _tell(result, as_json)
     _gate(result)
 
@@ -227,6 +233,17 @@ def _tell(result: Result, as_json: bool) -> None:
         typer.echo(f"  {', '.join(a['path'] for a in part.facts['artifacts'])} and report.html are in {part.folder}")
     if result.parts:
         typer.echo(f"  report.html in {result.folder} compares them")
+
+
+def _spent(result: Result, seconds: float) -> str:
+    """Where the time went: the stages that this process computed, longest first."""
+    stages = Counter[str]()
+    for facts in {id(r.facts): r.facts for r in (*result.parts, result)}.values():
+        for stage in facts.get("stages") or ():
+            stages[stage["name"]] += 0 if stage["cached"] else stage["seconds"]
+    named = [(name, spent) for name, spent in stages.most_common() if spent >= SHORTEST_NAMED_S]
+    named.append(("reading, report and the rest", max(0.0, seconds - sum(spent for _, spent in named))))
+    return f"{seconds:.1f} s: {', '.join(f'{name} {spent:.1f} s' for name, spent in named)}"
 
 
 def _gate(result: Result) -> None:

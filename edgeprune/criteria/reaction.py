@@ -45,6 +45,8 @@ def reactions(
         leaves = [t for t in listener.outputs if t.requires_grad]
         if leaves:
             torch.autograd.grad(ends, leaves, directions, allow_unused=True)
+        listener.outputs.clear()  # through their hooks they hold the listener, and so each other: gigabytes until the next collection
+        del outputs, ends, leaves
     return found
 
 

@@ -20,9 +20,9 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from edgeprune.errors import ExportError, ParityError
+from edgeprune.errors import EdgepruneError, ExportError, ParityError
 from edgeprune.export import Artifact, Quantizer, Runner
-from edgeprune.run import hash_file
+from edgeprune.run import TEMPORARY, disk_is_full, hash_file, write_error
 
 PROBE_VALUES = 64  # of every output
 MOST_DB = 300.0  # instead of infinity, which JSON has not
@@ -173,9 +173,10 @@ def write_checked(content: bytes, target: Path, verify: Callable[[Path], Artifac
     """Write beside the target, verify that very file, then rename it; on any failure only the temporary file goes."""
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(prefix=f".{target.name}.", suffix=target.suffix, dir=target.parent)
+        # readers go by the suffix; what a killed process leaves is known by the one before it
+        handle, name = tempfile.mkstemp(prefix=f".{target.name}.", suffix=f"{TEMPORARY}{target.suffix}", dir=target.parent)
     except OSError as error:
-        raise ExportError(f"cannot write {target}: {error.strerror}. Choose another output folder.") from error
+        raise _unwritable(target, error) from error
     temporary = Path(name)
     try:
         with os.fdopen(handle, "wb") as file:
@@ -184,7 +185,13 @@ def write_checked(content: bytes, target: Path, verify: Callable[[Path], Artifac
         temporary.chmod(0o644)  # mkstemp's files are private
         temporary.replace(target)
     except OSError as error:
-        raise ExportError(f"cannot write {target}: {error.strerror}. Choose another output folder.") from error
+        raise _unwritable(target, error) from error
     finally:
         temporary.unlink(missing_ok=True)
     return artifact
+
+
+def _unwritable(target: Path, error: OSError) -> EdgepruneError:
+    if disk_is_full(error):
+        return write_error(error, target)
+    return ExportError(f"cannot write {target}: {error.strerror}. Choose another output folder.")

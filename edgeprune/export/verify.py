@@ -105,16 +105,24 @@ def _folder(folder: Path) -> Iterator[Check]:
             f"{folder} holds no finished run or export ({ARTIFACTS} is not there): give the folder that compress or export printed."
         )
     if isinstance(manifest, dict):
-        yield from _recorded(folder, manifest)
+        yield from _answered("run.json", _recorded(folder, manifest))
     try:
         artifacts = [Artifact.from_json(entry | {"path": folder / entry["path"]}) for entry in listed]
     except (TypeError, KeyError) as error:
         yield Check(ARTIFACTS, False, f"cannot be read ({type(error).__name__}: {error})", UNREADABLE)
         return
     for artifact in artifacts:
-        yield from _artifact(artifact, folder / SAMPLES)
+        yield from _answered(ARTIFACTS, _artifact(artifact, folder / SAMPLES))
     if isinstance(manifest, dict):
-        yield from _budget(folder, manifest, artifacts)
+        yield from _answered("run.json", _budget(folder, manifest, artifacts))
+
+
+def _answered(file: str, checks: Iterator[Check]) -> Iterator[Check]:
+    """The checks; a failed one more where the file turns out to hold something else than what is written there."""
+    try:
+        yield from checks
+    except (LookupError, TypeError, ValueError, AttributeError, OverflowError) as error:
+        yield Check(file, False, f"does not hold what is written there ({type(error).__name__}: {error})", UNREADABLE)
 
 
 def _recorded(folder: Path, manifest: Mapping[str, Any]) -> Iterator[Check]:
@@ -156,7 +164,7 @@ def _artifact(artifact: Artifact, samples: Path) -> Iterator[Check]:
     if isinstance(run, str):
         yield Check(f"{name}: content", False, run, BROKEN)
         return
-    yield from _parity(artifact, run, samples)
+    yield from _answered(samples.name, _parity(artifact, run, samples))
     yield from _probe(path, read_metadata(path), run)
     if artifact.bits:
         yield _bit_plan(artifact)

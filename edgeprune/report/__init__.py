@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from edgeprune.errors import UsageError
+from edgeprune.run import disk_is_full, write_error
 
 if TYPE_CHECKING:
     import jinja2
@@ -61,6 +62,8 @@ def write(result: dict[str, Any], folder: Path) -> tuple[Path, Path]:
         for draft in drafts:
             if draft.parent.is_dir():
                 draft.unlink(missing_ok=True)
+        if disk_is_full(error):
+            raise write_error(error, folder) from error
         raise UsageError(f"the report cannot be written to {folder}: {error.strerror or error}. Choose one you may write to.") from error
     return targets[0], targets[1]
 

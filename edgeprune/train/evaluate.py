@@ -58,7 +58,7 @@ def accuracy_of(run: Runner, split: Split, *, batch_size: int = EVALUATION_BATCH
 def _judge(logits_for: Callable[[Tensor], Tensor], split: Split, batch_size: int, progress: Progress) -> Accuracy:
     right, loss, images = 0, 0.0, 0
     highest = int(split.labels.max(initial=0))
-    for x, y in split.batches(batch_size):
+    for x, y in split.batches(split.at_once(batch_size)):
         logits = logits_for(x)
         if highest >= logits.shape[1]:
             raise DataError(

@@ -29,7 +29,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from edgeprune.data import Augment, Split
+from edgeprune.data import BATCH_PIXELS, Augment, Split
 from edgeprune.errors import DataError
 from edgeprune.graph import ChannelGraph, Op
 from edgeprune.graph.running import Observer, contiguous, evaluating, fresh, tensors_in
@@ -46,7 +46,8 @@ RIDGE = 1e-3  # of what stands in for inputs that go
 BATCH = 128
 MOMENTS = 2304  # values that an output reads: of layers that read more, moments would be large
 PATCH_BYTES = 256 << 20
-MEMORY_BYTES = 3 << 30
+MEMORY_BYTES = 2 << 30
+RECORDED_BYTES = 640 << 20
 Gone = Mapping[tuple[str, int], NDArray[np.bool_]]
 
 
@@ -66,7 +67,8 @@ def reconstruct(
 
     Needs images only, no labels; `augment` as the network's own training had it makes them more like new ones. `ridges`: pulls towards
     the present weights, as shares of the mean variance of a layer's inputs, of which each layer takes the one that serves unseen images
-    best. At most as many images as their feature maps fit into 3 GB. Raises DataError when there are none.
+    best. At most as many images as their feature maps fit into 2 GiB, and as many positions as 640 MiB hold of the dense network's
+    outputs. Raises DataError when there are none.
     """
     batch = _batch(split, min(images, _affordable(graph)), augment)
     return Recording.of(dense, graph, (batch,), plan=plan).refitted(small, plan, ridges=ridges, progress=progress)
@@ -99,7 +101,7 @@ class Recording:
     ) -> Recording:
         """One run of the dense network; `inputs` are its forward's arguments.
 
-        At most as many images as their feature maps fit into 3 GB. With `plan` it serves this plan alone, and takes less memory.
+        At most as many images and positions as `reconstruct` says. With `plan` it serves this plan alone, and takes less memory.
         `substitutes`: refits are pulled towards weights that the moments of what layers read give, instead of the present ones.
         """
         inputs = tuple(x[: _affordable(graph)].contiguous() for x in inputs)
@@ -107,8 +109,14 @@ class Recording:
             dense = recall(graph, dense)
             graph = trace(dense, tuple(x[:1] for x in inputs))
         positions = max(LEAST_POSITIONS, rows // len(inputs[0]))
-        targets = _targets(graph, _could_go(graph) if plan is None else removed_positions(graph, plan), positions)
-        parts = list(zip(*(x.split(BATCH) for x in inputs), strict=True)) if targets else []
+        gone = _could_go(graph) if plan is None else removed_positions(graph, plan)
+        targets = _targets(graph, gone, positions)
+        recorded = 4 * len(inputs[0]) * sum(len(t.kept) * len(t.places) for t in targets.values())
+        if recorded > RECORDED_BYTES:
+            positions = max(LEAST_POSITIONS, positions * RECORDED_BYTES // recorded)
+            targets = _targets(graph, gone, positions)
+        at_once = max(1, min(BATCH, BATCH_PIXELS // int(np.prod(inputs[0].shape[2:]))))
+        parts = list(zip(*(x.split(at_once) for x in inputs), strict=True)) if targets else []
         recorder = _Recorder(targets, substitutes=substitutes)
         with _frozen(dense), recorder:
             for part in parts:
@@ -269,7 +277,7 @@ class _Recorder(Observer):
 
     def outputs(self) -> dict[tuple[str, int], Tensor]:
         """By role ("output", "beside") and call number of the layer, (images, outputs that stay, places)."""
-        return {key: torch.cat(parts) for key, parts in self._found.items()}
+        return {key: torch.cat(self._found.pop(key)) for key in list(self._found)}
 
 
 def _transposed(target: _Target, args: tuple[Any, ...]) -> bool:

@@ -29,8 +29,8 @@ class Fit:
     """Ridge regression of a layer's wanted outputs on its inputs, pulled towards `present` (groups, outputs, values), per conv group.
 
     How hard, of `ridges` (shares of the mean variance of the inputs), every fourth image decides: the one whose fit to the others errs
-    least on these. `gain` (groups, outputs): by how much an output's error counts. `free`: the intercept may be anything, else it is 0. After `solve`: `weight` (groups,
-    outputs, values), `intercept` (groups, outputs).
+    least on these. `gain` (groups, outputs): by how much an output's error counts. `free`: the intercept may be anything, else it is 0.
+    After `solve`: `weight` (groups, outputs, values), `intercept` (groups, outputs).
     """
 
     def __init__(self, present: Tensor, ridges: Sequence[float], gain: Tensor, *, free: bool) -> None:

@@ -69,7 +69,7 @@ def test_candidates_are_refitted_as_the_product_does() -> None:
     plan = Plan.uniform(by.graph, 0.5)
     small = slim(by.model, by.graph, plan)
     fitted = Recording.of(by.model, by.graph, by.spare[0], rows=by.rows, substitutes=True).refitted(
-        small, plan, ridge=PULL / by.rows, rectify_rounds=1
+        small, plan, ridges=(PULL / by.rows,), rectify_rounds=1
     )
     with torch.no_grad():
         expected = divergence([by.model(*by.held[0])], [fitted(*by.held[0])])

@@ -38,3 +38,29 @@ def test_the_module_is_the_command(tmp_path: Path) -> None:
     assert (done.returncode, done.stdout) == (4, "")
     assert done.stderr.startswith("edgeprune: no device is called 'rpi9'.")
     assert "Traceback" not in done.stderr
+
+
+def test_shells_complete_commands_and_options(tmp_path: Path) -> None:
+    """The script that a shell sources, and what it is answered; nothing heavy is imported for a press of the tab key."""
+    code = """
+import os, sys
+from edgeprune.cli import main
+sys.argv = ["edgeprune"]
+for asked, typed in (("source_bash", ""), ("source_zsh", ""), ("complete_bash", "comp"), ("complete_bash", "device l"),
+                     ("complete_bash", "compress m.pt --lat")):
+    words = f"edgeprune {typed}"
+    os.environ |= {"_EDGEPRUNE_COMPLETE": asked, "COMP_WORDS": words, "COMP_CWORD": str(len(words.split()) - 1)}
+    try:
+        main()
+    except SystemExit as end:
+        assert not end.code, (asked, typed, end.code)
+    print("---")
+assert not {"torch", "onnx", "numpy"} & sys.modules.keys()
+"""
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    bash, zsh, commands, devices, options, _ = done.stdout.split("---\n")
+    assert "complete_bash" in bash and bash.rstrip().endswith("edgeprune")
+    assert "#compdef edgeprune" in zsh
+    assert (commands.split(), devices.split(), options.split()) == (["compress"], ["list"], ["--latency-ms"])

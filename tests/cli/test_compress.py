@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import json
 import os
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,9 @@ def test_compress_tells_what_was_reached(edgeprune: Command, here: Path) -> None
     assert lines[2] == "  model.onnx and report.html are in runs/net-rpi4"
     assert len(lines) == 3
     assert "edgeprune: the run folder is runs/net-rpi4" in done.err.splitlines()
+    spent = re.findall(r"([a-z][a-z ,]*) ([\d.]+) s", done.err.splitlines()[-1].partition(": ")[2])
+    total, parts = float(done.err.splitlines()[-1].split()[1]), [float(seconds) for _, seconds in spent]
+    assert any("export" in name for name, _ in spent) and sum(parts) == pytest.approx(total, abs=0.06 * len(parts))
     assert all(line.startswith("edgeprune: ") for line in done.err.splitlines())
     again = edgeprune("compress", *QUICK, "--macs", "0.5")
     assert "runs/net-rpi4-2" in again.out
@@ -286,6 +290,34 @@ def test_a_pickle_is_not_run_unless_trusted(edgeprune: Command, here: Path) -> N
     torch.save(colour_net(), here / "trusted.pt")
     done = edgeprune("inspect", "trusted.pt", "--input-shape", "1,3,8,8", "--trust-pickle")
     assert done.code == 0
+
+
+GREEDY = """
+import torch
+from torch import nn
+
+from tests.colours import ColourNet
+
+
+class Greedy(ColourNet):
+    def forward(self, x):
+        return super().forward(x) + torch.zeros(1 << 50).sum()
+
+
+def large():
+    return nn.Linear(1 << 25, 1 << 25)
+"""
+
+
+@pytest.mark.parametrize("network", ["Greedy", "large"])
+def test_memory_that_runs_out_is_a_paragraph(edgeprune: Command, here: Path, network: str) -> None:
+    """In the user's own network, whose other errors are errors of the model."""
+    (here / "greedy.py").write_text(GREEDY)
+    words = ["net.pt", "--model", f"greedy.py:{network}", "--macs", "0.5", "--device", "rpi4", "--input-shape", "1,3,8,8"]
+    done = edgeprune("compress", *words, "--out", "run")
+    assert (done.code, done.out) == (1, "")
+    assert "memory ran out" in done.message and "--resume" in done.message
+    assert nothing_new(here, "greedy.py")
 
 
 def test_weights_that_do_not_fit(edgeprune: Command, here: Path) -> None:

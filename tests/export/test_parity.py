@@ -1,6 +1,9 @@
 from __future__ import annotations
 
+import errno
 import math
+import os
+import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -10,9 +13,10 @@ import pytest
 import torch
 from torch import nn
 
-from edgeprune.errors import ExportError, ParityError
+from edgeprune.errors import EdgepruneError, ExportError, ParityError
 from edgeprune.export import Artifact, Draft
 from edgeprune.export.parity import MOST_DB, Parity, accept, compare, judged, made_up_inputs, probe_again, probe_of, texts, write_checked
+from edgeprune.run import Run
 
 X = np.array([[1.0, 3.0], [5.0, 4.0]], np.float32)
 
@@ -114,3 +118,29 @@ def test_a_file_that_fails_leaves_the_old_one(tmp_path: Path) -> None:
     with pytest.raises(ParityError):
         write_checked(b"new", target, refuse)
     assert list(target.parent.iterdir()) == []
+
+
+def test_a_full_disk_is_told_as_one_and_leaves_nothing(tmp_path: Path) -> None:
+    def full(path: Path) -> Artifact:
+        assert path.read_bytes() == b"content"
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with pytest.raises(EdgepruneError, match=r"no space left.*--resume") as error:
+        write_checked(b"content", tmp_path / "a.onnx", full)
+    assert not isinstance(error.value, ExportError)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_a_killed_export_leaves_is_removed_when_the_run_is_resumed(tmp_path: Path) -> None:
+    Run.open(tmp_path, asked={}, command=["x"]).close()
+
+    def killed(path: Path) -> Artifact:
+        shutil.copy(path, tmp_path / "checkpoints" / path.name)
+        raise KeyboardInterrupt
+
+    (tmp_path / "checkpoints").mkdir()
+    with pytest.raises(KeyboardInterrupt):
+        write_checked(b"content", tmp_path / "a.onnx", killed)
+    assert [p.suffix for p in (tmp_path / "checkpoints").iterdir()] == [".onnx"]
+    Run.open(tmp_path, asked={}, command=["x"], resume=True).close()
+    assert list((tmp_path / "checkpoints").iterdir()) == []

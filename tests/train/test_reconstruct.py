@@ -244,6 +244,6 @@ def test_pulled_towards_what_the_dense_network_tells_few_rows_do() -> None:
     left = []
     for substitutes in (False, True):
         recording = Recording.of(model, graph, (batch(),), substitutes=substitutes)
-        fitted = recording.refitted(small, plan, ridge=100.0)
+        fitted = recording.refitted(small, plan, ridges=(100.0,))
         left.append(float((outputs(fitted) - outputs(model)).abs().max()))
     assert left[1] < 0.02 * lost < left[0]
