@@ -34,11 +34,11 @@ def table(rows: Rows, dense: Dense) -> str:
 
 
 def _about(rows: Rows) -> str:
-    options = {r["allocator"]: r for r in rows}
+    options = {(r["allocator"], r["network"]): r for r in rows}
     searches = "; ".join(
         f"{name}: {row['search']['evaluations']} candidates on {row['options'].get('images', '-')} images, recovered on "
         f"{row['options'].get('recalibration_images', '-')} (on {row['network']})"
-        for name, row in sorted(options.items())
+        for (name, _), row in sorted(options.items())
         if row["search"].get("evaluations")
     )
     revisions = ", ".join(sorted({r["revision"] for r in rows}))

@@ -15,6 +15,9 @@ TABLES = {
         "start": ("graph_start.md", ""),
         "cost": ("cost_models.md", ""),
     },
+    "docs/allocators.md": {
+        "verdict": ("allocation.md", "against plain global ranking"),
+    },
     "docs/cost-models.md": {
         "profiles": ("cost_models.md", ""),
         "others": ("cost_models.md", "Other boards and other networks"),
