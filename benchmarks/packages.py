@@ -27,6 +27,7 @@ import time
 import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -194,7 +195,7 @@ class Place:
         return entry
 
     def _pip(self, environment: str, words: list[str]) -> None:
-        pip = [self.program(environment, "python"), "-m", "pip", "--disable-pip-version-check", "install", "--quiet"]
+        pip: list[str | Path] = [self.program(environment, "python"), "-m", "pip", "--disable-pip-version-check", "install", "--quiet"]
         said([*pip, "--constraint", ROOT / ".ci" / "constraints.txt", *words], self.folder)
 
 
@@ -223,7 +224,7 @@ def main() -> None:
     file = RESULTS / "packages.json"
     place = Place(asked.folder.resolve(), json.loads(file.read_text()) if file.exists() else {})
     for name in asked.parts or parts:
-        step: Callable[[], dict[str, Any]] = (lambda n=name: place.extra(n)) if name in EXTRAS else getattr(place, name)
+        step: Callable[[], dict[str, Any]] = partial(place.extra, name) if name in EXTRAS else getattr(place, name)
         place.found[name] = step() | {"revision": git_revision()}
         print(json.dumps({name: place.found[name]}), flush=True)
         write_json(file, place.found)

@@ -101,7 +101,7 @@ def main() -> None:
         folder = Path(name)
         times = {" ".join(words): [timed(words, folder)[0] for _ in range(ROUNDS + 1)][1:] for words in LIGHT}
         light = {words: {"wall_s": round(statistics.median(seconds), 3)} for words, seconds in times.items()}
-        found = {
+        found: dict[str, Any] = {
             "revision": git_revision(),
             "machine": {"cpu_count": os.cpu_count(), "platform": platform.platform()},
             "limits": LIMITS,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -168,8 +168,7 @@ def compress(
             command=["edgeprune", *sys.argv[1:]],
             progress=progress,
         )
-    say(_spent(result, time.monotonic() - started))
-    _tell(result, as_json)
+    _tell(result, as_json, time.monotonic() - started)
     _gate(result)
 
 
@@ -220,9 +219,10 @@ def _structure(criterion: str | None, allocator: str, search: Mapping[str, Any],
     return criterion or STRUCTURE["criterion"], STRUCTURE["allocate"], {**search, **STRUCTURE["search"]}
 
 
-def _tell(result: Result, as_json: bool) -> None:
+def _tell(result: Result, as_json: bool, seconds: float) -> None:
     from edgeprune.report import headline, label
 
+    say(_spent(result, seconds))
     if as_json:
         print_json(result.to_json())
         return
@@ -237,11 +237,11 @@ def _tell(result: Result, as_json: bool) -> None:
 
 def _spent(result: Result, seconds: float) -> str:
     """Where the time went: the stages that this process computed, longest first."""
-    stages = Counter[str]()
+    stages: dict[str, float] = defaultdict(float)
     for facts in {id(r.facts): r.facts for r in (*result.parts, result)}.values():
         for stage in facts.get("stages") or ():
-            stages[stage["name"]] += 0 if stage["cached"] else stage["seconds"]
-    named = [(name, spent) for name, spent in stages.most_common() if spent >= SHORTEST_NAMED_S]
+            stages[stage["name"]] += 0.0 if stage["cached"] else stage["seconds"]
+    named = [(name, spent) for name, spent in sorted(stages.items(), key=lambda item: -item[1]) if spent >= SHORTEST_NAMED_S]
     named.append(("reading, report and the rest", max(0.0, seconds - sum(spent for _, spent in named))))
     return f"{seconds:.1f} s: {', '.join(f'{name} {spent:.1f} s' for name, spent in named)}"
 
