@@ -9,6 +9,7 @@ ROOT = Path(__file__).parent.parent
 TABLES = {
     "README.md": {
         "accuracy": ("accuracy.md", ""),
+        "imagenet": ("imagenet.md", ""),
         "criteria": ("criteria.md", "### Best on validation"),
         "speed": ("graph_speed.md", ""),
         "depth": ("graph_depth.md", ""),
