@@ -17,6 +17,7 @@ from typing import Any, TypeVar
 from safetensors.numpy import load_file, save
 from torch import Tensor, nn
 
+from edgeprune.allocate import options_of
 from edgeprune.choice import Choice, Chooser, widths
 from edgeprune.criteria import score
 from edgeprune.data import Augment, Data, Split
@@ -219,6 +220,7 @@ class Pipeline:
             "budget": [budget.limits() for budget in budgets],
             "quantize": [job.quantize for budget in budgets if budget.size_bytes is not None],  # how large a plan's file becomes
             "allocator": job.allocator,
+            **({"recover": job.recover} if "recover" in options_of(job.allocator) else {}),  # candidates are recovered like the network
             "search": {name: value for name, value in job.search.items() if name not in ("jobs", "cluster")},
             "rules": job.rules.to_json(),
             "device": [job.device.profile, job.device.host, job.device.card.model_dump(mode="json")],

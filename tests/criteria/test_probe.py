@@ -209,4 +209,4 @@ def test_the_layout_in_memory_changes_nothing(which: str) -> None:
     found = [score(graph, model, criterion, data=[(x, labels)]).values for criterion in ("reconstruction", "di")]
     for a, b in zip(expected, found, strict=True):
         assert all(np.allclose(a[name], b[name]) for name in a)
-    assert which == "images" or layers[0].weight.is_contiguous(memory_format=torch.channels_last)  # type: ignore[operator, union-attr]
+    assert which == "images" or layers[0].weight.is_contiguous(memory_format=torch.channels_last)  # type: ignore[operator]
