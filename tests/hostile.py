@@ -133,7 +133,7 @@ def write_options(path: Path) -> None:
 def read_options(path: Path) -> None:
     done = CliRunner().invoke(app, ["compress", "net.pt", "--config", str(path)])
     if isinstance(done.exception, SystemExit) and done.exit_code == 2:  # what the parser says of a wrong value
-        raise UsageError(done.output[-500:].strip())
+        raise UsageError(" ".join(done.output.split())[-500:])
     if done.exception and "no budget given" not in str(done.exception):
         raise done.exception
 
