@@ -48,7 +48,7 @@ INFLUENCE_IMAGES, MEASURED_IMAGES = 512, 128
 INT8 = (*WEIGHTS, "resnet8", "efficientnet_lite0")
 MIXED = ("resnet56", "mobilenet_v2", "mobilenet_v3_small", "mobilenet_v3_large", "efficientnet_b0", "efficientnet_lite0")
 CHECKS = 3
-RULE = "DI orders, outputs measure"  # rows of an older rule are measured again
+RULE = "geometric mean of DI and outputs"  # rows of an older rule are measured again
 Row = dict[str, Any]
 
 

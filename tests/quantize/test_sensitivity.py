@@ -34,6 +34,15 @@ def test_what_nothing_reads_costs_nothing() -> None:
     assert found[:12].max() < 1e-6 * found[12:].min()
 
 
+def test_both_estimates_count_alike() -> None:
+    """A layer whose DI is four times as large everywhere has twice the influence: the order of its channels, so its parts, are the same."""
+    layers = Network(proto()).layers
+    guess = {name: Influence(np.linspace(1.0, 2.0, len(layer.weight)), 1.0) for name, layer in layers.items()}
+    once = measured(proto(), guess, [images(32)[0]])
+    larger = measured(proto(), {**guess, "point": Influence(4 * guess["point"].channels, 1.0)}, [images(32)[0]])
+    np.testing.assert_allclose(larger["point"].channels, 2 * once["point"].channels, rtol=1e-6)
+
+
 def test_every_channel_gets_a_figure_on_one_scale_with_the_outputs() -> None:
     guess = influences(proto(), batches())
     found = measured(proto(), guess, [images(32)[0]])
