@@ -133,7 +133,7 @@ def _rehearse(trial: _Training, train: Split, seed: int) -> None:
 def _multiplies_bf16(device: torch.device) -> bool:
     """Whether the hardware has instructions for it; emulated bf16 is slower than fp32."""
     if device.type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
     capabilities = torch.cpu.get_capabilities()
     return device.type == "cpu" and any(capabilities.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16"))
 

@@ -74,10 +74,10 @@ def test_inputs_that_stay_stand_in_for_those_that_go() -> None:
     random = np.random.default_rng(0)
     x = random.normal(size=(500, 5)) @ random.normal(size=(5, 5))
     x[:, 4] = x[:, 0] + x[:, 2]
-    weight, kept = random.normal(size=(3, 5)), np.array([True, True, True, False, False])
-    found = substituted(*(torch.from_numpy(v) for v in (weight, x.T @ x / 500, kept)), ridge=1e-12).numpy()
+    weight, kept, second = random.normal(size=(3, 5)), np.array([True, True, True, False, False]), torch.from_numpy(x.T @ x / 500)
+    found = substituted(torch.from_numpy(weight), second, torch.from_numpy(kept), ridge=1e-12).numpy()
     expected = np.linalg.lstsq(x[:, kept], x @ weight.T, rcond=None)[0].T
     np.testing.assert_allclose(found, expected, atol=1e-6)
     only_the_sum = weight * np.array([1, 1, 1, 0, 1])
-    found = substituted(*(torch.from_numpy(v) for v in (only_the_sum, x.T @ x / 500, kept)), ridge=1e-12).numpy()
+    found = substituted(torch.from_numpy(only_the_sum), second, torch.from_numpy(kept), ridge=1e-12).numpy()
     np.testing.assert_allclose(x[:, kept] @ found.T, x @ only_the_sum.T, atol=1e-6)
