@@ -51,6 +51,7 @@ TESTED_ELSEWHERE: dict[str, str] = {
     "edgeprune/images.py": "tests/test_data.py",
     "edgeprune/sources.py": "tests/test_data.py",
     "edgeprune/train/__init__.py": "tests/train/test_recipe.py",
+    "edgeprune/train/targets.py": "tests/train/test_reconstruct.py",
 }
 
 Function = ast.FunctionDef | ast.AsyncFunctionDef

@@ -28,19 +28,19 @@ from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from edgeprune.data import BATCH_PIXELS, Augment, Split
 from edgeprune.errors import DataError
-from edgeprune.graph import ChannelGraph, Op
+from edgeprune.graph import ChannelGraph
 from edgeprune.graph.running import Observer, contiguous, evaluating, fresh, tensors_in
 from edgeprune.graph.slim import named_tensors, recall, removed_positions
 from edgeprune.graph.trace import trace
 from edgeprune.plan import Plan
 from edgeprune.train import Progress, silent
-from edgeprune.train.moments import Moments, conv_patches, sampled_places
+from edgeprune.train.moments import Moments, conv_patches
 from edgeprune.train.ridge import RECTIFY_ROUNDS, RIDGES, Affine, Fit, substituted
+from edgeprune.train.targets import Target, could_go, prefix, targets_of
 
 ROWS = 49_152  # positions of maps, over all images, that a layer is fitted on: the more images, the fewer in each
 LEAST_POSITIONS = 4
@@ -50,7 +50,6 @@ MOMENTS = 2304  # values that an output reads: of layers that read more, moments
 PATCH_BYTES = 256 << 20
 MEMORY_BYTES = 2 << 30
 RECORDED_BYTES = 640 << 20
-Gone = Mapping[tuple[str, int], NDArray[np.bool_]]
 
 
 def reconstruct(
@@ -111,12 +110,12 @@ class Recording:
             dense = recall(graph, dense)
             graph = trace(dense, tuple(x[:1] for x in inputs))
         positions = max(LEAST_POSITIONS, rows // len(inputs[0]))
-        gone = _could_go(graph) if plan is None else removed_positions(graph, plan)
-        targets = _targets(graph, gone, positions)
+        gone = could_go(graph) if plan is None else removed_positions(graph, plan)
+        targets = targets_of(graph, gone, positions)
         recorded = 4 * len(inputs[0]) * sum(len(t.kept) * len(t.places) for t in targets.values())
         if recorded > RECORDED_BYTES:
             positions = max(LEAST_POSITIONS, positions * RECORDED_BYTES // recorded)
-            targets = _targets(graph, gone, positions)
+            targets = targets_of(graph, gone, positions)
         at_once = max(1, min(BATCH, BATCH_PIXELS // int(np.prod(inputs[0].shape[2:]))))
         parts = list(zip(*(x.split(at_once) for x in inputs), strict=True)) if targets else []
         recorder = _Recorder(targets, substitutes=substitutes)
@@ -139,91 +138,12 @@ class Recording:
         """A copy of the plan's slim network, refitted; see `reconstruct`."""
         fitted = copy.deepcopy(small)
         gone = removed_positions(self.graph, plan)
-        if targets := _targets(self.graph, gone, self.positions):
+        if targets := targets_of(self.graph, gone, self.positions):
             inputs, tensors = fresh(self.inputs), dict(named_tensors(fitted))
             refitter = _Refitter(targets, self, tensors, ridges=ridges, rectify_rounds=rectify_rounds, progress=progress)
             with _frozen(fitted), refitter:
                 fitted(*inputs)
         return fitted
-
-
-@dataclass(frozen=True, eq=False)
-class _Target:
-    """One layer to refit: its operation, what stays of it, the batch norm behind it, the call whose result is added to it.
-
-    `read`: which of the values that an output reads stay; None of layers with conv groups. `kept`: the outputs that stay. `rectified`:
-    what comes of these goes through a ReLU and nowhere else. `scaled`: a depthwise conv, of which only the scale of each channel is
-    refitted: it mixes no channels, so what it lost is not in its inputs.
-    """
-
-    op: Op
-    read: Tensor | None
-    kept: Tensor
-    norm: Op | None
-    places: Tensor
-    beside: int | None
-    rectified: bool
-    scaled: bool
-
-
-def _could_go(graph: ChannelGraph) -> Gone:
-    """Every parameter axis that may lose something, none of it lost."""
-    axes = {(member.parameter, member.axis) for group in graph.groups for member in group.members}
-    return {(name, axis): np.zeros(graph.shapes[name][axis], dtype=bool) for name, axis in axes}
-
-
-def _targets(graph: ChannelGraph, gone: Gone, positions: int) -> dict[int, _Target]:
-    """By call number, every conv and linear from the first one on that lost inputs; fitted at so many positions of each image's map."""
-    norms = {op.inputs[0]: op for op in graph.ops if op.kind == "norm" and op.inputs and op.weight}
-    seen: set[str] = set()
-    targets: dict[int, _Target] = {}
-    for op in graph.ops:
-        if op.kind not in ("conv", "linear") or op.weight is None or op.weight in seen:
-            continue
-        seen.add(op.weight)
-        shape = graph.shapes[op.weight]
-        if (not targets and (op.weight, 1) not in gone) or op.name == "bmm":
-            continue
-        if op.kind == "conv" and graph.activations[op.output].shape[1] != shape[0]:  # transposed
-            continue
-        lost = gone.get((op.weight, 0), np.zeros(shape[0], dtype=bool))
-        norm = norms.get(op.output)
-        norm = norm if norm and _prefix(norm) + "running_mean" in graph.shapes else None
-        spatial = int(np.prod(graph.activations[op.output].shape[2:])) if op.kind == "conv" else 1
-        places = sampled_places([spatial], positions, op.call)
-        kept = torch.from_numpy(np.flatnonzero(~lost))
-        scaled = op.groups > 1 and shape[1] == 1
-        inputs = gone.get((op.weight, 1), np.zeros(shape[1], dtype=bool))
-        read = None if op.groups > 1 else torch.from_numpy(~inputs).repeat_interleave(int(np.prod(shape[2:])))
-        targets[op.call] = _Target(op, read, kept, norm, places, _beside(graph, op), _rectified(graph, op), scaled)
-    return targets
-
-
-def _prefix(norm: Op) -> str:
-    return (norm.weight or "").removesuffix("weight")
-
-
-def _rectified(graph: ChannelGraph, op: Op) -> bool:
-    """Whether a layer's result goes, through its norm and a sum at most, into a ReLU and nowhere else."""
-    number = op.output
-    for kind in ("norm", "add"):
-        readers = [o for o in graph.ops if number in o.inputs]
-        if len(readers) == 1 and readers[0].kind == kind:
-            number = readers[0].output
-    readers = [o for o in graph.ops if number in o.inputs]
-    return len(readers) == 1 and readers[0].name == "relu" and number not in graph.output_activations
-
-
-def _beside(graph: ChannelGraph, op: Op) -> int | None:
-    """The call that made the other operand of the residual sum this layer writes into (through its norm), if it ran before."""
-    outputs = {op.output, *(n.output for n in graph.ops if n.kind == "norm" and n.inputs and n.inputs[0] == op.output)}
-    for add in graph.ops:
-        if add.kind == "add" and len(add.inputs) == 2 and outputs & set(add.inputs):
-            other = next((a for a in add.inputs if a not in outputs), None)
-            made = next((o.call for o in reversed(graph.ops) if o.output == other and o.call < op.call), None)
-            same = other is not None and graph.activations[other].shape == graph.activations[op.output].shape
-            return made if same else None
-    return None
 
 
 def _affordable(graph: ChannelGraph) -> int:
@@ -247,14 +167,14 @@ def _frozen(model: nn.Module) -> Iterator[None]:
 class _Recorder(Observer):
     """Keeps the outputs of the target layers at their sampled places, and the moments of what they read where these are asked for."""
 
-    def __init__(self, targets: Mapping[int, _Target], *, substitutes: bool) -> None:
+    def __init__(self, targets: Mapping[int, Target], *, substitutes: bool) -> None:
         super().__init__()
         self.calls = 0
         self._targets = targets
         self.moments = {
             call: Moments(1, len(t.read)) for call, t in targets.items() if substitutes and t.read is not None and len(t.read) <= MOMENTS
         }
-        self._wanted: dict[int, list[tuple[str, _Target]]] = {}
+        self._wanted: dict[int, list[tuple[str, Target]]] = {}
         for target in targets.values():
             self._wanted.setdefault(target.op.call, []).append(("output", target))
             if target.beside is not None:
@@ -282,12 +202,12 @@ class _Recorder(Observer):
         return {key: torch.cat(self._found.pop(key)) for key in list(self._found)}
 
 
-def _transposed(target: _Target, args: tuple[Any, ...]) -> bool:
+def _transposed(target: Target, args: tuple[Any, ...]) -> bool:
     """Whether a conv's weight has its inputs first: it stays as it is."""
     return target.op.kind == "conv" and bool(args[6])
 
 
-def _at_places(result: Any, target: _Target) -> Tensor:
+def _at_places(result: Any, target: Target) -> Tensor:
     out = next(tensors_in(result))  # a batch norm gives its statistics too
     return out.flatten(2)[:, :, target.places] if target.op.kind == "conv" else out[:, :, None]
 
@@ -297,7 +217,7 @@ class _Refitter(Observer):
 
     def __init__(
         self,
-        targets: Mapping[int, _Target],
+        targets: Mapping[int, Target],
         recording: Recording,
         tensors: Mapping[str, Tensor],
         *,
@@ -309,7 +229,7 @@ class _Refitter(Observer):
         self._targets, self._recording, self._tensors = targets, recording, tensors
         self._ridges, self._rectify_rounds, self._progress = ridges, rectify_rounds, progress
         self._calls = self._done = 0
-        self._beside: dict[int, list[_Target]] = {}
+        self._beside: dict[int, list[Target]] = {}
         for target in targets.values():
             if target.beside is not None:
                 self._beside.setdefault(target.beside, []).append(target)
@@ -327,7 +247,7 @@ class _Refitter(Observer):
             self._sums[waiting.op.call] = _at_places(out, waiting)
         return out
 
-    def _refit(self, target: _Target, args: tuple[Any, ...]) -> None:
+    def _refit(self, target: Target, args: tuple[Any, ...]) -> None:
         if _transposed(target, args):
             return
         wanted, beside = self._wanted("output", target), None
@@ -338,7 +258,7 @@ class _Refitter(Observer):
             wanted = wanted + lacking * affine.inverse[:, None]
         weight = self._tensors[target.op.weight or ""]
         bias = args[2] if target.op.kind == "conv" else (args[0] if target.op.name == "addmm" else None)
-        mean = self._tensors[_prefix(target.norm) + "running_mean"] if target.norm and bias is None else None
+        mean = self._tensors[prefix(target.norm) + "running_mean"] if target.norm and bias is None else None
         present = self._present(target, weight)
         gain = affine.gain.double().reshape(present.shape[:2])
         fit = Fit(present, self._ridges, gain, free=bias is not None or mean is not None)
@@ -355,12 +275,12 @@ class _Refitter(Observer):
         elif mean is not None:
             mean.sub_(fit.intercept.reshape(-1).to(mean.dtype))
 
-    def _wanted(self, role: str, target: _Target) -> Tensor:
+    def _wanted(self, role: str, target: Target) -> Tensor:
         """What the dense network computed, of the outputs that stay."""
         found = self._recording.outputs[role, target.op.call]
         return found if found.shape[1] == len(target.kept) else found[:, target.kept]
 
-    def _present(self, target: _Target, weight: Tensor) -> Tensor:
+    def _present(self, target: Target, weight: Tensor) -> Tensor:
         """The weights to pull towards, (groups, outputs, values): of a depthwise conv the factor of each channel, which is 1."""
         if target.scaled:
             return torch.ones(len(weight), 1, 1)
@@ -371,12 +291,12 @@ class _Refitter(Observer):
         dense = self._recording.weights[target.op.weight or ""][target.kept].flatten(1)
         return substituted(dense, moments.covariance()[0], target.read, RIDGE)[None]
 
-    def _affine(self, target: _Target) -> Affine:
+    def _affine(self, target: Target) -> Affine:
         """What the norm behind a layer does to its outputs."""
         if target.norm is None:
             ones = torch.ones(len(target.kept))
             return Affine(ones, torch.zeros_like(ones), ones)
-        name = _prefix(target.norm)
+        name = prefix(target.norm)
         scale = self._tensors[name + "weight"]
         spread = (self._tensors[name + "running_var"] + self._recording.eps[target.norm.call]).sqrt()
         gain = scale / spread
@@ -389,7 +309,7 @@ def _rows(values: Tensor) -> Tensor:
     return values.movedim(1, 2).reshape(-1, values.shape[1])
 
 
-def _rows_read(target: _Target, args: tuple[Any, ...]) -> Iterator[Tensor]:
+def _rows_read(target: Target, args: tuple[Any, ...]) -> Iterator[Tensor]:
     """What a layer reads at its places, rows (rows, groups, values) in the order of images and places, a bounded number at a time."""
     if target.op.kind == "linear":
         yield args[-2][:, None]

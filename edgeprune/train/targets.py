@@ -1,0 +1,96 @@
+"""Which layers are refitted after a cut, and what must be known of each."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from edgeprune.graph import ChannelGraph, Op
+from edgeprune.train.moments import sampled_places
+
+Gone = Mapping[tuple[str, int], NDArray[np.bool_]]
+
+
+@dataclass(frozen=True, eq=False)
+class Target:
+    """One layer to refit: its operation, what stays of it, the batch norm behind it, the call whose result is added to it.
+
+    `read`: which of the values that an output reads stay; None of layers with conv groups. `kept`: the outputs that stay. `rectified`:
+    what comes of these goes through a ReLU and nowhere else. `scaled`: a depthwise conv, of which only the scale of each channel is
+    refitted: it mixes no channels, so what it lost is not in its inputs.
+    """
+
+    op: Op
+    read: Tensor | None
+    kept: Tensor
+    norm: Op | None
+    places: Tensor
+    beside: int | None
+    rectified: bool
+    scaled: bool
+
+
+def could_go(graph: ChannelGraph) -> Gone:
+    """Every parameter axis that may lose something, none of it lost."""
+    axes = {(member.parameter, member.axis) for group in graph.groups for member in group.members}
+    return {(name, axis): np.zeros(graph.shapes[name][axis], dtype=bool) for name, axis in axes}
+
+
+def targets_of(graph: ChannelGraph, gone: Gone, positions: int) -> dict[int, Target]:
+    """By call number, every conv and linear from the first one on that lost inputs; fitted at so many positions of each image's map."""
+    norms = {op.inputs[0]: op for op in graph.ops if op.kind == "norm" and op.inputs and op.weight}
+    seen: set[str] = set()
+    targets: dict[int, Target] = {}
+    for op in graph.ops:
+        if op.kind not in ("conv", "linear") or op.weight is None or op.weight in seen:
+            continue
+        seen.add(op.weight)
+        shape = graph.shapes[op.weight]
+        if (not targets and (op.weight, 1) not in gone) or op.name == "bmm":
+            continue
+        if op.kind == "conv" and graph.activations[op.output].shape[1] != shape[0]:  # transposed
+            continue
+        lost = gone.get((op.weight, 0), np.zeros(shape[0], dtype=bool))
+        norm = norms.get(op.output)
+        norm = norm if norm and prefix(norm) + "running_mean" in graph.shapes else None
+        spatial = int(np.prod(graph.activations[op.output].shape[2:])) if op.kind == "conv" else 1
+        places = sampled_places([spatial], positions, op.call)
+        kept = torch.from_numpy(np.flatnonzero(~lost))
+        scaled = op.groups > 1 and shape[1] == 1
+        inputs = gone.get((op.weight, 1), np.zeros(shape[1], dtype=bool))
+        read = None if op.groups > 1 else torch.from_numpy(~inputs).repeat_interleave(int(np.prod(shape[2:])))
+        targets[op.call] = Target(op, read, kept, norm, places, _beside(graph, op), _rectified(graph, op), scaled)
+    return targets
+
+
+def prefix(norm: Op) -> str:
+    """What the names of a batch norm's tensors begin with."""
+    return (norm.weight or "").removesuffix("weight")
+
+
+def _rectified(graph: ChannelGraph, op: Op) -> bool:
+    """Whether a layer's result goes, through its norm and a sum at most, into a ReLU and nowhere else."""
+    number = op.output
+    for kind in ("norm", "add"):
+        readers = [o for o in graph.ops if number in o.inputs]
+        if len(readers) == 1 and readers[0].kind == kind:
+            number = readers[0].output
+    readers = [o for o in graph.ops if number in o.inputs]
+    return len(readers) == 1 and readers[0].name == "relu" and number not in graph.output_activations
+
+
+def _beside(graph: ChannelGraph, op: Op) -> int | None:
+    """The call that made the other operand of the residual sum this layer writes into (through its norm), if it ran before."""
+    outputs = {op.output, *(n.output for n in graph.ops if n.kind == "norm" and n.inputs and n.inputs[0] == op.output)}
+    for add in graph.ops:
+        if add.kind == "add" and len(add.inputs) == 2 and outputs & set(add.inputs):
+            other = next((a for a in add.inputs if a not in outputs), None)
+            made = next((o.call for o in reversed(graph.ops) if o.output == other and o.call < op.call), None)
+            same = other is not None and graph.activations[other].shape == graph.activations[op.output].shape
+            return made if same else None
+    return None
