@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from edgeprune import report
-from edgeprune.errors import UsageError
+from edgeprune.errors import EdgepruneError, UsageError
 from edgeprune.report import MINUS
 from tests.report.report_samples import PREDICTED, Facts, full, hostile, large, minimal
 
@@ -204,7 +204,8 @@ def test_an_older_report_survives_a_failed_one(tmp_path: Path, monkeypatch: pyte
         return real(self, text, *args, **options)
 
     monkeypatch.setattr(Path, "write_text", full_disk)
-    with pytest.raises(UsageError, match="No space left"):
+    with pytest.raises(EdgepruneError, match="no space left") as error:
         report.write(minimal(), tmp_path)
+    assert error.value.exit_code == 1
     assert (html.read_bytes(), markdown.read_bytes()) == before
     assert sorted(p.name for p in tmp_path.iterdir()) == ["report.html", "report.md"]
