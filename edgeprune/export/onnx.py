@@ -28,7 +28,7 @@ from edgeprune.export import Arrays, Artifact, Draft, Quantizer, Runner
 from edgeprune.export.fold import as_args, frozen_copy
 from edgeprune.export.parity import accept, compare, numbered, probe_of, recorded, texts, write_checked
 from edgeprune.export.prepare import NETWORK_ERRORS, explained, prepared
-from edgeprune.graph.running import first_line, quiet_torch, silent_torch
+from edgeprune.graph.running import first_line, forget, quiet_torch, silent_torch
 from edgeprune.run import product_version
 
 # onnxruntime's errors share no base class of their own
@@ -191,6 +191,8 @@ def _export(model: nn.Module, args: tuple[Tensor, ...], dynamic: tuple[dict[int,
     if program is None:
         raise ExportError("the exporter gave no ONNX program for this model.")
     proto: onnx.ModelProto = program.model_proto
+    if program.exported_program is not None:
+        forget(program.exported_program.graph)
     return proto
 
 

@@ -16,7 +16,7 @@ from torch import Tensor, fx, nn
 from torch.export import Dim, ExportedProgram, export
 from torch.utils._pytree import tree_leaves, tree_map
 
-from edgeprune.graph.running import evaluating, first_line, fresh, quiet_torch, silent_torch, tensors_in
+from edgeprune.graph.running import evaluating, first_line, forget, fresh, quiet_torch, silent_torch, tensors_in
 
 aten = torch.ops.aten
 
@@ -126,6 +126,8 @@ def opened(source: fx.GraphModule | ExportedProgram) -> Exported:
     network = free or assembled(graph, tensors)
     network.meta.update(meta, fixed_batch=fixed and free is None)
     network.train(isinstance(module, Exported) and module.training)
+    if not isinstance(source, fx.GraphModule):
+        forget(source.graph)
     return network
 
 

@@ -10,12 +10,15 @@ import warnings
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import fields, is_dataclass
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map
+
+if TYPE_CHECKING:
+    from torch import fx
 
 
 class Observer(TorchDispatchMode):
@@ -180,3 +183,18 @@ def operation_name(func: Any) -> str:
     """The name of a dispatched operation; an in-place variant has the name of the other one."""
     name: str = func.__name__.split(".")[0]
     return name if name.endswith("__") else name.rstrip("_")
+
+
+def forget(graph: fx.Graph) -> None:
+    """Drop what torch would keep for ever of a graph that it exported.
+
+    The cache of what operations gave for its sizes and the tensors it was traced with hold the sizes that hold them, by ways that
+    Python's collector does not see; torch's caches of answers about sizes hold the next 256 of them (checked in torch 2.13).
+    """
+    modes = {id(mode): mode for node in graph.nodes if (mode := getattr(node.meta.get("val"), "fake_mode", None)) is not None}
+    for sizes in {id(mode.shape_env): mode.shape_env for mode in modes.values() if mode.shape_env is not None}.values():
+        sizes.fake_tensor_cache.clear()
+        sizes.tracked_fakes = None
+        for method in vars(type(sizes)).values():
+            if hasattr(method, "cache_clear"):
+                method.cache_clear()
