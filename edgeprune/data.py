@@ -27,6 +27,11 @@ VAL_SHARE = 0.2  # of a source that comes in one piece
 BATCH_PIXELS = 1 << 20  # the maps of more at a time fill gigabytes and no cache: 1,024 images of 32x32 pixels, 20 of 224x224
 
 
+def at_once(most: int, size: Sequence[int]) -> int:
+    """How many images of this size a network is to look at together: `most`, fewer where they are large."""
+    return max(1, min(most, BATCH_PIXELS // int(np.prod(size))))
+
+
 @dataclass(frozen=True)
 class Preprocessing:
     """(x / 255 - mean) / std per channel, after resizing the shorter side and cropping the centre to `size` (height, width).
@@ -122,8 +127,8 @@ class Split:
             yield (changes.apply(x, slice(start, start + len(x))) if augment else x), labels
 
     def at_once(self, most: int) -> int:
-        """How many images a network is to look at together: `most`, fewer where they are large."""
-        return max(1, min(most, BATCH_PIXELS // int(np.prod(self.preprocessing.size))))
+        """How many of these images a network is to look at together."""
+        return at_once(most, self.preprocessing.size)
 
     def shuffled(self, generator: torch.Generator) -> NDArray[np.int64]:
         """The positions of this split in a random order, (len,)."""

@@ -193,7 +193,7 @@ def forget(graph: fx.Graph) -> None:
     """
     modes = {id(mode): mode for node in graph.nodes if (mode := getattr(node.meta.get("val"), "fake_mode", None)) is not None}
     for sizes in {id(mode.shape_env): mode.shape_env for mode in modes.values() if mode.shape_env is not None}.values():
-        sizes.fake_tensor_cache.clear()
+        getattr(sizes, "fake_tensor_cache", {}).clear()  # torch's own affair, which another version may keep elsewhere
         sizes.tracked_fakes = None
         for method in vars(type(sizes)).values():
             if hasattr(method, "cache_clear"):

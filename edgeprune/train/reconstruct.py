@@ -1,11 +1,12 @@
 """Recovery without training or labels: the weights that remain are refitted so that layers compute what they computed before.
 
-Every conv and linear behind the first cut is fitted by ridge regression to the dense network's output of the same layer on
-calibration images, in the order in which they run, each on inputs that the already refitted network gives it. One run of the dense
-network records its outputs at random positions, one run of the slim network stops at each layer, solves, and goes on with the new
-weights: two forward passes in all. A layer that writes into a residual sum is fitted to what the sum lacks, so errors of earlier
-blocks are mended by later ones. What the fit cannot give back to a weight (the intercept) goes into the layer's bias or into the
-running mean of the batch norm behind it. Of a depthwise conv the scale of each channel is fitted; transposed convs stay as they are.
+Every conv and linear behind the first cut is fitted by ridge regression to the dense network's output of the same layer on calibration
+images, in the order in which they run, each on inputs that the already refitted network gives it; images set aside decide how hard it is
+pulled towards the weights that are there (train/ridge.py). One run of the dense network records its outputs at random positions, one run of
+the slim network stops at each layer, solves, and goes on with the new weights: two forward passes in all. A layer that writes into a
+residual sum is fitted to what the sum lacks, so errors of earlier blocks are mended by later ones. What the fit cannot give back to a
+weight (the intercept) goes into the layer's bias or into the running mean of the batch norm behind it. Of a depthwise conv the scale of
+each channel is fitted; transposed convs stay as they are.
 Where a ReLU follows, a value that should be negative may be any negative value: the fit is repeated with such targets moved to where
 the layer already is, with the moments in hand (each round lowers the convex error that forgives what the ReLU cuts off).
 No BN recalibration after it: a least-squares fit that explains a share R² of a channel's variance has that share of its variance, and
@@ -30,7 +31,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from edgeprune.data import BATCH_PIXELS, Augment, Split
+from edgeprune.data import Augment, Split, at_once
 from edgeprune.errors import DataError
 from edgeprune.graph import ChannelGraph
 from edgeprune.graph.running import Observer, contiguous, evaluating, fresh, tensors_in
@@ -116,8 +117,8 @@ class Recording:
         if recorded > RECORDED_BYTES:
             positions = max(LEAST_POSITIONS, positions * RECORDED_BYTES // recorded)
             targets = targets_of(graph, gone, positions)
-        at_once = max(1, min(BATCH, BATCH_PIXELS // int(np.prod(inputs[0].shape[2:]))))
-        parts = list(zip(*(x.split(at_once) for x in inputs), strict=True)) if targets else []
+        together = at_once(BATCH, inputs[0].shape[2:])
+        parts = list(zip(*(x.split(together) for x in inputs), strict=True)) if targets else []
         recorder = _Recorder(targets, substitutes=substitutes)
         with _frozen(dense), recorder:
             for part in parts:
