@@ -49,6 +49,7 @@ TESTED_ELSEWHERE: dict[str, str] = {
     "edgeprune/graph/moves.py": "tests/graph/test_rules.py",
     "edgeprune/graph/places.py": "tests/graph/test_rules.py",
     "edgeprune/images.py": "tests/test_data.py",
+    "edgeprune/train/recording.py": "tests/train/test_reconstruct.py",
     "edgeprune/sources.py": "tests/test_data.py",
     "edgeprune/train/__init__.py": "tests/train/test_recipe.py",
     "edgeprune/train/targets.py": "tests/train/test_reconstruct.py",

@@ -9,6 +9,8 @@ weight (the intercept) goes into the layer's bias or into the running mean of th
 each channel is fitted; transposed convs stay as they are.
 Where a ReLU follows, a value that should be negative may be any negative value: the fit is repeated with such targets moved to where
 the layer already is, with the moments in hand (each round lowers the convex error that forgives what the ReLU cuts off).
+Of two convs of which the second alone reads the first, the first is then fitted to what should come out behind the second, and the second
+once more (train/pairs.py).
 No BN recalibration after it: a least-squares fit that explains a share R² of a channel's variance has that share of its variance, and
 statistics of the dense network pass it on as it is. Statistics of the fit's own would stretch it by 1 / R, noise included, which takes
 the error from 1 - R² to 2 (1 - R) of the variance and unbalances every residual sum it goes into.
@@ -22,8 +24,7 @@ Source: reconstruction by least squares after He, Zhang, Sun, "Channel Pruning f
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -33,22 +34,21 @@ from torch import Tensor, nn
 
 from edgeprune.data import Augment, Split, at_once
 from edgeprune.errors import DataError
-from edgeprune.graph import ChannelGraph
-from edgeprune.graph.running import Observer, contiguous, evaluating, fresh, tensors_in
+from edgeprune.graph import ChannelGraph, Op
+from edgeprune.graph.running import Observer, fresh, tensors_in
 from edgeprune.graph.slim import named_tensors, recall, removed_positions
 from edgeprune.graph.trace import trace
 from edgeprune.plan import Plan
 from edgeprune.train import Progress, silent
-from edgeprune.train.moments import Moments, conv_patches
+from edgeprune.train.moments import Moments
+from edgeprune.train.pairs import Conv, Pair, pairs_of, step
+from edgeprune.train.recording import BATCH, Recorder, at_places, by_row, frozen, rows_read, transposed
 from edgeprune.train.ridge import RECTIFY_ROUNDS, RIDGES, Affine, Fit, substituted
 from edgeprune.train.targets import Target, could_go, prefix, targets_of
 
 ROWS = 49_152  # positions of maps, over all images, that a layer is fitted on: the more images, the fewer in each
 LEAST_POSITIONS = 4
 RIDGE = 1e-3  # of what stands in for inputs that go
-BATCH = 128
-MOMENTS = 2304  # values that an output reads: of layers that read more, moments would be large
-PATCH_BYTES = 256 << 20
 MEMORY_BYTES = 2 << 30
 RECORDED_BYTES = 640 << 20
 
@@ -73,14 +73,15 @@ def reconstruct(
     outputs. Raises DataError when there are none.
     """
     batch = _batch(split, min(images, _affordable(graph)), augment)
-    return Recording.of(dense, graph, (batch,), plan=plan).refitted(small, plan, ridges=ridges, progress=progress)
+    return Recording.of(dense, graph, (batch,), plan=plan, in_pairs=True).refitted(small, plan, ridges=ridges, progress=progress)
 
 
 @dataclass(frozen=True, eq=False)
 class Recording:
     """What the dense network computes on some images, at the sampled places of its layers: any number of slim networks are fitted to it.
 
-    `moments`: by call number, those of what a layer reads; empty unless they were asked for.
+    `moments`: by call number, those of what a layer reads; `ends`: by the call number of a pair's second layer, whole maps of what comes
+    out behind it (train/pairs.py). Both are empty unless they were asked for.
     """
 
     graph: ChannelGraph
@@ -90,6 +91,7 @@ class Recording:
     eps: Mapping[int, float]
     moments: Mapping[int, Moments]
     weights: Mapping[str, Tensor]
+    ends: Mapping[int, Tensor]
 
     @staticmethod
     def of(
@@ -100,11 +102,13 @@ class Recording:
         rows: int = ROWS,
         plan: Plan | None = None,
         substitutes: bool = False,
+        in_pairs: bool = False,
     ) -> Recording:
         """One run of the dense network; `inputs` are its forward's arguments.
 
         At most as many images and positions as `reconstruct` says. With `plan` it serves this plan alone, and takes less memory.
         `substitutes`: refits are pulled towards weights that the moments of what layers read give, instead of the present ones.
+        `in_pairs`: a conv that one other conv reads is also fitted to what comes out behind that one.
         """
         inputs = tuple(x[: _affordable(graph)].contiguous() for x in inputs)
         if graph.exported is not None:  # the slim network runs the exported operations, so the dense one must too
@@ -119,13 +123,14 @@ class Recording:
             targets = targets_of(graph, gone, positions)
         together = at_once(BATCH, inputs[0].shape[2:])
         parts = list(zip(*(x.split(together) for x in inputs), strict=True)) if targets else []
-        recorder = _Recorder(targets, substitutes=substitutes)
-        with _frozen(dense), recorder:
+        pairs = pairs_of(graph, targets, len(inputs[0])) if in_pairs else {}
+        recorder = Recorder(targets, pairs, substitutes=substitutes)
+        with frozen(dense), recorder:
             for part in parts:
                 recorder.calls = 0
                 dense(*part)
         weights = {name: t.detach() for name, t in named_tensors(dense)} if substitutes else {}
-        return Recording(graph, inputs, positions, recorder.outputs(), recorder.eps, recorder.moments, weights)
+        return Recording(graph, inputs, positions, recorder.outputs(), recorder.eps, recorder.moments, weights, recorder.ends())
 
     def refitted(
         self,
@@ -141,8 +146,9 @@ class Recording:
         gone = removed_positions(self.graph, plan)
         if targets := targets_of(self.graph, gone, self.positions):
             inputs, tensors = fresh(self.inputs), dict(named_tensors(fitted))
-            refitter = _Refitter(targets, self, tensors, ridges=ridges, rectify_rounds=rectify_rounds, progress=progress)
-            with _frozen(fitted), refitter:
+            pairs = {call: pair for call, pair in pairs_of(self.graph, targets, len(inputs[0])).items() if call in self.ends}
+            refitter = _Refitter(targets, pairs, self, tensors, ridges=ridges, rectify_rounds=rectify_rounds, progress=progress)
+            with frozen(fitted), refitter:
                 fitted(*inputs)
         return fitted
 
@@ -159,66 +165,13 @@ def _batch(split: Split, images: int, augment: Augment | None) -> Tensor:
     return torch.cat([x for x, _ in split.batches(BATCH, shuffle_seed=0, limit=images, augment=augment)])
 
 
-@contextmanager
-def _frozen(model: nn.Module) -> Iterator[None]:
-    with torch.no_grad(), evaluating(model), contiguous(model):
-        yield
-
-
-class _Recorder(Observer):
-    """Keeps the outputs of the target layers at their sampled places, and the moments of what they read where these are asked for."""
-
-    def __init__(self, targets: Mapping[int, Target], *, substitutes: bool) -> None:
-        super().__init__()
-        self.calls = 0
-        self._targets = targets
-        self.moments = {
-            call: Moments(1, len(t.read)) for call, t in targets.items() if substitutes and t.read is not None and len(t.read) <= MOMENTS
-        }
-        self._wanted: dict[int, list[tuple[str, Target]]] = {}
-        for target in targets.values():
-            self._wanted.setdefault(target.op.call, []).append(("output", target))
-            if target.beside is not None:
-                self._wanted.setdefault(target.beside, []).append(("beside", target))
-        self._norms = {target.norm.call for target in targets.values() if target.norm}
-        self._found: dict[tuple[str, int], list[Tensor]] = {}
-        self.eps: dict[int, float] = {}
-        """By call number of a batch norm, what it adds to the variance (torch gives it last)."""
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:
-        """Run the operation and look at its output."""
-        out = func(*args, **(kwargs or {}))
-        for role, target in self._wanted.get(self.calls, ()):
-            self._found.setdefault((role, target.op.call), []).append(_at_places(out, target)[:, target.kept])
-        if (moments := self.moments.get(self.calls)) is not None and not _transposed(self._targets[self.calls], args):
-            for rows in _rows_read(self._targets[self.calls], args):
-                moments.add(rows)
-        if self.calls in self._norms:
-            self.eps[self.calls] = float(args[-1])
-        self.calls += 1
-        return out
-
-    def outputs(self) -> dict[tuple[str, int], Tensor]:
-        """By role ("output", "beside") and call number of the layer, (images, outputs that stay, places)."""
-        return {key: torch.cat(self._found.pop(key)) for key in list(self._found)}
-
-
-def _transposed(target: Target, args: tuple[Any, ...]) -> bool:
-    """Whether a conv's weight has its inputs first: it stays as it is."""
-    return target.op.kind == "conv" and bool(args[6])
-
-
-def _at_places(result: Any, target: Target) -> Tensor:
-    out = next(tensors_in(result))  # a batch norm gives its statistics too
-    return out.flatten(2)[:, :, target.places] if target.op.kind == "conv" else out[:, :, None]
-
-
 class _Refitter(Observer):
     """Before a target layer runs, its weights are replaced by those that fit the recorded outputs best."""
 
     def __init__(
         self,
         targets: Mapping[int, Target],
+        pairs: Mapping[int, Pair],
         recording: Recording,
         tensors: Mapping[str, Tensor],
         *,
@@ -227,7 +180,7 @@ class _Refitter(Observer):
         progress: Progress,
     ) -> None:
         super().__init__()
-        self._targets, self._recording, self._tensors = targets, recording, tensors
+        self._targets, self._pairs, self._recording, self._tensors = targets, pairs, recording, tensors
         self._ridges, self._rectify_rounds, self._progress = ridges, rectify_rounds, progress
         self._calls = self._done = 0
         self._beside: dict[int, list[Target]] = {}
@@ -235,51 +188,104 @@ class _Refitter(Observer):
             if target.beside is not None:
                 self._beside.setdefault(target.beside, []).append(target)
         self._sums: dict[int, Tensor] = {}
+        self._whole_sums: dict[int, Tensor] = {}
+        self._firsts = {pair.first.call for pair in pairs.values()}
+        self._read: dict[int, tuple[tuple[Any, ...], int]] = {}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:
         """Refit if this is a target, then run the operation."""
         call, self._calls = self._calls, self._calls + 1
         if (target := self._targets.get(call)) is not None:
-            self._refit(target, args)
+            pair = self._pairs.get(call)
+            if pair is None:
+                self._refit(target, args)
+            else:
+                args = self._refit_both(pair, args)
+            self._sums.pop(call, None)
             self._done += 1
             self._progress("reconstructing layers", self._done, len(self._targets))
+        if call in self._firsts:
+            self._read[call] = args, args[0]._version
         out = func(*args, **(kwargs or {}))
         for waiting in self._beside.get(call, ()):
-            self._sums[waiting.op.call] = _at_places(out, waiting)
+            self._sums[waiting.op.call] = at_places(out, waiting)
+            if waiting.op.call in self._pairs:
+                self._whole_sums[waiting.op.call] = next(tensors_in(out))[: len(self._recording.ends[waiting.op.call])].clone()
         return out
 
     def _refit(self, target: Target, args: tuple[Any, ...]) -> None:
-        if _transposed(target, args):
+        if transposed(target, args):
             return
-        wanted, beside = self._wanted("output", target), None
-        affine = self._affine(target)
+        wanted, beside = _staying(self._recording.outputs["output", target.op.call], target), None
+        affine = self._affine(target.norm, len(target.kept))
         if target.beside is not None:
-            beside = self._sums.pop(target.op.call)
-            lacking = self._wanted("beside", target) - beside
+            beside = self._sums[target.op.call]
+            lacking = _staying(self._recording.outputs["beside", target.op.call], target) - beside
             wanted = wanted + lacking * affine.inverse[:, None]
         weight = self._tensors[target.op.weight or ""]
-        bias = args[2] if target.op.kind == "conv" else (args[0] if target.op.name == "addmm" else None)
-        mean = self._tensors[prefix(target.norm) + "running_mean"] if target.norm and bias is None else None
+        bias, mean = self._free(target, args)
         present = self._present(target, weight)
         gain = affine.gain.double().reshape(present.shape[:2])
         fit = Fit(present, self._ridges, gain, free=bias is not None or mean is not None)
-        left, places = _rows(wanted), len(target.places) if target.op.kind == "conv" else 1
-        for x in _rows_read(target, args):
+        left, places = by_row(wanted), len(target.places) if target.op.kind == "conv" else 1
+        for x in rows_read(target, args):
             fit.add(x, left[: len(x)].reshape(len(x), x.shape[1], -1), places)
             left = left[len(x) :]
         fit.solve()
         if target.rectified and len(present) == 1 and fit.free:
-            fit.rectify(affine, None if beside is None else _rows(beside), rounds=self._rectify_rounds)
+            fit.rectify(affine, None if beside is None else by_row(beside), rounds=self._rectify_rounds)
         weight.copy_(weight * fit.weight.reshape(-1, *[1] * (weight.ndim - 1)) if target.scaled else fit.weight.reshape(weight.shape))
         if bias is not None:
             bias.copy_(fit.intercept.reshape(-1))
         elif mean is not None:
             mean.sub_(fit.intercept.reshape(-1).to(mean.dtype))
 
-    def _wanted(self, role: str, target: Target) -> Tensor:
-        """What the dense network computed, of the outputs that stay."""
-        found = self._recording.outputs[role, target.op.call]
-        return found if found.shape[1] == len(target.kept) else found[:, target.kept]
+    def _free(self, target: Target, args: tuple[Any, ...]) -> tuple[Tensor | None, Tensor | None]:
+        """The bias of a layer or, where it has none, the running mean of the norm behind it: what takes up its intercept."""
+        bias = args[2] if target.op.kind == "conv" else (args[0] if target.op.name == "addmm" else None)
+        return bias, self._tensors[prefix(target.norm) + "running_mean"] if target.norm and bias is None else None
+
+    def _refit_both(self, pair: Pair, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        """Refit the second layer, then the first towards what comes out behind the second, then the second again; what that one reads."""
+        second = pair.second
+        tensors = [t for t in (self._tensors[second.op.weight or ""], *self._free(second, args)) if t is not None]
+        before = [t.clone() for t in tensors]
+        self._refit(second, args)
+        if (hidden := self._refit_first(pair, args)) is not None:
+            for tensor, value in zip(tensors, before, strict=True):
+                tensor.copy_(value)
+            args = (hidden, *args[1:])
+            self._refit(second, args)
+        return args
+
+    def _refit_first(self, pair: Pair, args: tuple[Any, ...]) -> Tensor | None:
+        """What the second layer reads after a step of the first one; None where none helps."""
+        at_first, version = self._read.pop(pair.first.call)
+        x, second = at_first[0], pair.second
+        beside = self._whole_sums.pop(second.op.call, None)
+        bias, norm = at_first[2], pair.first_norm
+        if x._version != version or (bias is None and norm is None):  # written over since; nothing to take up a shift
+            return None
+        first = self._folded(at_first, norm)
+        wanted = _staying(self._recording.ends[second.op.call], second)
+        summed = beside if pair.end.kind == "add" else None
+        moved = step(first, self._folded(args, second.norm), x[: len(wanted)], wanted, summed, rectified=second.rectified)
+        if moved is None:
+            return None
+        inverse = self._affine(norm, len(first.shift)).inverse
+        at_first[1].add_((moved.weight - first.weight) * inverse.view(-1, *[1] * (x.ndim - 1)))
+        shift = (moved.shift - first.shift) * inverse
+        if bias is not None:
+            bias.add_(shift)
+        elif norm is not None:
+            self._tensors[prefix(norm) + "running_mean"].sub_(shift)
+        return self._folded(at_first, norm)(x).clamp(min=0)
+
+    def _folded(self, args: tuple[Any, ...], norm: Op | None) -> Conv:
+        """A conv of these arguments with its norm."""
+        affine = self._affine(norm, len(args[1]))
+        shift = affine.shift if args[2] is None else affine.shift + args[2] * affine.gain
+        return Conv(args[1] * affine.gain.view(-1, *[1] * (args[1].ndim - 1)), shift, args[3:])
 
     def _present(self, target: Target, weight: Tensor) -> Tensor:
         """The weights to pull towards, (groups, outputs, values): of a depthwise conv the factor of each channel, which is 1."""
@@ -292,43 +298,19 @@ class _Refitter(Observer):
         dense = self._recording.weights[target.op.weight or ""][target.kept].flatten(1)
         return substituted(dense, moments.covariance()[0], target.read, RIDGE)[None]
 
-    def _affine(self, target: Target) -> Affine:
+    def _affine(self, norm: Op | None, outputs: int) -> Affine:
         """What the norm behind a layer does to its outputs."""
-        if target.norm is None:
-            ones = torch.ones(len(target.kept))
+        if norm is None:
+            ones = torch.ones(outputs)
             return Affine(ones, torch.zeros_like(ones), ones)
-        name = prefix(target.norm)
+        name = prefix(norm)
         scale = self._tensors[name + "weight"]
-        spread = (self._tensors[name + "running_var"] + self._recording.eps[target.norm.call]).sqrt()
+        spread = (self._tensors[name + "running_var"] + self._recording.eps[norm.call]).sqrt()
         gain = scale / spread
         shift = self._tensors[name + "bias"] - self._tensors[name + "running_mean"] * gain
         return Affine(gain, shift, torch.where(scale.abs() > 1e-3, spread / scale, torch.zeros_like(scale)))
 
 
-def _rows(values: Tensor) -> Tensor:
-    """(images, outputs, places) -> (images * places, outputs)."""
-    return values.movedim(1, 2).reshape(-1, values.shape[1])
-
-
-def _rows_read(target: Target, args: tuple[Any, ...]) -> Iterator[Tensor]:
-    """What a layer reads at its places, rows (rows, groups, values) in the order of images and places, a bounded number at a time."""
-    if target.op.kind == "linear":
-        yield args[-2][:, None]
-        return
-    x, weight = args[:2]
-    if target.scaled:
-        made = torch.cat([torch.ops.aten.convolution(part, weight, None, *args[3:]) for part in x.split(BATCH)])
-        yield _rows(_at_places(made, target))[:, :, None]
-        return
-    spatial = [(n + 2 * p - d * (k - 1) - 1) // s + 1 for n, k, s, p, d in zip(x.shape[2:], weight.shape[2:], *_lists(args), strict=True)]
-    places = len(target.places)
-    step = max(1, PATCH_BYTES // (4 * places * x.shape[1] * weight.shape[2:].numel()))
-    for part in x.split(step):
-        patches = conv_patches(part, weight, args[3:6], spatial, target.places)
-        yield patches.reshape(patches.shape[0] * places, target.op.groups, -1)
-
-
-def _lists(args: tuple[Any, ...]) -> list[list[int]]:
-    """Stride, padding and dilation of a conv's arguments, one number for each spatial axis."""
-    axes = args[0].ndim - 2
-    return [list(v) * axes if len(v) == 1 else list(v) for v in args[3:6]]
+def _staying(found: Tensor, target: Target) -> Tensor:
+    """What the dense network computed, of the outputs that stay."""
+    return found if found.shape[1] == len(target.kept) else found[:, target.kept]

@@ -57,7 +57,7 @@ def targets_of(graph: ChannelGraph, gone: Gone, positions: int) -> dict[int, Tar
             continue
         lost = gone.get((op.weight, 0), np.zeros(shape[0], dtype=bool))
         norm = norms.get(op.output)
-        norm = norm if norm and prefix(norm) + "running_mean" in graph.shapes else None
+        norm = norm if norm and keeps_statistics(graph, norm) else None
         spatial = int(np.prod(graph.activations[op.output].shape[2:])) if op.kind == "conv" else 1
         places = sampled_places([spatial], positions, op.call)
         kept = torch.from_numpy(np.flatnonzero(~lost))
@@ -73,15 +73,29 @@ def prefix(norm: Op) -> str:
     return (norm.weight or "").removesuffix("weight")
 
 
+def keeps_statistics(graph: ChannelGraph, norm: Op) -> bool:
+    """Whether it is a batch norm with a running mean."""
+    return prefix(norm) + "running_mean" in graph.shapes
+
+
+def result_of(graph: ChannelGraph, op: Op) -> Op:
+    """The last of a layer, the norm behind it and the sum behind that, as far as nothing else reads what is in between."""
+    for kind in ("norm", "add"):
+        readers = _readers(graph, op.output)
+        if len(readers) == 1 and readers[0].kind == kind:
+            op = readers[0]
+    return op
+
+
 def _rectified(graph: ChannelGraph, op: Op) -> bool:
     """Whether a layer's result goes, through its norm and a sum at most, into a ReLU and nowhere else."""
-    number = op.output
-    for kind in ("norm", "add"):
-        readers = [o for o in graph.ops if number in o.inputs]
-        if len(readers) == 1 and readers[0].kind == kind:
-            number = readers[0].output
-    readers = [o for o in graph.ops if number in o.inputs]
+    number = result_of(graph, op).output
+    readers = _readers(graph, number)
     return len(readers) == 1 and readers[0].name == "relu" and number not in graph.output_activations
+
+
+def _readers(graph: ChannelGraph, number: int) -> list[Op]:
+    return [op for op in graph.ops if number in op.inputs]
 
 
 def _beside(graph: ChannelGraph, op: Op) -> int | None:
