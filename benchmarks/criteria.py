@@ -4,7 +4,8 @@
     python -m benchmarks.criteria --network resnet20 --criteria l1,reconstruction --budgets 50 --limit-minutes 20
 
 Each criterion meets three budgets (percent of the MACs removed) under three allocations, in channels of any number. Criteria that take
-a seed run with three at -50% (--all-seeds: everywhere); filter_ensemble with 64 masks per layer on 128 images. All figures are on
+a seed run with three at -50% (--all-seeds: everywhere); filter_ensemble with 64 masks per layer on 128 images. Reconstruction goes layer by
+layer (without the step of train/pairs.py, which takes as long again). All figures are on
 2,000 training images that nothing else reads (the first 1,000 right after pruning). The networks saw them in their own training, so
 they compare criteria; they do not predict test accuracy.
 The winners on them, and only these, see the 10,000 test images, once. Fine-tuning, a short one on 7,680 images: of ResNet-20 at -50%
@@ -152,7 +153,7 @@ class Bench:
             fast: Any = small.to
             return recalibrate(fast(memory_format=torch.channels_last), self.rest, images=self.sizes.recalibration)
         if stage == "reconstructed":
-            return reconstruct(small, self.dense, self.graph, plan, self.rest, images=self.sizes.reconstruction)
+            return reconstruct(small, self.dense, self.graph, plan, self.rest, images=self.sizes.reconstruction, in_pairs=False)
         return small
 
     def measure(self, cell: Cell) -> dict[str, Any]:

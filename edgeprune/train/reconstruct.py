@@ -63,17 +63,19 @@ def reconstruct(
     images: int = 2048,
     augment: Augment | None = None,
     ridges: Sequence[float] = RIDGES,
+    in_pairs: bool = True,
     progress: Progress = silent,
 ) -> nn.Module:
     """A copy of `small` whose convs and linears were refitted to the dense network's outputs; the inputs are untouched.
 
     Needs images only, no labels; `augment` as the network's own training had it makes them more like new ones. `ridges`: pulls towards
     the present weights, as shares of the mean variance of a layer's inputs, of which each layer takes the one that serves unseen images
-    best. At most as many images as their feature maps fit into 2 GiB, and as many positions as 640 MiB hold of the dense network's
-    outputs. Raises DataError when there are none.
+    best. `in_pairs`: a conv that one other conv reads is also fitted to what comes out behind that one; twice the time. At most as many
+    images as their feature maps fit into 2 GiB, and as many positions as 640 MiB hold of the dense network's outputs. Raises DataError
+    when there are none.
     """
     batch = _batch(split, min(images, _affordable(graph)), augment)
-    return Recording.of(dense, graph, (batch,), plan=plan, in_pairs=True).refitted(small, plan, ridges=ridges, progress=progress)
+    return Recording.of(dense, graph, (batch,), plan=plan, in_pairs=in_pairs).refitted(small, plan, ridges=ridges, progress=progress)
 
 
 @dataclass(frozen=True, eq=False)
