@@ -15,6 +15,9 @@ error of a layer's output as the measure after Luo, Wu, Lin, "ThiNet", ICCV 2017
 NeurIPS 2022. It is exactly what recovery by reconstruction (train/reconstruct.py) minimises.
 
 Rules. Columns are standardised first, so `ridge` is the same for all and a rescaling that the network does not notice changes nothing.
+It is the noise that inputs are thought to have, as a share of their variance: what a channel has in common with others counts less, because
+these may go too, and what stays will come from layers that lost channels themselves. On a ResNet-20 trained without them, 5,000 new images
+after the refit: 84.2, 84.2, 84.8, 84.9% right at -50% of the MACs and 78.3, 78.3, 81.0, 80.5 at -64% for 0.001, 0.01, 0.2, 0.5.
 `shrink` draws their correlations towards none by as much as so few images call for (`shrinkage`): as they are, 128 images would show
 any 129th channel to be a sum of the others (EfficientNet-Lite0's head lost 1,064 of its 1,280 channels that way).
 A layer with more than 2,304 columns, and the largest ones first while all matrices take more than 2 GiB, is measured tap by tap: each
@@ -63,7 +66,7 @@ def statistic(
     *,
     order: str = "greedy",
     measure: str = "outputs",
-    ridge: float = 1e-3,
+    ridge: float = 0.2,
     shrink: bool = True,
     positions: int = 16,
 ) -> Statistic:
