@@ -1,13 +1,13 @@
-"""Choices about scores, refits and recipes, judged by images that no network has seen: ResNet-20 on 45,000 images, judged by the other 5,000.
+"""Choices about scores, refits and recipes, judged by 5,000 of CIFAR-10's training images that a ResNet-20 was not trained on.
 
     python -m benchmarks.unseen                 # trains the network (half an hour of one core), then everything that is missing
     python -m benchmarks.unseen scores refits   # words: scores, refits, recipes
 
-The public checkpoints were trained on all 50,000 training images, so on these what copies a network best looks best. Here images decide that
-nothing was trained on, and the test images stay out of it. scores: the pull of scores by reconstruction (`ridge`) and whether few images
-are distrusted (`shrink`), after a refit layer by layer. refits: without and with the step of train/pairs.py. recipes: one epoch from the
-refitted network. `loss` is the cross-entropy with the labels, `kl` the divergence from the dense network's answers. One row per choice in
-benchmarks/results/unseen.json, written as it is measured, and unseen.md; networks stay in runs/bench/unseen. Needs EDGEPRUNE_DATA with
+The public checkpoints were trained on all 50,000 training images, so on these whatever copies a network best looks best. Here a network is
+trained on 45,000 of them and the others decide; the test images stay out of it. scores: the pull of scores by reconstruction (`ridge`) and
+whether few images are distrusted (`shrink`), after a refit layer by layer. refits: with the step of train/pairs.py. recipes: an epoch from
+the refitted network. `loss` is the cross-entropy with the labels, `kl` the divergence from the dense network's answers. One row per choice
+in benchmarks/results/unseen.json, written as it is measured, and unseen.md; networks stay in runs/bench/unseen. Needs EDGEPRUNE_DATA with
 cifar10/.
 """
 
@@ -56,7 +56,7 @@ TUNED = 50  # percent of the MACs that went before recipes are compared
 
 @dataclass(frozen=True)
 class Choice:
-    """One thing to try: at a budget, scores with these options, refitted, then an epoch of the preset quick with these changes (or none)."""
+    """One thing to try: at a budget, scores with these options, a refit, and (not None) an epoch of the preset quick with these changes."""
 
     removed: int
     scores: dict[str, Any]
