@@ -9,9 +9,9 @@ A run is the command in a process of its own, forked from one that has everythin
 every stage of a run that trains, quantizes and measures on this machine. Two runs left alone say which files are the same bit by bit.
 kill: SIGKILL at a random moment of the stage whose turn it is; disk, memory: in the stage whose turn it is the file system (a tmpfs that
 also holds the temporary files; needs root) is made as small as what it holds, or the address space is limited to what the process has
-plus a random part of what the stage takes in a run left alone. Each time the same command with --resume must end with the same files.
-fuzz: tests/hostile.py. growth: the resident set of a process that compresses again and again. Writes robustness.json and .md into
-benchmarks/results, entry by entry.
+plus a random part of a third of what the stage takes when left alone. Each time the same command with --resume must end with the same
+files. fuzz: tests/hostile.py. growth: the resident set of a process that compresses again and again. Writes robustness.json and .md
+into benchmarks/results, entry by entry.
 """
 
 from __future__ import annotations
@@ -262,9 +262,9 @@ def squeezed(bench: Bench, folder: Path, turn: int, squeeze: Callable[[int], Non
     if status == 1 and words in said and "--resume" in said and "Traceback" not in said:
         return hit, "one paragraph, exit code 1"
     if status is not None and status < 0:
-        return hit, f"ended by {signal.Signals(-status).name}"
+        return hit, f"ended by {signal.Signals(-status).name} (limit set in {hit})"
     if status == 0:
-        return hit, "done all the same"
+        return hit, f"done all the same (limit set in {hit})"
     raise Wrong(f"short of what it needs in {hit}, it ended with {status}: {said}")
 
 
@@ -300,7 +300,7 @@ def disk(bench: Bench, folder: Path, turn: int, dice: random.Random) -> tuple[st
 
 def memory(bench: Bench, folder: Path, turn: int, dice: random.Random) -> tuple[str, str]:
     """From the stage whose turn it is, the process gets less memory than that stage takes; without the limit, the run is resumed."""
-    more = int(dice.random() * bench.taken[turn])
+    more = int(dice.random() * bench.taken[turn] / 3)  # a third: not all that is reserved is needed
 
     def limit(child: int) -> None:
         allowed = address_space(child) + more
