@@ -9,8 +9,9 @@ A run is the command in a process of its own, forked from one that has everythin
 every stage of a run that trains, quantizes and measures on this machine. Two runs left alone say which files are the same bit by bit.
 kill: SIGKILL at a random moment of the stage whose turn it is; disk, memory: in the stage whose turn it is the file system (a tmpfs that
 also holds the temporary files; needs root) is made as small as what it holds, or the address space is limited to what the process has
-plus a random part of MEMORY_MB. Each time the same command with --resume must end with the same files. fuzz: tests/hostile.py. growth: the
-resident set of a process that compresses again and again. Writes robustness.json and .md into benchmarks/results, entry by entry.
+plus a random part of a third of what the stage takes when left alone. Each time the same command with --resume must end with the same
+files. fuzz: tests/hostile.py. growth: the resident set of a process that compresses again and again. Writes robustness.json and .md
+into benchmarks/results, entry by entry.
 """
 
 from __future__ import annotations
@@ -54,7 +55,6 @@ RESULTS = Path(__file__).parent / "results"
 BRIEF = {"processes": 3, "min_runs": 20, "min_seconds": 0.01, "warmup_runs": 1, "warmup_seconds": 0.0}  # nobody reads these latencies
 OPTIONS = "--data data.npz --macs 0.5 --epochs 4 --lr 0.02 --batch-size 16 --quantize int8 --seed 3"
 NEEDED = {"model.safetensors", "model.onnx", "plan.json", "bitplan.json"}  # must be among the files that two runs have in common
-MEMORY_MB = 48
 GROWTH_WARMUP = 10  # runs, while modules are imported and pools filled
 LONGEST_S = 120
 
@@ -80,6 +80,7 @@ class Bench:
     steady: dict[str, str]
     stages: tuple[str, ...]  # "start", the stages, "report": what is under way after 0, 1, … lines of the log
     moments: tuple[float, ...]  # seconds at which each begins, and the end
+    taken: tuple[int, ...]  # bytes of address space that each adds at most to what there is when it begins
 
 
 def words(device: str, folder: Path, *more: str) -> list[str]:
@@ -175,9 +176,17 @@ def prepared(folder: Path, device: str) -> Bench:
         with suppress(ImportError, AttributeError):
             importlib.import_module(name)
     whole = folder / "whole"
-    child, start, moments = forked(folder, whole, device), time.monotonic(), [0.0]
-    while (status := ended(child, lambda: len(lines(whole)) >= len(moments))) is None:
+    child, start, moments, taken = forked(folder, whole, device), time.monotonic(), [0.0], [0]
+    begun = [address_space(child)]
+
+    def next_begins() -> bool:
+        taken[-1] = max(taken[-1], address_space(child) - begun[-1])
+        return len(lines(whole)) >= len(moments)
+
+    while (status := ended(child, next_begins)) is None:
         moments.append(time.monotonic() - start)
+        begun.append(address_space(child))
+        taken.append(0)
     if status:
         raise Wrong(whole.with_suffix(".txt").read_text())
     names = [line.split(" ", 1)[1].rpartition(":")[0] for line in lines(whole)[1:]]
@@ -185,7 +194,14 @@ def prepared(folder: Path, device: str) -> Bench:
     steady = {name: value for name, value in second.items() if first.get(name) == value}
     if not steady.keys() >= NEEDED:
         raise Wrong(f"two runs differ in {sorted(NEEDED - steady.keys())}")
-    return Bench(device, folder, steady, ("start", *names, "report"), (*moments, time.monotonic() - start))
+    return Bench(device, folder, steady, ("start", *names, "report"), (*moments, time.monotonic() - start), tuple(taken))
+
+
+def address_space(process: int) -> int:
+    """What a process has of it, in bytes; 0 of one that is ending."""
+    with suppress(psutil.Error):
+        return int(psutil.Process(process).memory_info().vms)
+    return 0
 
 
 def checked_resume(bench: Bench, folder: Path) -> None:
@@ -246,9 +262,9 @@ def squeezed(bench: Bench, folder: Path, turn: int, squeeze: Callable[[int], Non
     if status == 1 and words in said and "--resume" in said and "Traceback" not in said:
         return hit, "one paragraph, exit code 1"
     if status is not None and status < 0:
-        return hit, f"ended by {signal.Signals(-status).name}"
+        return hit, f"ended by {signal.Signals(-status).name} (limit set in {hit})"
     if status == 0:
-        return hit, "done all the same"
+        return hit, f"done all the same (limit set in {hit})"
     raise Wrong(f"short of what it needs in {hit}, it ended with {status}: {said}")
 
 
@@ -283,11 +299,11 @@ def disk(bench: Bench, folder: Path, turn: int, dice: random.Random) -> tuple[st
 
 
 def memory(bench: Bench, folder: Path, turn: int, dice: random.Random) -> tuple[str, str]:
-    """From the stage whose turn it is, the process gets hardly any more memory; without the limit, the run is resumed."""
-    more = dice.randrange(MEMORY_MB) << 20
+    """From the stage whose turn it is, the process gets less memory than that stage takes; without the limit, the run is resumed."""
+    more = int(dice.random() * bench.taken[turn] / 3)  # a third: not all that is reserved is needed
 
     def limit(child: int) -> None:
-        allowed = psutil.Process(child).memory_info().vms + more
+        allowed = address_space(child) + more
         resource.prlimit(child, resource.RLIMIT_AS, (allowed, allowed))
 
     found = squeezed(bench, folder, turn, limit, "memory ran out")

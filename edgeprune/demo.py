@@ -78,9 +78,7 @@ def run_demo(out: Path, progress: Progress) -> tuple[Result, Result]:
     data = digits()
     torch.manual_seed(0)
     example = torch.zeros(1, 1, 32, 32)
-    model, _ = finetune(
-        DigitNet(), None, data.train, None, TRAINING, progress=lambda w, d, t: progress(f"training the demo network, {w}", d, t)
-    )
+    model, _ = finetune(DigitNet(), None, data.train, None, TRAINING, progress=lambda _, d, t: progress("training the demo network", d, t))
     out.mkdir(parents=True, exist_ok=True)
     dense = export(model, example, out / "dense.onnx")
     budgets = {

@@ -329,14 +329,15 @@ class Pipeline:
             limits: dict[str, Any] = {"latency_ms": job.budget.latency_ms, "size_bytes": job.budget.size_bytes}
             other = elsewhere(job.device, model, job.example_inputs) if job.quantize == "mixed" else None
             quantizer = quantizer_for(job.quantize, job.data, threads=job.device.threads, elsewhere=other, seed=job.seed, **limits)
+            what = f"exporting {' and '.join(job.formats)}"
             for number, name in enumerate(job.formats):
-                self.progress(f"exporting {name}", number, len(job.formats))
+                self.progress(what, number, len(job.formats))
                 options: dict[str, Any] = {"samples": batch, "metadata": metadata, "quantizer": quantizer}
                 artifacts.append(export(model, job.example_inputs, self.run.folder, format=name, **options))
                 if quantizer is not None:
                     write_json(self.run.path("bitplan.json"), quantizer.chosen.to_json() | {"facts": quantizer.facts})
             keep_samples(self.run.folder, model, job.example_inputs if batch is None else batch)
-            self.progress("exporting", len(job.formats), len(job.formats))
+            self.progress(what, len(job.formats), len(job.formats))
             return tuple(artifacts)
 
         def write(artifacts: tuple[Artifact, ...]) -> dict[str, Any]:

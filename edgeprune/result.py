@@ -268,7 +268,8 @@ def _figures(found: Findings) -> list[dict[str, Any]]:
         figures.append(_figure("accuracy", "%", (_value(100 * dense.accuracy), _value(100 * last.accuracy)), how, "measured"))
     if found.measurements:
         m = found.measurements["compressed"]
-        how = f"median of {m.runs} runs in {len(m.process_medians_ms)} fresh processes, {m.threads} thread(s), 95% interval"
+        threads = "1 thread" if m.threads == 1 else f"{m.threads} threads"
+        how = f"median of {m.runs} runs in {len(m.process_medians_ms)} fresh processes, {threads}, 95% interval"
         figures.append(_figure("latency", "ms", (_interval(found.measurements["dense"]), _interval(m)), how, "measured"))
     else:
         sides = asdict(found.dense_cost.latency_ms), asdict(found.cost.latency_ms)

@@ -50,7 +50,7 @@ def test_the_demo(brief: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, 
         main()
     out, err = capfd.readouterr()
     assert "Traceback" not in err
-    if end.value.code == 3:  # measured so briefly on a busy machine, the host may not give its 60 %
+    if end.value.code == 3:  # measured so briefly on a busy machine, the host may not give its 70 %
         assert json.loads((tmp_path / "demo" / "rpi4" / "run.json").read_text())["status"] == "done"
         return
     found: dict[str, Any] = json.loads(out)

@@ -127,7 +127,9 @@ def _installed(name: str) -> bool:
     file = getattr(sys.modules[name], "__file__", None)
     if name == "__main__" or file is None:  # cloudpickle takes __main__ by value anyway
         return True
-    return any(Path(file).is_relative_to(sysconfig.get_path(kind)) for kind in ("stdlib", "platstdlib", "purelib", "platlib"))
+    path = Path(file)  # installers' folders by name: an environment also sees those of the system, the user, another environment
+    installed = not {"site-packages", "dist-packages"}.isdisjoint(path.parts)
+    return installed or any(path.is_relative_to(sysconfig.get_path(kind)) for kind in ("stdlib", "platstdlib"))
 
 
 def _end_processes() -> None:

@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+import resource
 import warnings
 from collections.abc import Mapping, Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,7 @@ import numpy as np
 import onnx
 import onnxruntime
 import onnxsim
+import psutil
 import torch
 from google.protobuf.message import DecodeError  # type: ignore[import-untyped]  # protobuf ships no stubs
 from numpy.typing import NDArray
@@ -35,6 +38,7 @@ from edgeprune.run import product_version
 _RUNTIME_ERRORS = tuple(e for e in vars(ort_state).values() if isinstance(e, type) and issubclass(e, Exception))
 _EXPORT_ERRORS = (torch.onnx.OnnxExporterError, *NETWORK_ERRORS)
 _CONTENT_HASH = "content_sha256"
+_FIRST_USE_BYTES = 96_000_000  # of address space, which stay taken: the smallest network fails with 94 MB, not with 126
 
 
 class OnnxFormat:
@@ -170,7 +174,21 @@ def _convert(model: nn.Module, args: tuple[Tensor, ...]) -> onnx.ModelProto:
     return _export(model, args, None)
 
 
+@lru_cache  # once per process
+def _room_for_the_exporter() -> None:
+    """Raises MemoryError where the address space is limited and too little of it is left for the exporter's first use.
+
+    torch's operator tables look at no allocation: they end in a segmentation fault, or in "could not get source code".
+    """
+    limit, _ = resource.getrlimit(resource.RLIMIT_AS)
+    left = limit - psutil.Process().memory_info().vms
+    if limit != resource.RLIM_INFINITY and left < _FIRST_USE_BYTES:
+        takes = f"torch's ONNX exporter takes {_FIRST_USE_BYTES / 1e6:.0f} MB"
+        raise MemoryError(f"of the address space (ulimit -v) {max(left, 0) / 1e6:.0f} MB are left, {takes}")
+
+
 def _export(model: nn.Module, args: tuple[Tensor, ...], dynamic: tuple[dict[int, Any], ...] | None) -> onnx.ModelProto:
+    _room_for_the_exporter()
     try:
         with torch.no_grad():
             outputs = len(tree_leaves(model(*(a.clone() for a in args))))

@@ -110,7 +110,7 @@
   const loss = (color) => ({
     traces: [
       line(epochs(), facts.curve.map((e) => e.train_loss), color("accent"), "training"),
-      line(epochs(), facts.curve.map((e) => e.val_loss), color("second"), "validation"),
+      line(epochs(), facts.curve.map((e) => e.val_loss), color("second"), "held out"),
     ],
     layout: { hovermode: "x unified", xaxis: epochAxis, yaxis: { hoverformat: ".4f", nticks: 6 } },
   });

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import signal
 import subprocess
@@ -232,3 +233,21 @@ def test_what_cannot_be_reached_or_sent_is_a_usage_error() -> None:
             pass
     finally:
         del model.generator
+
+
+def test_what_is_installed_in_another_environment_is_not_sent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The system's packages, the user's, those of a .pth file: only there it is enough to send the name of a class."""
+    folder = tmp_path / "site-packages"
+    folder.mkdir()
+    (folder / "elsewhere.py").write_text(
+        "from torch import nn\n\nNUMBERS = (number for number in (1,))\n\n\n"
+        "class Part(nn.Identity):\n    def extra_repr(self):\n        return str(NUMBERS)\n"
+    )
+    monkeypatch.syspath_prepend(folder)
+    by = judge()
+    by.model.part = importlib.import_module("elsewhere").Part()
+    try:
+        with Workers(by, jobs=2):
+            pass
+    finally:
+        del by.model.part

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import json
+import resource
 from pathlib import Path
 
 import numpy as np
 import onnx
+import psutil
 import pytest
 import torch
 from torch import Tensor, nn
 
 from edgeprune.errors import ExportError, ParityError, UnsupportedOp
 from edgeprune.export import Artifact, export, load_artifact, run_artifact
-from edgeprune.export.onnx import read_metadata
+from edgeprune.export.onnx import _room_for_the_exporter, read_metadata
 from edgeprune.graph.exported import Exported
 from edgeprune.graph.slim import slim
 from edgeprune.graph.trace import trace
@@ -242,3 +244,15 @@ def test_a_folder_that_cannot_be_written(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(ExportError, match="cannot write"):
         export(nn.ReLU(), X, tmp_path / "file" / "m.onnx")
+
+
+def test_too_little_address_space_for_the_exporter_is_noticed_before_it_begins(tmp_path: Path) -> None:
+    _room_for_the_exporter.cache_clear()
+    before = resource.getrlimit(resource.RLIMIT_AS)
+    resource.setrlimit(resource.RLIMIT_AS, (psutil.Process().memory_info().vms + 60_000_000, before[1]))
+    try:
+        with pytest.raises(MemoryError, match=r"\d+ MB are left, torch's ONNX exporter takes 96 MB"):
+            export(nn.ReLU(), X, tmp_path / "m.onnx")
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, before)
+    assert export(nn.ReLU(), X, tmp_path / "m.onnx").path.is_file()
