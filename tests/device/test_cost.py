@@ -43,7 +43,7 @@ def test_part_of_a_block_of_channels_takes_as_long_as_all_of_it() -> None:
         return float(in_blocks(profile.model_copy(update=blocks), at).macs[0, 0]) / (taps * positions)
 
     assert [macs("conv3x3", 16, made) for made in (1, 15, 16, 17, 32)] == pytest.approx([256, 256, 256, 512, 512])
-    assert [macs("conv1x1", read, 16) for read in (3, 15, 16, 17, 32)] == pytest.approx([48, 240, 256, 512, 512])
+    assert [macs("conv1x1", read, 16) for read in (3, 8, 9, 16, 17, 32)] == pytest.approx([128, 128, 256, 256, 512, 512])
     assert [macs("conv3x3", read, 8, input_block=1) for read in (8, 24)] == pytest.approx([128, 384])
     assert [macs("conv_other", 24, 24), macs("linear", 24, 24)] == pytest.approx([24 * 32, 24 * 24])
     assert macs("conv3x3", 24, 24, input_block=1, output_block=1) == 576
