@@ -291,4 +291,23 @@ def table(result: dict[str, Any]) -> str:
                 kept,
             )
             lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines) + "\n"
+    return "\n".join([*lines, "", *_ways(result["networks"])]) + "\n"
+
+
+def _ways(networks: list[dict[str, Any]]) -> list[str]:
+    """What is asked for and what it gives, fp32 on one thread: ONNX Runtime, LiteRT."""
+    lines = [
+        "### Ways to ask",
+        "",
+        "| network | asked | MACs removed | faster | of the proportional speed-up | kept right |",
+        "|---" * 6 + "|",
+    ]
+    for found in networks:
+        for way, (typed, _) in WAYS[found["network"]].items():
+            rows = [found["rows"][key] for form in FORMATS if (key := f"{way} fp32 {form} 1") in found["rows"]]
+            if rows:
+                removed = found["macs_removed"][f"{way} fp32"]
+                faster, share = (", ".join(f"{r['speedup'] * by:.2f}" for r in rows) for by in (1, 1 - removed))
+                kept = found.get("kept_right", {}).get(way, "")
+                lines.append(f"| {found['network']} | {typed} | {removed:.1%} | {faster} | {share} | {kept} |")
+    return lines

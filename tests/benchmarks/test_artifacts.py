@@ -55,6 +55,9 @@ def test_speed_table() -> None:
     network = {"network": "mobilenet_v2", "macs_removed": removed, "size_bytes": sizes, "rows": rows}
     text = speed_table({"machine": "m", "versions": {"torch": "2"}, "rounds": 3, "networks": [network]})
     assert "| mobilenet_v2 | int8, --macs 0.5 | ONNX Runtime | 1 | 2.00 | 2.00 | 1.80 (1.70 to 1.90) | 50.0% | 0.90 |  |" in text
+    fast = {**network, "macs_removed": {"plain fp32": 0.5}, "size_bytes": {"plain fp32 onnx": 1}, "rows": {"plain fp32 onnx 1": row}}
+    ways = speed_table({"machine": "m", "versions": {}, "rounds": 3, "networks": [fast]})
+    assert ways.splitlines()[-1] == "| mobilenet_v2 | --macs 0.5 | 50.0% | 1.80 | 0.90 |  |"
     judged = speed_table({"machine": "m", "versions": {}, "rounds": 3, "networks": [network | {"kept_right": {"dense": 99.5}}]})
     assert "| mobilenet_v2 | dense fp32 | ONNX Runtime | 1 | 4.00 | 2.00 | 1 | 0.0% |  | 99.5 |" in judged
 
