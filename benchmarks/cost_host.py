@@ -50,8 +50,8 @@ def main() -> None:
     made = {}
     for name in chosen.profiles.split(","):
         if chosen.blocks:
-            steps = Staircase.model_validate_json((RESULTS / f"cost_staircase_{name}.json").read_text(encoding="utf-8"))
-            made[name] = with_staircase(device(DEVICES / "host.toml").card.profiles[name], steps).model_copy(update={"staircase": None})
+            stored = Staircase.model_validate_json((RESULTS / f"cost_staircase_{name}.json").read_text(encoding="utf-8"))
+            made[name] = with_staircase(device(DEVICES / "host.toml").card.profiles[name], stored).model_copy(update={"staircase": None})
             continue
         guess = Device("host", name, Card(board=Board(**BOARD, default_profile=name), profiles={name: first_guess(name)}))
         fitted = calibrate(guess, store=chosen.store / f"{name}.json", quick=chosen.quick)
