@@ -1,7 +1,7 @@
 """Artifacts of 25 networks, dense and cut to half of every width: do they compute what torch computes, and what is inside them.
 
     python -m benchmarks.artifacts parity [NAME …]      # goes on where it was; networks that are named are run again
-    python -m benchmarks.artifacts latency              # artifacts_speed.py: dense, pruned, int8, mixed; both runtimes, 1 and 2 threads
+    python -m benchmarks.artifacts latency [NAME …]     # artifacts_speed.py: dense, pruned, int8, mixed; both runtimes, 1 and 2 threads
 
 Inputs are real: CIFAR-10 test images and ImageNet samples (EDGEPRUNE_DATA). CIFAR ResNets have their trained weights, the others
 random ones whose batch norms saw 32 images. Every network runs in a fresh process with a time limit. Writes
@@ -249,7 +249,7 @@ def table(rows: list[dict[str, Any]]) -> str:
 def main() -> None:
     """Run the asked part."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("part", choices=("parity", "latency", "one"))
+    parser.add_argument("part", choices=("parity", "latency", "make", "one"))
     parser.add_argument("names", nargs="*")
     parser.add_argument("--seconds", type=int, default=LIMIT_SECONDS, help="wall-clock limit for one network")
     parser.add_argument("--keep", type=Path, help="folder where the artifacts of `latency` stay for the next time")
@@ -259,7 +259,11 @@ def main() -> None:
     elif options.part == "latency":
         from benchmarks.artifacts_speed import latency
 
-        latency(options.keep)
+        latency(options.names, options.keep)
+    elif options.part == "make":
+        from benchmarks.artifacts_speed import make
+
+        make(options.names, options.keep)
     else:
         parity(options.names, options.seconds)
 

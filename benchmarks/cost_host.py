@@ -1,6 +1,7 @@
 """The first guess of host-ort and host-litert: calibrates this machine from orders of magnitude and writes devices/host.toml.
 
     python -m benchmarks.cost_host [--profiles host-ort,host-litert]
+    python -m benchmarks.cost_host --blocks   # measures nothing: blocks of channels, by the staircases that are in the results
 
 Users calibrate their own machine with `edgeprune device calibrate host`, which starts from what this wrote.
 """
@@ -14,8 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.cost_models import CORE, DEVICES, RESULTS, with_known_memory
-from edgeprune.device.calibrate import calibrate
-from edgeprune.device.card import Board, Card, Device, Fit, Profile, device
+from edgeprune.device.calibrate import calibrate, with_staircase
+from edgeprune.device.card import Board, Card, Device, Fit, Profile, Staircase, device
 from edgeprune.device.fit import Prior, rates, shape_of
 from edgeprune.device.store import write_profiles
 
@@ -44,12 +45,18 @@ def main() -> None:
     options.add_argument("--profiles", default=",".join(RUNTIMES), help="which to calibrate")
     options.add_argument("--store", type=Path, default=Path(tempfile.gettempdir()) / "edgeprune-host", help="where measurements are kept")
     options.add_argument("--quick", action="store_true", help="few networks, no staircase")
+    options.add_argument("--blocks", action="store_true", help="only put the blocks that the stored staircases show into the card")
     chosen = options.parse_args()
     made = {}
     for name in chosen.profiles.split(","):
+        if chosen.blocks:
+            stored = Staircase.model_validate_json((RESULTS / f"cost_staircase_{name}.json").read_text(encoding="utf-8"))
+            made[name] = with_staircase(device(DEVICES / "host.toml").card.profiles[name], stored).model_copy(update={"staircase": None})
+            continue
         guess = Device("host", name, Card(board=Board(**BOARD, default_profile=name), profiles={name: first_guess(name)}))
         fitted = calibrate(guess, store=chosen.store / f"{name}.json", quick=chosen.quick)
-        # The steps are this machine's: they are shown, but not shipped as those of everybody's.
+        # The steps are this machine's: they are shown, but not shipped as those of everybody's. The blocks that they show are, as all
+        # constants here: widths in whole blocks of 16 channels are whole blocks where vectors are shorter, too.
         made[name] = fitted.profile.model_copy(update={"staircase": None})
         if steps := fitted.profile.staircase:
             text = json.dumps(steps.model_dump(mode="json"), indent=1)

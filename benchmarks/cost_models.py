@@ -2,6 +2,7 @@
 
     python -m benchmarks.cost_models            # fits, prints and writes the tables in benchmarks/results
     python -m benchmarks.cost_models --write    # and puts the constants into devices/
+    python -m benchmarks.cost_models --sizes    # only: fitted at one input size, asked at another (cost_sizes.py)
 
 The public tables lie where EDGEPRUNE_DATA says (default ../shared/data beside the repository); no row of them is copied here.
 The priors are what a four-core board of that kind does per MAC, byte and call, to orders of magnitude: edgeprune/device/fit.py says
@@ -21,6 +22,7 @@ from typing import Any
 
 import numpy as np
 
+from benchmarks.cost_sizes import study
 from benchmarks.cost_tables import nb201_energies, nb201_rows, timm_rows, yolo_rows
 from edgeprune.device.card import Profile, device
 from edgeprune.device.cost import interval_factors
@@ -143,8 +145,12 @@ def main() -> None:
     """Fits, prints, writes."""
     options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     options.add_argument("--write", action="store_true", help="update devices/*.toml with the new constants")
+    options.add_argument("--sizes", action="store_true", help="only the study of input sizes")
     chosen = options.parse_args()
     targets = all_targets()
+    if chosen.sizes:
+        study({t.profile: (t.samples, t.prior) for t in targets if t.held_out != _UNSEEN_CELLS})
+        return
     fits = {t.profile: t.fitted() for t in targets}
     by_name = {t.profile: t for t in targets}
     report(targets, fits, [*adapted(by_name, fits), *one_family(by_name["jetson-nano-cpu-ort"])])

@@ -35,6 +35,7 @@ TABLES = {
         "int8": ("quantize.md", "### int8"),
         "channels": ("quantize.md", "### channels"),
         "mixed": ("quantize.md", "### mixed"),
+        "ways": ("artifacts_latency.md", "### Ways to ask"),
     },
     "docs/robustness.md": {
         "hostile": ("robustness.md", ""),

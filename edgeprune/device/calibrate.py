@@ -113,7 +113,8 @@ def calibrate(
     absent = ", ".join(sample.network for sample in everything if not _was_run(sample))
     shape = dict(zip(COLUMNS, constants_of(present).tolist(), strict=True))
     prior = Prior(shape, 0.1 if quick else 0.01, present.cache_bytes)
-    facts = {key: getattr(present, key) for key in ("runtime", "threads", "precision", "clock_mhz", "description", "power", "memory")}
+    kept = ("runtime", "threads", "precision", "clock_mhz", "description", "power", "memory", "input_block", "output_block")
+    facts = {key: getattr(present, key) for key in kept}
     where = f"{device.name} at {' and '.join(device.hosts)}" if device.host else device.name
     prior_words = f"constants drawn to those of {device.profile} before; interval: split conformal"
     words = {
@@ -126,7 +127,7 @@ def calibrate(
     if quick:
         return made
     steps = staircase(device, present, store=store, progress=progress)
-    return Fitted(made.profile.model_copy(update={"staircase": steps}), made.held_out_ms, made.covered)
+    return Fitted(with_staircase(made.profile, steps), made.held_out_ms, made.covered)
 
 
 def start(device: Device, precision: Precision | None = None) -> Profile:
@@ -136,7 +137,7 @@ def start(device: Device, precision: Precision | None = None) -> Profile:
         if precision in (None, present.precision):
             return present
         words = {"description": present.description.replace(present.precision, str(precision)), "precision": precision}
-        return present.model_copy(update={**words, "staircase": None})
+        return present.model_copy(update={**words, "staircase": None, "input_block": 1, "output_block": 1})
     if precision == "int8":
         raise DeviceError(f"{device.name} has no profile to start from: calibrate it in fp32 first.")
     board, description = device.card.board, f"ONNX Runtime, fp32, {device.threads} thread(s)"
@@ -150,6 +151,22 @@ def staircase(device: Device, present: Profile, *, store: Path, progress: Progre
     ms = dict(_measured(device, present, chosen, store, "widths", progress=progress))
     rows = {f"{k} {s}": tuple(ms[Probe(k, w, s, 3)] for w in STAIRCASE_WIDTHS) for k in STAIRCASE_KINDS for s in STAIRCASE_SIDES}
     return Staircase(widths=STAIRCASE_WIDTHS, latency_ms=rows, channel_multiple=best_multiple(STAIRCASE_WIDTHS, list(rows.values())))
+
+
+def with_staircase(profile: Profile, steps: Staircase) -> Profile:
+    """The profile with its staircase, and with the blocks of channels whose convolutions look like it (see cost.in_blocks).
+
+    The widths that were measured are inputs and outputs alike: blocks of both make steps twice as high as blocks of outputs alone.
+    """
+    widths, multiple = np.array(steps.widths, dtype=np.float64), steps.channel_multiple
+    rows = [np.array(row) for name, row in steps.latency_ms.items() if name.startswith("conv")]
+
+    def error(blocks: tuple[int, int]) -> float:
+        counted = np.prod([np.ceil(widths / block) * block for block in blocks], axis=0)
+        return sum(float(np.square(np.polyval(np.polyfit(counted, row, 1), counted) / row - 1).sum()) for row in rows)
+
+    read, made = min(((1, 1), (1, multiple), (multiple, multiple)), key=error)
+    return profile.model_copy(update={"staircase": steps, "input_block": read, "output_block": made})
 
 
 def best_multiple(widths: Sequence[int], rows: Sequence[Sequence[float]]) -> int:

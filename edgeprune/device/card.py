@@ -141,7 +141,8 @@ class Staircase(_Table):
 class Profile(_Table):
     """One way of running networks on the board, with its fitted constants. `power` is that of this way; default: the card's.
 
-    Without `memory`, weights and live activations are all that is known.
+    `input_block` and `output_block`: channels that a convolution reads and makes at a time, see cost.in_blocks. Without `memory`,
+    weights and live activations are all that is known.
     """
 
     runtime: str
@@ -151,6 +152,8 @@ class Profile(_Table):
     description: str
     network_us: Nonnegative
     cache_bytes: Positive = 1e18
+    input_block: Count = 1
+    output_block: Count = 1
     kernels: Mapping[KernelKind, Rate]
     fit: Fit
     power: Power | None = None

@@ -198,7 +198,7 @@ def fit_profile(samples: Sequence[Sample], prior: Prior, facts: Mapping[str, Any
     figures = _stated(conformal(y / predicted, families), words) | {
         "mape": round(100 * float(np.abs(predicted / y - 1).mean()), 2),
         "within_10": round(100 * float((np.abs(predicted / y - 1) <= 0.1).mean()), 1),
-        "kendall_tau": round(_tau(predicted, y), 3),
+        "kendall_tau": round(kendall_tau(predicted, y), 3),
         "coverage": round(100 * float(covered.mean()), 1),
     }
     made = _profile(samples, fit(x, y, shape, prior.pull), prior, facts, figures)
@@ -267,7 +267,8 @@ def _profile(samples: Sequence[Sample], constants: Floats, prior: Prior, facts: 
     return made.model_copy(update={"kernels": rates(constants, largest)})
 
 
-def _tau(predicted: Floats, measured: Floats) -> float:
+def kendall_tau(predicted: Floats, measured: Floats) -> float:
+    """How far two orders agree, -1 to 1."""
     from scipy.stats import kendalltau
 
     return float(kendalltau(predicted, measured).statistic)

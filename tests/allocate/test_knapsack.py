@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -10,9 +11,12 @@ from torch import Tensor, nn
 
 from edgeprune.allocate import allocate, knapsack
 from edgeprune.allocate.search import Search
+from edgeprune.device.card import device
+from edgeprune.device.cost import CostModel
+from edgeprune.device.kernels import kernels
 from edgeprune.graph import ChannelGraph
 from edgeprune.graph.trace import trace
-from edgeprune.plan import Plan, Scores
+from edgeprune.plan import Budget, Plan, Scores
 from edgeprune.widths import WidthRules
 from tests.allocate.problems import COST, between, problem, widths
 from tests.networks import NETWORKS, traced
@@ -105,3 +109,19 @@ def test_it_is_worth_at_least_what_the_others_find(name: str, share: float) -> N
         value(search, graph, allocate(graph, scores, budget, method=m, round_to=1)) for m in ("knapsack", "global", "uniform")
     )
     assert mine >= max(ranked, uniform) - 1e-9
+
+
+@pytest.mark.parametrize("exhaustive", [0, knapsack.EXHAUSTIVE])
+def test_a_latency_budget_takes_no_half_block_of_channels(exhaustive: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(knapsack, "EXHAUSTIVE", exhaustive)
+    graph = trace(nn.Sequential(*(nn.Conv2d(i, o, 3, padding=1) for i, o in ((3, 64), (64, 64), (64, 64)))), torch.zeros(1, 3, 32, 32))
+    scores = Scores("x", {g.name: np.linspace(1, 2, g.channels) for g in graph.groups})
+    host = device("host-ort")
+    whole = host.constants.model_copy(update={"input_block": 1, "output_block": 1})
+    plain = replace(host, card=host.card.model_copy(update={"profiles": {"host-ort": whole}}))
+    found = {}
+    for name, target in (("blocks", host), ("plain", plain)):
+        cost = CostModel(target)
+        budget = Budget(latency_ms=0.55 * float(cost.total_ms(kernels(graph).at(graph.dense_widths))[0]))
+        found[name] = widths(graph, allocate(graph, scores, budget, method="knapsack", cost=cost, round_to=4))
+    assert all(w % 16 == 0 for w in found["blocks"]) and any(w % 16 for w in found["plain"])

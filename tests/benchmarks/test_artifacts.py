@@ -7,8 +7,9 @@ import torch
 from torch import nn
 
 from benchmarks.artifacts import NETWORKS, calibrate, table, written
-from benchmarks.artifacts_speed import rounds
+from benchmarks.artifacts_speed import WAYS, rounds
 from benchmarks.artifacts_speed import table as speed_table
+from edgeprune.allocate import RULES
 from tests.export.export_nets import Plain, settle
 
 
@@ -53,4 +54,16 @@ def test_speed_table() -> None:
     rows = {"dense fp32 onnx 1": row, "plain int8 onnx 1": row}
     network = {"network": "mobilenet_v2", "macs_removed": removed, "size_bytes": sizes, "rows": rows}
     text = speed_table({"machine": "m", "versions": {"torch": "2"}, "rounds": 3, "networks": [network]})
-    assert "| mobilenet_v2 | int8, --macs 0.5 | ONNX Runtime | 1 | 2.00 | 2.00 | 1.80 (1.70 to 1.90) | 50.0% | 0.90 |" in text
+    assert "| mobilenet_v2 | int8, --macs 0.5 | ONNX Runtime | 1 | 2.00 | 2.00 | 1.80 (1.70 to 1.90) | 50.0% | 0.90 |  |" in text
+    fast = {**network, "macs_removed": {"plain fp32": 0.5}, "size_bytes": {"plain fp32 onnx": 1}, "rows": {"plain fp32 onnx 1": row}}
+    ways = speed_table({"machine": "m", "versions": {}, "rounds": 3, "networks": [fast]})
+    assert ways.splitlines()[-1] == "| mobilenet_v2 | --macs 0.5 | 50.0% | 1.80 | 0.90 |  |"
+    judged = speed_table({"machine": "m", "versions": {}, "rounds": 3, "networks": [network | {"kept_right": {"dense": 99.5}}]})
+    assert "| mobilenet_v2 | dense fp32 | ONNX Runtime | 1 | 4.00 | 2.00 | 1 | 0.0% |  | 99.5 |" in judged
+
+
+def test_ways_are_options_that_allocators_take() -> None:
+    for ways in WAYS.values():
+        for typed, asked in ways.values():
+            assert f"--macs {asked['macs']}" in typed and ("--latency-ms" in typed) == ("speedup" in asked)
+            assert asked.keys() <= {"macs", "speedup", "device", *RULES}

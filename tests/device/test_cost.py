@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from edgeprune.device.arena import arena_bytes
 from edgeprune.device.card import Device, Memory, device, devices
-from edgeprune.device.cost import UNSEEN_WIDENING, CostModel, predict_graph
+from edgeprune.device.cost import UNSEEN_WIDENING, CostModel, in_blocks, kernel_ms, predict_graph
 from edgeprune.device.kernels import FLOAT_BYTES, KernelsAt, kernels
 from edgeprune.errors import UsageError
 from tests.device.test_kernels import tiny
@@ -31,6 +31,23 @@ def test_a_kernel_by_hand() -> None:
     expected = (1e9 * rate.mac_ns + moved * rate.byte_ns + far + 1e3 * rate.call_us) / 1e6
     assert got.shape == (1, 1)
     assert got[0, 0] == pytest.approx(expected)
+
+
+def test_part_of_a_block_of_channels_takes_as_long_as_all_of_it() -> None:
+    profile = device("rpi4").constants.model_copy(update={"input_block": 16, "output_block": 16})
+
+    def macs(kind: str, read: int, made: int, **blocks: int) -> float:
+        positions, taps = 100.0, {"conv1x1": 1, "conv3x3": 9}.get(kind, 25)
+        at = replace(one_kernel(kind, read * made * taps * positions), channels=np.array([[made]]))
+        at = replace(at, output_elements=np.array([[made * positions]]))
+        return float(in_blocks(profile.model_copy(update=blocks), at).macs[0, 0]) / (taps * positions)
+
+    assert [macs("conv3x3", 16, made) for made in (1, 15, 16, 17, 32)] == pytest.approx([256, 256, 256, 512, 512])
+    assert [macs("conv1x1", read, 16) for read in (3, 8, 9, 16, 17, 32)] == pytest.approx([128, 128, 256, 256, 512, 512])
+    assert [macs("conv3x3", read, 8, input_block=1) for read in (8, 24)] == pytest.approx([128, 384])
+    assert [macs("conv_other", 24, 24), macs("linear", 24, 24)] == pytest.approx([24 * 32, 24 * 24])
+    assert macs("conv3x3", 24, 24, input_block=1, output_block=1) == 576
+    assert CostModel(device("rpi4")).latency_ms(one_kernel("conv3x3", 1e9)) == kernel_ms(profile, one_kernel("conv3x3", 1e9))
 
 
 @pytest.mark.parametrize("profile", PROFILES)
