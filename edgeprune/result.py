@@ -97,21 +97,12 @@ def facts(found: Findings, manifest: Mapping[str, Any], used: Mapping[str, bool]
             {"name": g.name, "channels": g.channels, "kept": len(found.choice.plan.keep[g.name]), "members": len(g.members)}
             for g in found.graph.groups
         ],
+        "layers": _layers(found),
         "curve": [asdict(e) for e in found.curve],
         "rounds": [asdict(r) | {"others": [asdict(o) | {"unit": UNITS[o.name]} for o in r.others]} for r in found.choice.rounds],
         "search": dict(found.choice.search),
         "frozen": [{"parameter": name, "reason": reason} for name, reason in found.graph.frozen.items()],
-        "artifacts": [
-            {
-                "format": a.format,
-                "path": a.path.name,
-                "sha256": a.sha256,
-                "size_bytes": a.size_bytes,
-                "parity_max_abs": a.parity_max_abs,
-                "parity_relative": a.parity_relative,
-            }
-            for a in found.artifacts
-        ],
+        "artifacts": [_artifact(a) for a in found.artifacts],
         "proof": asdict(found.proof),
         "stages": [{"name": name, "seconds": manifest["stages"][name]["seconds"], "cached": cached} for name, cached in used.items()],
         "environment": {**manifest["versions"], "platform": manifest["platform"]},
@@ -291,6 +282,27 @@ def _figures(found: Findings) -> list[dict[str, Any]]:
         sides = asdict(found.dense_cost.energy_mj), asdict(found.cost.energy_mj)
         figures.append(_figure("energy", "mJ", sides, "estimate, not validated", "predicted"))
     return figures
+
+
+def _layers(found: Findings) -> list[dict[str, Any]]:
+    """Every kernel of the dense network in the order in which they run, and the same one of the compressed network; both predicted."""
+    return [
+        {
+            "name": old.name,
+            "kind": old.kind,
+            "before_ms": old.latency_ms,
+            "after_ms": new.latency_ms,
+            "before_macs": old.macs,
+            "after_macs": new.macs,
+        }
+        for old, new in zip(found.dense_cost.per_layer, found.cost.per_layer, strict=True)
+    ]
+
+
+def _artifact(artifact: Artifact) -> dict[str, Any]:
+    """What the report says of a file: where it is, that it is this very one, and how far it is from what torch computes."""
+    names = ("format", "sha256", "size_bytes", "parity_max_abs", "parity_relative")
+    return {"path": artifact.path.name, **{name: getattr(artifact, name) for name in names}, "bits": dict(artifact.bits)}
 
 
 def _figure(name: str, unit: str, sides: tuple[Mapping[str, Any], Mapping[str, Any]], how: str, basis: str) -> dict[str, Any]:

@@ -91,6 +91,11 @@ def test_predicted_figures_are_called_so() -> None:
     assert "accuracy" not in figures
     assert words["accuracy_steps"] == []
     assert figures["size"]["after"]["value"] == 1234
+    latencies = [(layer["before_ms"], layer["after_ms"]) for layer in words["layers"]]
+    assert [sum(side) for side in zip(*latencies, strict=True)] == pytest.approx(
+        [sum(layer.latency_ms for layer in cost.per_layer) for cost in (findings.dense_cost, findings.cost)]
+    )
+    assert {(layer["name"], layer["kind"]) for layer in words["layers"]} >= {(findings.graph.groups[0].name, "conv3x3")}
     assert words["notes"][0] == "from the file"
 
 

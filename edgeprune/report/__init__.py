@@ -43,6 +43,7 @@ def write(result: dict[str, Any], folder: Path) -> tuple[Path, Path]:
         "result": facts,
         "headline": headline(facts),
         "frozen": _by_reason(facts.get("frozen") or []),
+        "bits": next((bits for a in facts.get("artifacts") or [] if (bits := a.get("bits"))), {}),
         # A script runs only with this mark, which a name in the model cannot guess: it would have to contain its own hash.
         "nonce": hashlib.sha256(repr(facts).encode(errors="backslashreplace")).hexdigest()[:32],
         "plotly_js": get_plotlyjs(),

@@ -100,6 +100,19 @@ def full() -> Facts:
             {"step": "after fine-tuning", "accuracy": 0.9281, "images": 10_000},
         ],
         "groups": resnet_groups(),
+        "layers": [
+            {
+                "name": f"layer{s}.{b}.conv{c}",
+                "kind": "conv3x3",
+                "before_ms": 1.25 - 0.01 * b,
+                "after_ms": 0.625 + 0.02 * b,
+                "before_macs": 2_359_296,
+                "after_macs": 1_179_648,
+            }
+            for s in (1, 2, 3)
+            for b in range(9)
+            for c in (1, 2)
+        ],
         "curve": [
             {
                 "epoch": e,
@@ -128,6 +141,7 @@ def full() -> Facts:
                 "size_bytes": 1_790_233,
                 "parity_max_abs": 1.1e-6,
                 "parity_relative": 1.3e-7,
+                "bits": {f"layer{s}.0.conv1": 2 + 2 * s for s in (1, 2, 3)},
             },
         ],
         "proof": {"max_relative_error": 2e-15, "samples": 2, "dtype": "float64"},
@@ -184,6 +198,7 @@ def hostile() -> Facts:
         return f"{EVIL}<b>|`*_{value}" if isinstance(value, str) and value not in fixed else value
 
     poisoned: Facts = poison(full())
+    poisoned["artifacts"][0]["bits"] = {f"{EVIL}<b>|`*_{name}": count for name, count in full()["artifacts"][0]["bits"].items()}
     poisoned["environment"][EVIL] = "<img src=x onerror=alert(2)>"
     poisoned["groups"][0]["name"] = '</script><a href="javascript:alert(3)">%{x} &lt;b&gt;'
     return poisoned
