@@ -101,6 +101,7 @@ def facts(found: Findings, manifest: Mapping[str, Any], used: Mapping[str, bool]
         "curve": [asdict(e) for e in found.curve],
         "rounds": [asdict(r) | {"others": [asdict(o) | {"unit": UNITS[o.name]} for o in r.others]} for r in found.choice.rounds],
         "search": dict(found.choice.search),
+        "sensors": _sensors(found),
         "frozen": [{"parameter": name, "reason": reason} for name, reason in found.graph.frozen.items()],
         "artifacts": [_artifact(a) for a in found.artifacts],
         "proof": asdict(found.proof),
@@ -297,6 +298,15 @@ def _layers(found: Findings) -> list[dict[str, Any]]:
         }
         for old, new in zip(found.dense_cost.per_layer, found.cost.per_layer, strict=True)
     ]
+
+
+def _sensors(found: Findings) -> list[dict[str, Any]]:
+    """What the board's sensors said while each network was measured: power over the seconds of its trials, temperature by process."""
+    traces = [
+        {"network": name, "power_mw": list(m.energy.trace) if m.energy else [], "temperatures_c": list(m.temperatures_c)}
+        for name, m in found.measurements.items()
+    ]
+    return [trace for trace in traces if trace["power_mw"] or trace["temperatures_c"]]
 
 
 def _artifact(artifact: Artifact) -> dict[str, Any]:

@@ -130,6 +130,22 @@ def test_a_measured_energy_is_the_figure_and_judges_the_budget() -> None:
     assert "ina219" in figure["how"]
 
 
+def test_what_the_sensors_said_is_told_by_network_and_only_where_they_said_something() -> None:
+    energy = Energy(
+        total_mj=9.0, total_low_mj=8.0, total_high_mj=10.0, net_mj=5.0, net_low_mj=4.5, net_high_mj=5.5, calibrated_mj=None, active_mw=1.0,
+        idle_mw=1.0, source="made up", scope="board", trials=5, samples=20, trace=((0.1, 2000.0), (0.2, 2100.0)),
+    )  # fmt: skip
+    warm = {
+        "states": [{"before": {"temperatures_c": [40.0, 41.5]}, "after": {"temperatures_c": [43.0, 42.0]}}, {"before": {}, "after": {}}]
+    }
+    measured = {"dense": replace(measurement(40.0, 41.0), energy=energy), "compressed": replace(measurement(28.0, 29.0), fingerprint=warm)}
+    assert facts(found("rpi4", measurements=measured), MANIFEST, {"trace": False}, "edgeprune compress")["sensors"] == [
+        {"network": "dense", "power_mw": [(0.1, 2000.0), (0.2, 2100.0)], "temperatures_c": []},
+        {"network": "compressed", "power_mw": [], "temperatures_c": [41.5, 43.0]},
+    ]
+    assert told(found())["sensors"] == []
+
+
 def test_where_a_board_is_attached_a_prediction_meets_no_budget() -> None:
     """Measured, but without memory and energy: their budgets are as good as missed."""
     measured = {"dense": measurement(40.0, 41.0), "compressed": measurement(28.0, 30.5)}

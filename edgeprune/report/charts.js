@@ -148,6 +148,17 @@
     };
   };
 
+  const sensed = (what, axes) => (color) => ({
+    traces: facts.sensors.filter((s) => s[what].length).map((s) => {
+      const points = s[what].map((read, i) => (Array.isArray(read) ? read : [1 + Math.floor(i / 2) + (i % 2 ? 0.3 : -0.3), read])); // before and after a process
+      const paint = color(s.network === "dense" ? "second" : "accent");
+      return line(points.map((p) => p[0]), points.map((p) => p[1]), paint, plain(s.network), { hovertemplate: `%{y:.4g}${axes.yaxis.ticksuffix}` });
+    }),
+    layout: { hovermode: "x", ...axes },
+  });
+  const power = sensed("power_mw", { xaxis: { title: { text: "seconds", standoff: 8 }, showgrid: false }, yaxis: { ticksuffix: " mW", nticks: 6 } });
+  const temperature = sensed("temperatures_c", { xaxis: { title: { text: "process", standoff: 8 }, dtick: 1, showgrid: false }, yaxis: { ticksuffix: " °C", nticks: 6 } });
+
   const pareto = (color) => {
     const shown = facts.points.filter((p) => known(p.latency)).sort((a, b) => a.latency - b.latency), judged = shown.some((p) => known(p.accuracy));
     const dense = facts.dense && known(facts.dense.latency) ? [{ name: "dense", ...facts.dense }] : [];
@@ -173,7 +184,7 @@
     layout: { xaxis: { title: { text: "candidates judged", standoff: 8 } }, yaxis: { title: { text: "best loss so far" }, nticks: 6 } },
   });
 
-  const charts = { steps, groups, layers, bits, loss, val, rounds, pareto, search };
+  const charts = { steps, groups, layers, bits, loss, val, rounds, power, temperature, pareto, search };
   const widths = new Map();
   const redraw = (box) => {
     widths.set(box, box.clientWidth);

@@ -128,6 +128,14 @@ def full() -> Facts:
             {"round": 1, "predicted_ms": 29.0, "measured_ms": 33.1, "low_ms": 32.5, "high_ms": 33.9, "correction": 1.14},
             {"round": 2, "predicted_ms": 29.4, "measured_ms": 29.6, "low_ms": 29.1, "high_ms": 29.9, "correction": 1.007},
         ],
+        "sensors": [
+            {
+                "network": name,
+                "power_mw": [[0.1 * n, 2100 + (extra if n // 100 % 2 else 0) + 7 * (n % 3)] for n in range(300)],
+                "temperatures_c": [start + n / 2 for n in range(6)],
+            }
+            for name, extra, start in (("dense", 2900, 48.312), ("compressed", 2400, 51.5))
+        ],
         "frozen": [
             {"parameter": "fc.weight[0]", "reason": "output of the network"},
             *({"parameter": f"layer{s}.{b}.conv2.weight[0]", "reason": "feeds a residual sum"} for s in (1, 2, 3) for b in range(9)),
