@@ -330,7 +330,7 @@ class Pipeline:
             other = elsewhere(job.device, model, job.example_inputs) if job.quantize == "mixed" else None
             quantizer = quantizer_for(job.quantize, job.data, threads=job.device.threads, elsewhere=other, seed=job.seed, **limits)
             for number, name in enumerate(job.formats):
-                self.progress(f"exporting {name}", number, len(job.formats))
+                self.progress("exporting", number, len(job.formats))
                 options: dict[str, Any] = {"samples": batch, "metadata": metadata, "quantizer": quantizer}
                 artifacts.append(export(model, job.example_inputs, self.run.folder, format=name, **options))
                 if quantizer is not None:
