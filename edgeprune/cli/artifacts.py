@@ -12,6 +12,7 @@ from edgeprune.cli.options import (
     DataOption,
     Factory,
     Model,
+    ModelOrArtifact,
     Numbers,
     Shape,
     TrustPickle,
@@ -44,7 +45,10 @@ def export(
     trust_pickle: TrustPickle = False,
     as_json: AsJson = False,
 ) -> None:
-    """Artifacts of a network as it is, each compared with it on real images (--data) before it is written."""
+    """Artifacts of a network as it is, checked against it.
+
+    Each must compute what the network computes, on real images where --data gives some, before it is written.
+    """
     from edgeprune.export import require
     from edgeprune.quantize import check_way, quantizer_for
     from edgeprune.run import default_folder
@@ -88,7 +92,7 @@ def export(
 
 
 def evaluate(
-    path: Annotated[Path, typer.Argument(help="a model, or an artifact (.onnx, .tflite)")],
+    path: ModelOrArtifact,
     data: Annotated[str, typer.Option("--data", help="see compress")],
     factory: Factory = None,
     input_shape: Shape = None,
@@ -100,7 +104,10 @@ def evaluate(
     trust_pickle: TrustPickle = False,
     as_json: AsJson = False,
 ) -> None:
-    """Top-1 accuracy on the validation images; an artifact is run by its own runtime, with the preprocessing it carries."""
+    """Top-1 accuracy of a model or artifact on validation images.
+
+    An artifact is run by its own runtime, with the preprocessing it carries.
+    """
     from edgeprune import api
 
     artifact = path.suffix in (".onnx", ".tflite")
@@ -132,10 +139,15 @@ def _images(path: Path, data: str, mean: str | None, std: str | None) -> Data:
 
 
 def verify(
-    path: Annotated[Path, typer.Argument(help="a folder of compress or export, or an artifact (.onnx, .tflite)")],
+    path: Annotated[
+        Path, typer.Argument(metavar="RUN_OR_ARTIFACT", help="a folder of compress or export, or an artifact (.onnx, .tflite)")
+    ],
     as_json: AsJson = False,
 ) -> None:
-    """Checksums, parity, bit plan and budget once more, from the files alone; exit 1, 5 or 6 says what failed first."""
+    """Checksums, parity, bits and budget again, from files alone.
+
+    The exit code says what failed first: 1 a limit, 5 an artifact, 6 the run's own files.
+    """
     from dataclasses import asdict
 
     from edgeprune.export.verify import verify as checks_of

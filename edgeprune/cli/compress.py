@@ -106,7 +106,10 @@ def compress(
     config: Config = None,
     as_json: AsJson = False,
 ) -> None:
-    """A smaller network that meets the budget on the device, as an artifact with a report."""
+    """A smaller network that meets the budget on the device.
+
+    It comes as an artifact, with a report and everything needed to go on or to check it in one run folder.
+    """
     from edgeprune.device.card import device as find_device
     from edgeprune.plan import Budget
     from edgeprune.quantize import check_way
@@ -176,7 +179,10 @@ def demo(
     out: Annotated[Path, typer.Option(help="folder for both runs")] = Path("runs/demo"),
     as_json: AsJson = False,
 ) -> None:
-    """The main job on data and a small network that need no download: train, compress for rpi4 and for this machine, report."""
+    """The main job on data and a network that need no download.
+
+    It trains a small network on scikit-learn's digits, compresses it for rpi4 and for this machine, and writes the reports.
+    """
     from edgeprune.demo import run_demo, summary
 
     must_be_writable(out)

@@ -28,7 +28,10 @@ def inspect(
     trust_pickle: TrustPickle = False,
     as_json: AsJson = False,
 ) -> None:
-    """The groups of channels that can go, what each weighs, what stays and why, and how much can go at all."""
+    """The groups of channels that can go, and what stays and why.
+
+    With what each group weighs, and how much of the network can go at all.
+    """
     from edgeprune.graph.trace import trace
     from edgeprune.report import quantity
 
@@ -42,7 +45,8 @@ def inspect(
     print_table(["group", "channels", "parameter axes", "MACs", "of all", "parameters", "of all"], rows)
     macs, params = (math.floor(1000 * share) / 10 for share in graph.prunable)  # 99.98% must not read as everything
     typer.echo(
-        f"\n{quantity(graph.macs)} MACs, {quantity(graph.params)} parameters, {len(graph.groups)} group(s) of channels can shrink\n"
+        f"\n{quantity(graph.macs)} MACs, {quantity(graph.params)} parameters, "
+        f"{len(graph.groups)} {'group' if len(graph.groups) == 1 else 'groups'} of channels can shrink\n"
         f"With one channel left in every group, {macs}% of the MACs and {params}% of the parameters are gone: no plan removes more.\n"
         "A group's figures are what goes with all of it alone; a layer between two groups counts for both, so shares exceed 100%."
     )

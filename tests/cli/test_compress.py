@@ -167,7 +167,7 @@ def test_an_impossible_budget_says_the_floor(edgeprune: Command, here: Path) -> 
 
 
 EARLY: list[tuple[list[str], int, str]] = [
-    (QUICK, 2, "no budget given"),
+    (QUICK, 2, "no budget given: set at least one of --latency-ms, --energy-mj"),
     ([*QUICK, "--macs", "0"], 2, "positive number"),
     ([*QUICK, "--macs", "nan"], 2, "positive number"),
     ([*QUICK, "--macs", "0.5", "--host", "127.0.0.1:1"], 4, "no connection to 127.0.0.1:1"),
