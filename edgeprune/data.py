@@ -1,8 +1,8 @@
 """What users have (image folders, .npz, a function, datasets) as batches and deterministic splits.
 
 Images stay as they came (uint8 arrays in memory, files on disk) and become normalised float tensors one batch at a time, on any device.
-Everything random takes a seed. Checks happen at loading where
-they are cheap, at the first decode otherwise; every failure is one DataError.
+Everything random takes a seed. Checks happen at loading where they are cheap, at the first decode otherwise; every failure is one
+DataError.
 """
 
 from __future__ import annotations
@@ -161,6 +161,11 @@ class Split:
         rank = _rank_in_class(self._classes(), seed)
         order = np.argsort(rank, kind="stable")  # the first of every class, then the second of every class …
         return self._part(order[n:]), self._part(order[:n])
+
+    def hold_out_tenth(self, seed: int) -> tuple[Split, Split | None]:
+        """(rest, held): a tenth, at most 2,000 images, to judge epochs by; all and None of fewer than ten."""
+        held = min(2000, len(self) // 10)
+        return self.hold_out(held, seed) if held else (self, None)
 
     def split_share(self, share: float, seed: int) -> tuple[Split, Split]:
         """(rest, held): `held` has this share of every class, at least one of every class with two; deterministic."""
