@@ -106,7 +106,7 @@ def test_every_fact_is_in_both_files(tmp_path: Path) -> None:
     for fact in (
         "resnet56 for rpi4", "29.6 ms", "125.5 M", "61.5 M", "853.0 k", "3.45 MB", f"{MINUS}49%", "93.39%", "92.81%",
         "64.12%", "85.77%", f"{MINUS}0.58 points",
-        "26.4 ms to 29.6 ms", "layer3.8.conv1", "layer2.0.conv2", "conv3x3", "1.25 ms", "0.625 ms", "1.18 M", 
+        "26.4 ms to 29.6 ms", "layer3.8.conv1", "layer2.0.conv2", "conv3x3", "1.25 ms", "0.625 ms", "1.18 M",
         "Bits, layer by layer", "Power and temperature",
         "33.1 ms", "32.5 ms to 33.9 ms", "fc.weight[0]", "Output of the network", "9f86d081884c7d65", "1.1e-06",
         "1.3e-07", "2.0e-15", "float64",
