@@ -103,6 +103,12 @@ def quantity(value: object, unit: str | None = "") -> str:
     return " ".join(part for part in (_digits(value), scale[step], "" if unit == "bytes" else unit) if part)
 
 
+def exact(value: float, unit: str | None = "") -> str:
+    """A figure with all the digits that may decide whether a limit holds: 24,293,888, 29.9871 ms."""
+    digits = f"{value:,.0f}" if abs(value) >= 1e4 else f"{value:.6g}"
+    return f"{digits} {unit}" if unit else digits
+
+
 def change(before: object, after: object, unit: str | None = "") -> str:
     """How far `after` is from `before`: points for percentages, else percent of `before`; empty where there is nothing to compare."""
     if not (isinstance(before, int | float) and isinstance(after, int | float)) or (not before and unit != "%"):

@@ -71,6 +71,12 @@ def test_quantity(value: object, unit: str, words: str) -> None:
     assert report.quantity(value, unit) == words
 
 
+def test_exact_figures_tell_a_kept_limit_from_a_missed_one() -> None:
+    assert [report.exact(24_293_888, ""), report.exact(1_234_567, "bytes")] == ["24,293,888", "1,234,567 bytes"]
+    assert report.exact(29.9871, "ms") != report.exact(29.9872, "ms")
+    assert report.exact(0.5) == "0.5"
+
+
 def test_change_is_percent_or_points_and_empty_without_both() -> None:
     assert report.change(55.1, 28.1, "ms") == f"{MINUS}49%"
     assert report.change(100, 99, "") == f"{MINUS}1.0%"
