@@ -104,13 +104,13 @@ def profile(
 
     Measured where the board is attached (--host, or this machine), predicted where it is not.
     """
-    from edgeprune.cli import look
+    from edgeprune.cli.costs import predicted
     from edgeprune.device.card import device as find_device
 
     target = find_device(device, host=host)
     is_artifact = path.suffix in (".onnx", ".tflite")
     if not target.attached and not is_artifact:
-        look.predicted(load(path, factory, shape_of(input_shape), trust_pickle), target, as_json)
+        predicted(load(path, factory, shape_of(input_shape), trust_pickle), target, as_json)
         return
     if not is_artifact and target.predicts and target.constants.precision == "int8":
         raise UsageError(f"{target.profile} is of int8 kernels, {path} would be measured in fp32: export it with --quantize int8 first.")

@@ -8,14 +8,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from edgeprune.cli.costs import print_cost
 from edgeprune.cli.options import AsJson, Factory, Model, Shape, TrustPickle, load, shape_of
 from edgeprune.terminal import print_json, print_table
 
 if TYPE_CHECKING:
-    from edgeprune.device.card import Device
     from edgeprune.graph import ChannelGraph
-    from edgeprune.load import LoadedModel
 
 NAMED = 4  # parameter axes that a line names
 
@@ -59,19 +56,6 @@ def inspect(
         print_table(
             ["reason", "parameter axes", "which"], [[why, len(axes), _some(axes)] for why, axes in found["frozen_by_reason"].items()]
         )
-
-
-def predicted(loaded: LoadedModel, target: Device, as_json: bool) -> None:
-    """The predicted cost of a network on a board that is not attached, layer by layer: what `profile` prints then."""
-    from dataclasses import asdict
-
-    from edgeprune.api import predict
-
-    cost = predict(loaded.model, loaded.example_inputs, target)
-    if as_json:
-        print_json(asdict(cost))
-        return
-    print_cost(cost, target)
 
 
 def criteria(as_json: AsJson = False) -> None:
