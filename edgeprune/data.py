@@ -151,6 +151,10 @@ class Split:
         """The images at these positions of this split, in this order."""
         return replace(self, indices=self.indices[np.asarray(indices, dtype=np.int64)])
 
+    def first(self, n: int) -> Tensor:
+        """The first n images, prepared, (n, channels, height, width); all where there are fewer."""
+        return next(self.batches(n, limit=n))[0]
+
     def hold_out(self, n: int, seed: int) -> tuple[Split, Split]:
         """(rest, held): `held` has n images, as even over the classes as they allow; both keep their order.
 
@@ -209,6 +213,13 @@ class Data:
                     f"{split.source.name} has the label {largest} but the model has {classes} outputs (labels 0 to {classes - 1}): "
                     "give data with the model's classes, numbered as in its training."
                 )
+
+
+def image_facts(data: Data | None) -> dict[str, Any]:
+    """What an artifact says of the images it takes: their preprocessing, and the names of the classes where they have some."""
+    if data is None:
+        return {"preprocessing": None}
+    return {"preprocessing": data.preprocessing.to_json()} | ({"labels": list(data.classes)} if data.classes else {})
 
 
 def load_data(

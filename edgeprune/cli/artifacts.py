@@ -17,6 +17,7 @@ from edgeprune.cli.options import (
     Shape,
     TrustPickle,
     load,
+    load_with_data,
     must_be_writable,
     numbers_of,
     shape_of,
@@ -26,8 +27,6 @@ from edgeprune.terminal import print_json, print_table, progress_bars, say
 
 if TYPE_CHECKING:
     from edgeprune.data import Data
-
-PARITY_SAMPLES = 32
 
 
 def export(
@@ -62,19 +61,14 @@ def export(
         must_be_writable(out)
 
     from edgeprune import export as write
-    from edgeprune.data import load_data
-    from edgeprune.export.verify import keep_samples, write_list
+    from edgeprune.data import image_facts
+    from edgeprune.export.verify import PARITY_SAMPLES, keep_samples, write_list
 
-    shape = shape_of(input_shape)
-    size = (shape[2], shape[3]) if shape and len(shape) == 4 and data and Path(data).is_dir() else None
-    source = load_data(data, size=size, mean=numbers_of(mean), std=numbers_of(std)) if data else None
-    loaded = load(path, factory, shape, trust_pickle, sample=source.sample_shape if source else None)
+    loaded, source = load_with_data(path, factory, data, input_shape=input_shape, mean=mean, std=std, trust_pickle=trust_pickle)
     folder = out or default_folder(loaded.name, "export")
     folder.mkdir(parents=True, exist_ok=True)
-    samples = next(iter(source.val.batches(PARITY_SAMPLES, limit=PARITY_SAMPLES)))[0] if source else loaded.example_inputs
-    metadata: dict[str, Any] = {"preprocessing": source.preprocessing.to_json() if source else None}
-    if source and source.classes:
-        metadata["labels"] = list(source.classes)
+    samples = source.val.first(PARITY_SAMPLES) if source else loaded.example_inputs
+    metadata = image_facts(source)
     artifacts = []
     quantizer = quantizer_for(quantize, source, method=calibration)
     for form in asked:

@@ -24,10 +24,8 @@ from edgeprune.cli.options import (
     Shape,
     TrustPickle,
     limits_of,
-    load,
+    load_with_data,
     must_be_writable,
-    numbers_of,
-    shape_of,
 )
 from edgeprune.errors import GateError, UsageError
 from edgeprune.terminal import complain, print_json, progress_bars, say
@@ -127,16 +125,12 @@ def compress(
     target = find_device(device, host=host)
 
     from edgeprune import api
-    from edgeprune.data import load_data
     from edgeprune.run import default_folder
     from edgeprune.train.processes import processes
 
     if out:
         must_be_writable(out)
-    shape = shape_of(input_shape)
-    size = (shape[2], shape[3]) if shape and len(shape) == 4 and data and Path(data).is_dir() else None
-    source = load_data(data, size=size, mean=numbers_of(mean), std=numbers_of(std), seed=seed) if data else None
-    loaded = load(path, factory, shape, trust_pickle, sample=source.sample_shape if source else None)
+    loaded, source = load_with_data(path, factory, data, input_shape=input_shape, mean=mean, std=std, trust_pickle=trust_pickle, seed=seed)
     recipe = _recipe(preset, api.trainable(source), {
         "epochs": epochs, "distill": distill, "optimizer": optimizer, "lr": lr, "batch_size": batch_size, "ema_decay": ema_decay,
         "label_smoothing": label_smoothing, "mixup": mixup, "cutmix": cutmix, "feature_weight": feature_weight, "precision": precision,
@@ -253,11 +247,14 @@ def _spent(result: Result, seconds: float) -> str:
 
 
 def _gate(result: Result) -> None:
+    from edgeprune.report import exact, label
+
     missed = [b for b in result.facts["budgets"] if not b["met"]]
     if missed:
         worst = missed[0]
+        reached, asked = (exact(worst[side], worst["unit"]) for side in ("reached", "asked"))
         noise = " or try again on a quieter machine" if worst["name"] == "latency_ms" and worst["basis"] == "measured" else ""
         raise GateError(
-            f"the finished artifact misses the budget: {worst['name']} is {worst['reached']:.6g}, asked for {worst['asked']:.6g}. All "
+            f"the finished artifact misses the budget: {label(worst['name'])} {reached}, asked for at most {asked}. All "
             f"files are in {result.folder}; ask for a little less than you need{noise}."
         )

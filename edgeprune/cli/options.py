@@ -14,6 +14,7 @@ import typer
 from edgeprune.errors import UsageError
 
 if TYPE_CHECKING:
+    from edgeprune.data import Data
     from edgeprune.load import LoadedModel
 
 
@@ -76,6 +77,19 @@ def load(path: Path, factory: str | None, shape: tuple[int, ...] | None, trust_p
     from edgeprune.load import load_model
 
     return load_model(path, factory=factory, input_shape=shape, sample_shape=sample, trust_pickle=trust_pickle)
+
+
+def load_with_data(
+    path: Path, factory: str | None, data: str | None, *, input_shape: str | None, mean: str | None, std: str | None, trust_pickle: bool,
+    seed: int = 0,
+) -> tuple[LoadedModel, Data | None]:  # fmt: skip
+    """The network, and the images of --data if there are some: as large as --input-shape says, which else is theirs."""
+    from edgeprune.data import load_data
+
+    shape = shape_of(input_shape)
+    size = (shape[2], shape[3]) if shape and len(shape) == 4 and data and Path(data).is_dir() else None
+    source = load_data(data, size=size, mean=numbers_of(mean), std=numbers_of(std), seed=seed) if data else None
+    return load(path, factory, shape, trust_pickle, sample=source.sample_shape if source else None), source
 
 
 def must_be_writable(folder: Path) -> None:
