@@ -105,7 +105,7 @@ def facts(found: Findings, manifest: Mapping[str, Any], used: Mapping[str, bool]
         "frozen": [{"parameter": name, "reason": reason} for name, reason in found.graph.frozen.items()],
         "artifacts": [_artifact(a) for a in found.artifacts],
         "proof": asdict(found.proof),
-        "stages": [{"name": name, "seconds": manifest["stages"][name]["seconds"], "cached": cached} for name, cached in used.items()],
+        "stages": stages(manifest, used),
         "environment": {**manifest["versions"], "platform": manifest["platform"]},
         "preprocessing": job.data.preprocessing.to_json() if job.data else None,
         "notes": [
@@ -119,6 +119,11 @@ def facts(found: Findings, manifest: Mapping[str, Any], used: Mapping[str, bool]
             *(f"measuring the {name} network: {problem}" for name, m in found.measurements.items() for problem in m.problems),
         ],
     }
+
+
+def stages(manifest: Mapping[str, Any], used: Mapping[str, bool]) -> list[dict[str, Any]]:
+    """The stages that `used` names, how long each took, and whether it was read back."""
+    return [{"name": name, "seconds": manifest["stages"][name]["seconds"], "cached": cached} for name, cached in used.items()]
 
 
 def comparison(runs: Mapping[str, Mapping[str, Any]], *, title: str, created: str, command: str) -> dict[str, Any]:
@@ -256,7 +261,8 @@ def _figures(found: Findings) -> list[dict[str, Any]]:
     dense = found.accuracies.get("dense")
     step, last = next(((s, a) for s, a in reversed([*found.accuracies.items()]) if a), ("", None))
     if dense and last:
-        how = f"top-1 on {last.images:,} validation images, by torch, {step}"
+        by = "the artifact's own runtime" if step == "after quantization" else "torch"
+        how = f"top-1 on {last.images:,} validation images, by {by}, {step}"
         figures.append(_figure("accuracy", "%", (_value(100 * dense.accuracy), _value(100 * last.accuracy)), how, "measured"))
     if found.measurements:
         m = found.measurements["compressed"]
