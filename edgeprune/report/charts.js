@@ -75,14 +75,15 @@
     return { range: [low - room, high + room] };
   };
 
-  // What every layer had and what is left of it. `told`: the words beside a bar, and of it when pointed at; `what`: is counted along the page.
-  const bars = (all, before, after, { told, hover, axis, what }) => (color, narrow) => {
+  // What every layer had and what is left of it. `told`: the words beside a bar; `hover`: those of it when pointed at; `axis`, `what`: what
+  // the lengths are, and of what; `room`: share of the width, of a narrow page and another one, for the words beside the longest bar.
+  const bars = (all, before, after, { told, hover, axis, what, room = [0.34, 0.12] }) => (color, narrow) => {
     const named = all.length <= NAMED_ROWS, place = all.map((_, i) => i);
     const mouse = matchMedia("(pointer: fine)").matches; // dragging zooms with a mouse; on a touch screen it goes on scrolling the page
     const dense = all.map(before), kept = all.map(after);
     const label = (entry) => `${wrap(entry.name, 36)}<br>${hover(entry)}`;
     const names = { tickvals: place, ticktext: all.map((entry) => shorten(entry.name, narrow ? 16 : 34)), range: [all.length - 0.4, -0.6], showgrid: false };
-    const numbers = { range: [0, Math.max(...dense, ...kept) * (named ? (narrow ? 1.34 : 1.12) : 1.04)], rangemode: "tozero", nticks: narrow ? 4 : 8 };
+    const numbers = { range: [0, Math.max(...dense, ...kept) * (named ? 1 + room[narrow ? 0 : 1] : 1.04)], rangemode: "tozero", nticks: narrow ? 4 : 8 };
     return {
       traces: named
         ? [
@@ -107,10 +108,10 @@
     hover: (g) => `${g.kept} of ${g.channels} channels` + (g.channels ? ` (${Math.round((100 * g.kept) / g.channels)}%)` : ""),
     axis: "channels", what: "groups",
   });
-  const ms = (value) => (known(value) ? `${value.toPrecision(3)} ms` : "not given");
+  const digits = (value) => (known(value) ? value.toPrecision(3) : "not given");
   const layers = bars(facts.layers, (l) => l.before_ms, (l) => l.after_ms, {
-    told: (l) => (l.after_ms === l.before_ms ? ms(l.before_ms) : `${ms(l.after_ms)} of ${ms(l.before_ms)}`),
-    hover: (l) => `${plain(l.kind)}<br>${ms(l.after_ms)}, dense ${ms(l.before_ms)}`, axis: "ms", what: "layers",
+    told: (l) => (l.after_ms === l.before_ms ? `${digits(l.before_ms)} ms` : `${digits(l.after_ms)} of ${digits(l.before_ms)} ms`),
+    hover: (l) => `${plain(l.kind)}<br>${digits(l.after_ms)} ms, dense ${digits(l.before_ms)} ms`, axis: "ms", what: "layers", room: [0.9, 0.2],
   });
   const bits = bars(Object.entries(facts.bits).map(([name, count]) => ({ name, count })), () => 32, (b) => b.count, {
     told: (b) => String(b.count), hover: (b) => `${b.count} bits a weight`, axis: "bits", what: "layers",
