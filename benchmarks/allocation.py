@@ -47,7 +47,6 @@ from edgeprune.allocate import Planner
 from edgeprune.allocate.judge import divergence
 from edgeprune.allocate.layer_compensated import CLOSER
 from edgeprune.allocate.search import Search
-from edgeprune.choice import widths
 from edgeprune.device.card import device
 from edgeprune.device.cost import CostModel
 from edgeprune.errors import DataError
@@ -194,9 +193,9 @@ class Arena:
                 "learned_at": order[0],
                 "options": said,
                 "search": {**spent, **planner.facts},
-                "widths": [len(plan.keep[g.name]) for g in bench.graph.groups],
+                "widths": plan.widths(bench.graph).tolist(),
                 "plan_sha256": plan.sha256,
-                "macs_share": round(float(bench.graph.macs_at(widths(bench.graph, plan))[0]) / bench.graph.macs, 4),
+                "macs_share": round(float(bench.graph.macs_at(plan.widths(bench.graph))[0]) / bench.graph.macs, 4),
                 "revision": revision(),
                 "after": {},
             }

@@ -37,7 +37,6 @@ def main() -> None:
 
 
 def _seconds(work: Callable[[], object]) -> float:
-
     started = time.process_time()
     work()
     return time.process_time() - started

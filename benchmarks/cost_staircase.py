@@ -93,18 +93,11 @@ def pairs(name: str, side: int, multiple: int, folder: Path) -> list[dict[str, A
         for key, plan in (("usual", usual), ("rounded", planned(high, multiple))):
             path = folder / f"{name}-{side}-{share}-{multiple}-{key}.onnx"
             export(ep.slim(network, graph, plan), example, path)
-            widths = np.array([len(plan.keep[g.name]) for g in graph.groups])
-            row[key] = {"file": path.name, "importance": value(plan), "macs_share": macs_at(graph, widths) / graph.macs}
+            share_left = float(graph.macs_at(plan.widths(graph))[0]) / graph.macs
+            row[key] = {"file": path.name, "importance": value(plan), "macs_share": share_left}
         rows.append(row)
     write_json(kept, rows)
     return rows
-
-
-def macs_at(graph: Any, widths: Any) -> float:
-    """MACs of the network with these widths."""
-    from edgeprune.device.kernels import kernels
-
-    return float(kernels(graph).macs(widths)[0])
 
 
 def measured(row: dict[str, Any], folder: Path) -> dict[str, Any]:

@@ -4,9 +4,8 @@
     python -m benchmarks.sparsity --seeds 0 --keeps 0.1,0.01
 
 LeNet-300-100 in form: 1024-300-100-10, no batch norm. A dense network per seed is trained once, then every method sparsifies and trains
-it with the same recipe; alpha 0 is magnitude, 0.5 screening with weights (as product or by
-ranks), 1 screening alone. Only training images are looked at, held out
-ones included, until one evaluation of each network at the end on the test images. Nothing is chosen there.
+it with the same recipe; alpha 0 is magnitude, 0.5 screening with weights (as product or by ranks), 1 screening alone. Only training
+images are looked at, held out ones included, until one evaluation of each network at the end on the test images. Nothing is chosen there.
 Writes benchmarks/results/sparsity.json and sparsity.md. Needs EDGEPRUNE_DATA (default ../shared/data) with cifar10/.
 """
 
@@ -59,7 +58,7 @@ def run(data: Data, options: argparse.Namespace) -> list[dict[str, Any]]:
     rows = []
     for seed in options.seeds:
         torch.manual_seed(seed)
-        rest, _ = data.train.hold_out(min(2000, len(data.train) // 10), seed)
+        rest, _ = data.train.hold_out_tenth(seed)
         dense, _ = finetune(mlp(), None, rest, None, ep.Recipe(**recipe.to_json() | {"epochs": options.dense_epochs}), seed=seed)
         accuracy = evaluate(dense, data.val).accuracy
         for keep in options.keeps:

@@ -1,4 +1,4 @@
-"""The verbs of the library: compress, predict, profile, evaluate. The pipeline reads top to bottom in `compress`."""
+"""The verbs of the library: compress, predict, evaluate. A run reads top to bottom in `_stages`."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from edgeprune import report
+from edgeprune.allocate import check_options
 from edgeprune.data import Data, load_data
 from edgeprune.device.card import Device
 from edgeprune.device.card import device as find_device
@@ -31,7 +32,7 @@ from edgeprune.pipeline import Job, Pipeline
 from edgeprune.plan import Budget
 from edgeprune.quantize import check_way
 from edgeprune.registry import find
-from edgeprune.result import Findings, Result, comparison, facts
+from edgeprune.result import Findings, Result, comparison, facts, stages
 from edgeprune.rounds import after, last_round, overall
 from edgeprune.run import Run, Team, default_folder, write_json
 from edgeprune.train import Progress, Recipe, silent
@@ -161,6 +162,7 @@ def _several(job: Job, budgets: Sequence[Budget], run: Run, command: list[str], 
     facts_of = {part.folder.name: part.facts for part in parts}
     title = f"{parts[0].facts['title']}: {len(parts)} budgets"
     compared = comparison(facts_of, title=title, created=run.manifest["created"], command=shlex.join(command))
+    compared["stages"] = stages(run.manifest, run.used)  # those that the parts share
     if run.leads:
         write_json(run.path("result.json"), compared)
         report.write(compared, run.folder)
@@ -182,6 +184,7 @@ def _multiple(target: Device, round_to: int | None) -> int:
 
 
 def _stages(first: Pipeline, command: str) -> Result:
+    """The main job: from the dense network to the artifact and its report, in the order in which things happen."""
     job, run, graph = first.job, first.run, first.graph
     job.rules.allowed(graph)  # a pattern that matches nothing is known before hours are spent
     accuracies = {"dense": first.accuracy("dense", job.model)}
@@ -235,7 +238,7 @@ def _check(job: Job) -> None:
         raise UsageError(f"recover must be one of {', '.join(RECOVERIES)}, got {job.recover!r}.")
     check_way(job.quantize, job.data)
     find("criteria", job.criterion, "criterion")
-    find("allocate", job.allocator, "allocator")
+    check_options(job.allocator, job.search, job.rules)
     require_formats(job.formats)
     if not job.formats or job.calibration_images < 1:
         raise UsageError("at least one format and calibration_images of 1 or more are needed.")

@@ -6,8 +6,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from edgeprune.allocate import Planner, options_of
@@ -15,7 +13,6 @@ from edgeprune.data import Augment, Split
 from edgeprune.device.cost import Cost, CostModel, predict_graph
 from edgeprune.device.measure import MEASURED, Figure
 from edgeprune.errors import BudgetError, DeviceError
-from edgeprune.graph import ChannelGraph
 from edgeprune.graph.slim import slim
 from edgeprune.plan import Budget, Plan, Scores
 from edgeprune.quantize.size import float32_limit
@@ -184,7 +181,7 @@ class Chooser:
                 plan = floor = error.plan  # the board has the last word
             if best and plan == best[1]:
                 break
-            raw = predict_graph(graph, widths(graph, plan), device)
+            raw = predict_graph(graph, plan.widths(graph), device)
             got = self._measured("candidate", slim(stages.job.model, graph, plan), asked)
             rounds.append(_round(number, raw, got, known))
             stages.progress("measuring candidates", number, ROUNDS)
@@ -257,8 +254,3 @@ class Images:
         if self.held is not None:
             yield from self.held.batches(64, augment=self.augment)
         yield from self.train.batches(64, shuffle_seed=self.seed, augment=self.augment)
-
-
-def widths(graph: ChannelGraph, plan: Plan) -> NDArray[np.int64]:
-    """The widths of a plan in the order of graph.groups, (groups,)."""
-    return np.array([len(plan.keep.get(g.name, range(g.channels))) for g in graph.groups])

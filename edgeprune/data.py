@@ -1,8 +1,8 @@
 """What users have (image folders, .npz, a function, datasets) as batches and deterministic splits.
 
 Images stay as they came (uint8 arrays in memory, files on disk) and become normalised float tensors one batch at a time, on any device.
-Everything random takes a seed. Checks happen at loading where
-they are cheap, at the first decode otherwise; every failure is one DataError.
+Everything random takes a seed. Checks happen at loading where they are cheap, at the first decode otherwise; every failure is one
+DataError.
 """
 
 from __future__ import annotations
@@ -151,6 +151,10 @@ class Split:
         """The images at these positions of this split, in this order."""
         return replace(self, indices=self.indices[np.asarray(indices, dtype=np.int64)])
 
+    def first(self, n: int) -> Tensor:
+        """The first n images, prepared, (n, channels, height, width); all where there are fewer."""
+        return next(self.batches(n, limit=n))[0]
+
     def hold_out(self, n: int, seed: int) -> tuple[Split, Split]:
         """(rest, held): `held` has n images, as even over the classes as they allow; both keep their order.
 
@@ -161,6 +165,11 @@ class Split:
         rank = _rank_in_class(self._classes(), seed)
         order = np.argsort(rank, kind="stable")  # the first of every class, then the second of every class …
         return self._part(order[n:]), self._part(order[:n])
+
+    def hold_out_tenth(self, seed: int) -> tuple[Split, Split | None]:
+        """(rest, held): a tenth, at most 2,000 images, to judge epochs by; all and None of fewer than ten."""
+        held = min(2000, len(self) // 10)
+        return self.hold_out(held, seed) if held else (self, None)
 
     def split_share(self, share: float, seed: int) -> tuple[Split, Split]:
         """(rest, held): `held` has this share of every class, at least one of every class with two; deterministic."""
@@ -204,6 +213,13 @@ class Data:
                     f"{split.source.name} has the label {largest} but the model has {classes} outputs (labels 0 to {classes - 1}): "
                     "give data with the model's classes, numbered as in its training."
                 )
+
+
+def image_facts(data: Data | None) -> dict[str, Any]:
+    """What an artifact says of the images it takes: their preprocessing, and the names of the classes where they have some."""
+    if data is None:
+        return {"preprocessing": None}
+    return {"preprocessing": data.preprocessing.to_json()} | ({"labels": list(data.classes)} if data.classes else {})
 
 
 def load_data(

@@ -18,9 +18,9 @@ from safetensors.numpy import load_file, save
 from torch import Tensor, nn
 
 from edgeprune.allocate import options_of
-from edgeprune.choice import Choice, Chooser, widths
+from edgeprune.choice import Choice, Chooser
 from edgeprune.criteria import score
-from edgeprune.data import Augment, Data, Split
+from edgeprune.data import Augment, Data, Split, image_facts
 from edgeprune.device.calibrate import FORMATS
 from edgeprune.device.card import Device
 from edgeprune.device.cost import Cost, predict_graph
@@ -29,7 +29,7 @@ from edgeprune.device.measure import FULL, QUICK, Measurement, measure
 from edgeprune.device.session import energy_of, need_sensor
 from edgeprune.errors import DataError
 from edgeprune.export import Artifact, export, load_artifact
-from edgeprune.export.verify import ARTIFACTS, SAMPLES, keep_samples, write_list
+from edgeprune.export.verify import ARTIFACTS, PARITY_SAMPLES, SAMPLES, keep_samples, write_list
 from edgeprune.graph import ChannelGraph, portable
 from edgeprune.graph.slim import Proof, fingerprint, prove
 from edgeprune.graph.trace import trace
@@ -45,8 +45,6 @@ from edgeprune.train.evaluate import Accuracy, accuracy_of, batch_norms, evaluat
 from edgeprune.train.finetune import finetune
 from edgeprune.train.reconstruct import reconstruct
 from edgeprune.widths import WidthRules
-
-PARITY_SAMPLES = 32
 
 T = TypeVar("T")
 Write = Callable[[T], Mapping[str, Any]]
@@ -113,7 +111,7 @@ class Pipeline:
 
     @cached_property
     def held_split(self) -> Split | None:
-        """At most 2,000 and a tenth of the training images, never trained on."""
+        """A tenth of the training images, at most 2,000, never trained on."""
         return self._splits[1]
 
     @cached_property
@@ -121,11 +119,7 @@ class Pipeline:
         data = self.job.data
         if data is None or not len(data.train):
             return None, None
-        held = min(2000, len(data.train) // 10)
-        if held < 1:
-            return data.train, None
-        rest, aside = data.train.hold_out(held, self.job.seed)
-        return rest, aside
+        return data.train.hold_out_tenth(self.job.seed)
 
     @property
     def augment(self) -> Augment:
@@ -240,9 +234,9 @@ class Pipeline:
         quantizer = quantizer_for(way, self.job.data, images=8)
         target = self.run.path(f"checkpoints/{name}")
         artifact = export(model, self.job.example_inputs, target, format=self.judged, quantizer=quantizer)
-        return self._told(artifact, quick=quick, energy=energy)
+        return self._measured_file(artifact, quick=quick, energy=energy)
 
-    def _told(self, artifact: Artifact, *, quick: bool, energy: bool) -> Measurement:
+    def _measured_file(self, artifact: Artifact, *, quick: bool, energy: bool) -> Measurement:
         device = self.job.device
         found = measure(artifact.path, device, **(QUICK if quick else FULL))
         return replace(found, energy=energy_of(artifact.path, device, trials=QUICK_TRIALS if quick else TRIALS)) if energy else found
@@ -252,7 +246,7 @@ class Pipeline:
         job = self.job
 
         def compute() -> Proof:
-            sample = next(iter(job.data.val.batches(1, limit=1)))[0] if job.data else job.example_inputs
+            sample = job.data.val.first(1) if job.data else job.example_inputs
             return prove(job.model, self.graph, plan, small, sample)
 
         return self.run.cached("prove", {}, compute, write=asdict, read=lambda facts: Proof(**facts))
@@ -318,20 +312,17 @@ class Pipeline:
     def exported(self, model: nn.Module, plan: Plan) -> tuple[Artifact, ...]:
         """model.safetensors and one artifact per format, each checked against the network on real images."""
         job = self.job
-        metadata: dict[str, Any] = {"plan_sha256": plan.sha256, "preprocessing": job.data.preprocessing.to_json() if job.data else None}
-        if job.data and job.data.classes:
-            metadata["labels"] = list(job.data.classes)
+        metadata = {"plan_sha256": plan.sha256, **image_facts(job.data)}
 
         def compute() -> tuple[Artifact, ...]:
             portable.save(model, self.run.path("model.safetensors"), plan=plan)
-            batch = next(iter(job.data.val.batches(PARITY_SAMPLES, limit=PARITY_SAMPLES)))[0] if job.data else None
+            batch = job.data.val.first(PARITY_SAMPLES) if job.data else None
             artifacts = []
             limits: dict[str, Any] = {"latency_ms": job.budget.latency_ms, "size_bytes": job.budget.size_bytes}
             other = elsewhere(job.device, model, job.example_inputs) if job.quantize == "mixed" else None
             quantizer = quantizer_for(job.quantize, job.data, threads=job.device.threads, elsewhere=other, seed=job.seed, **limits)
-            what = f"exporting {' and '.join(job.formats)}"
             for number, name in enumerate(job.formats):
-                self.progress(what, number, len(job.formats))
+                self.progress("exporting", number, len(job.formats))
                 options: dict[str, Any] = {"samples": batch, "metadata": metadata, "quantizer": quantizer}
                 artifacts.append(export(model, job.example_inputs, self.run.folder, format=name, **options))
                 if quantizer is not None:
@@ -361,7 +352,7 @@ class Pipeline:
             energy = self.job.budget.energy_mj is not None
             dense = self.measured("dense", self.job.model, quick=False, energy=energy)
             self.progress("measuring", 1, 2)
-            small = self._told(artifact, quick=False, energy=energy)
+            small = self._measured_file(artifact, quick=False, energy=energy)
             asked = self.job.budget.latency_ms
             if asked is not None and small.high_ms > asked:
                 # A neighbour on the machine may have disturbed the minute: one more look, the calmer one counts.
@@ -384,4 +375,4 @@ class Pipeline:
         """Predicted cost of the dense and of the slim network on the device."""
         device = self.job.device
         dense = predict_graph(self.graph, None, device, correction=choice.correction)
-        return dense, predict_graph(self.graph, widths(self.graph, choice.plan), device, correction=choice.correction)
+        return dense, predict_graph(self.graph, choice.plan.widths(self.graph), device, correction=choice.correction)

@@ -27,7 +27,7 @@ class Budget:
     """What the small network may cost; every limit that is set must hold.
 
     latency_ms, energy_mj: one inference, batch 1. macs, params: a count, or a fraction of the dense network (0 < x <= 1).
-    size_bytes: the artifact. peak_memory_bytes: weights and activations of one inference.
+    size_bytes: the artifact. peak_memory_bytes: what the process has in an inference beyond the imported runtime.
     Raises UsageError for a limit that is not a positive finite number, or when none is set.
     """
 
@@ -104,6 +104,10 @@ class Plan:
                 order = np.argsort(-scores.values[group.name], kind="stable")
             keep[group.name] = tuple(sorted(int(c) for c in order[: widths[group.name]]))
         return Plan(keep)
+
+    def widths(self, graph: ChannelGraph) -> NDArray[np.int64]:
+        """How many channels stay of every group, in the order of graph.groups, (groups,)."""
+        return np.array([len(self.keep.get(g.name, range(g.channels))) for g in graph.groups], dtype=np.int64)
 
     def to_json(self) -> dict[str, Any]:
         """Plain lists, for plan.json."""

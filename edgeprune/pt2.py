@@ -25,7 +25,7 @@ from torch.export import ExportedProgram
 
 from edgeprune.errors import ModelError, UsageError
 from edgeprune.graph.exported import Unexportable, exported_program
-from edgeprune.graph.running import quiet_torch, single_sample
+from edgeprune.graph.running import first_line, quiet_torch, single_sample
 from edgeprune.run import write_atomic
 
 # from_file is the one aten operator that opens files by name.
@@ -73,7 +73,7 @@ def load_exported_program(path: Path, *, trusted: bool) -> ExportedProgram:
         ) from error
     except Exception as error:  # on a damaged file torch's reader raises whatever it stumbles over
         raise ModelError(
-            f"{path} is not an exported program that this torch ({torch.__version__}) can read ({_first_line(error)}): write it again with "
+            f"{path} is not an exported program that this torch ({torch.__version__}) can read ({first_line(error)}): write it again with "
             "torch.export.save, or give a state dict and --model pkg.mod:factory."
         ) from error
     if name := _training_op(program):
@@ -240,7 +240,3 @@ def _training_op(program: ExportedProgram) -> str | None:
 def _inside(name: str) -> str:
     """The entry's name below the archive's own top folder."""
     return name.partition("/")[2]
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]

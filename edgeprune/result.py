@@ -97,23 +97,15 @@ def facts(found: Findings, manifest: Mapping[str, Any], used: Mapping[str, bool]
             {"name": g.name, "channels": g.channels, "kept": len(found.choice.plan.keep[g.name]), "members": len(g.members)}
             for g in found.graph.groups
         ],
+        "layers": _layers(found),
         "curve": [asdict(e) for e in found.curve],
         "rounds": [asdict(r) | {"others": [asdict(o) | {"unit": UNITS[o.name]} for o in r.others]} for r in found.choice.rounds],
         "search": dict(found.choice.search),
+        "sensors": _sensors(found),
         "frozen": [{"parameter": name, "reason": reason} for name, reason in found.graph.frozen.items()],
-        "artifacts": [
-            {
-                "format": a.format,
-                "path": a.path.name,
-                "sha256": a.sha256,
-                "size_bytes": a.size_bytes,
-                "parity_max_abs": a.parity_max_abs,
-                "parity_relative": a.parity_relative,
-            }
-            for a in found.artifacts
-        ],
+        "artifacts": [_artifact(a) for a in found.artifacts],
         "proof": asdict(found.proof),
-        "stages": [{"name": name, "seconds": manifest["stages"][name]["seconds"], "cached": cached} for name, cached in used.items()],
+        "stages": stages(manifest, used),
         "environment": {**manifest["versions"], "platform": manifest["platform"]},
         "preprocessing": job.data.preprocessing.to_json() if job.data else None,
         "notes": [
@@ -127,6 +119,11 @@ def facts(found: Findings, manifest: Mapping[str, Any], used: Mapping[str, bool]
             *(f"measuring the {name} network: {problem}" for name, m in found.measurements.items() for problem in m.problems),
         ],
     }
+
+
+def stages(manifest: Mapping[str, Any], used: Mapping[str, bool]) -> list[dict[str, Any]]:
+    """The stages that `used` names, how long each took, and whether it was read back."""
+    return [{"name": name, "seconds": manifest["stages"][name]["seconds"], "cached": cached} for name, cached in used.items()]
 
 
 def comparison(runs: Mapping[str, Mapping[str, Any]], *, title: str, created: str, command: str) -> dict[str, Any]:
@@ -264,7 +261,8 @@ def _figures(found: Findings) -> list[dict[str, Any]]:
     dense = found.accuracies.get("dense")
     step, last = next(((s, a) for s, a in reversed([*found.accuracies.items()]) if a), ("", None))
     if dense and last:
-        how = f"top-1 on {last.images:,} validation images, by torch, {step}"
+        by = "the artifact's own runtime" if step == "after quantization" else "torch"
+        how = f"top-1 on {last.images:,} validation images, by {by}, {step}"
         figures.append(_figure("accuracy", "%", (_value(100 * dense.accuracy), _value(100 * last.accuracy)), how, "measured"))
     if found.measurements:
         m = found.measurements["compressed"]
@@ -292,6 +290,36 @@ def _figures(found: Findings) -> list[dict[str, Any]]:
         sides = asdict(found.dense_cost.energy_mj), asdict(found.cost.energy_mj)
         figures.append(_figure("energy", "mJ", sides, "estimate, not validated", "predicted"))
     return figures
+
+
+def _layers(found: Findings) -> list[dict[str, Any]]:
+    """Every kernel of the dense network in the order in which they run, and the same one of the compressed network; both predicted."""
+    return [
+        {
+            "name": old.name,
+            "kind": old.kind,
+            "before_ms": old.latency_ms,
+            "after_ms": new.latency_ms,
+            "before_macs": old.macs,
+            "after_macs": new.macs,
+        }
+        for old, new in zip(found.dense_cost.per_layer, found.cost.per_layer, strict=True)
+    ]
+
+
+def _sensors(found: Findings) -> list[dict[str, Any]]:
+    """What the board's sensors said while each network was measured: power over the seconds of its trials, temperature by process."""
+    traces = [
+        {"network": name, "power_mw": list(m.energy.trace) if m.energy else [], "temperatures_c": list(m.temperatures_c)}
+        for name, m in found.measurements.items()
+    ]
+    return [trace for trace in traces if trace["power_mw"] or trace["temperatures_c"]]
+
+
+def _artifact(artifact: Artifact) -> dict[str, Any]:
+    """What the report says of a file: where it is, that it is this very one, and how far it is from what torch computes."""
+    names = ("format", "sha256", "size_bytes", "parity_max_abs", "parity_relative")
+    return {"path": artifact.path.name, **{name: getattr(artifact, name) for name in names}, "bits": dict(artifact.bits)}
 
 
 def _figure(name: str, unit: str, sides: tuple[Mapping[str, Any], Mapping[str, Any]], how: str, basis: str) -> dict[str, Any]:

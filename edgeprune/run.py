@@ -218,8 +218,12 @@ class Run:
 
 
 def default_folder(stem: str, device: str) -> Path:
-    """runs/<stem>-<device>, or the first free one of …-2, …-3: a new run never lands in an old folder."""
-    first = Path("runs") / f"{stem}-{device}"
+    """runs/<stem>-<device>, or the first free one."""
+    return free_folder(Path("runs") / f"{stem}-{device}")
+
+
+def free_folder(first: Path) -> Path:
+    """`first`, or the first free one of …-2, …-3: a new run never lands in an old folder."""
     folder, number = first, 1
     while folder.exists():
         number += 1

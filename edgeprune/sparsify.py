@@ -125,8 +125,7 @@ def sparsify(
     source = data if isinstance(data, Data) else load_data(data, seed=seed)
     if not len(source.train) or not source.train.labelled:
         raise DataError("sparsify compares and trains on classes: give training images with labels (x_train, y_train, or a train folder).")
-    held = min(2000, len(source.train) // 10)
-    train, aside = source.train.hold_out(held, seed) if held else (source.train, None)
+    train, aside = source.train.hold_out_tenth(seed)
     work = copy.deepcopy(model)
     names = _hold_masks(work)
     screen = _Screen(train, keep, (alpha, combine), epochs, speed, scope, images, seed)
@@ -150,7 +149,7 @@ def sparsify(
     total = sum(m.numel() for m in masks.values())
     facts = {
         "keep": keep, "alpha": alpha, "combine": combine, "epochs": epochs, "speed": speed, "scope": scope, "seed": seed,
-        "images": min(images, len(train)), "recipe": chosen.to_json(), "held_out": held,
+        "images": min(images, len(train)), "recipe": chosen.to_json(), "held_out": len(aside) if aside else 0,
     }  # fmt: skip
     return Sparse(final, masks, tuple(_step(e, c, total) for e, c in zip(curve, counts, strict=False)), facts)
 

@@ -45,7 +45,7 @@ def print_json(value: Any) -> None:
 
 
 def print_table(head: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
-    """Columns under their names; as wide as the terminal, or as wide as needed where stdout is none."""
+    """Columns under their names: lines are folded to fit a terminal, and left whole where something else reads them."""
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text
@@ -55,8 +55,10 @@ def print_table(head: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
         table.add_row(*(Text(str(cell)) for cell in row))
     console = Console()
     if not console.is_terminal:
-        console.width = 200
-    console.print(table)
+        console.width = 100_000
+    with console.capture() as printed:
+        console.print(table)
+    typer.echo("\n".join(line.rstrip() for line in printed.get().splitlines()))
 
 
 @contextmanager

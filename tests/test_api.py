@@ -274,6 +274,7 @@ REFUSED: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"seed": -1}, UsageError, "seed"),
     ({"criterion": "l3"}, UsageError, "'l3'"),
     ({"allocate": "greedy"}, UsageError, "'greedy'"),
+    ({"search": {"cluster": "ray://x"}}, UsageError, "knapsack has no option cluster"),
     ({"formats": ("onnx", "tflight")}, UsageError, "'tflight'"),
     ({"formats": ()}, UsageError, "at least one format"),
     ({"round_to": 0}, UsageError, "round_to"),

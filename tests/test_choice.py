@@ -70,6 +70,7 @@ def test_the_report_compares(several: Result) -> None:
     facts = several.to_json()
     assert [p["name"] for p in facts["points"]] == ["macs-0.7", "macs-0.4"]
     assert len(facts["budgets"]) == 2 and facts["met"]
+    assert [stage["name"] for stage in facts["stages"]] == ["trace", "accuracy dense", "score", "allocate"]
     assert facts["dense"]["macs"] > facts["points"][0]["macs"] > facts["points"][1]["macs"]
     assert {"macs-0.7/model.onnx", "macs-0.4/plan.json", "result.json"} <= facts["files"].keys()
     page, words = ((several.folder / f"report.{end}").read_text() for end in ("html", "md"))
@@ -125,7 +126,8 @@ def test_limits_on_the_command_line() -> None:
         {"macs": 0.5, "size_bytes": 1.5e6},
     ]
     assert limits_of({"latency_ms": "30"}) == [{"latency_ms": 30.0}]
-    assert limits_of({"latency_ms": None}) == [{}]
+    with pytest.raises(UsageError, match="set at least one of --latency-ms, --size-mb"):
+        limits_of({"latency_ms": None, "size_bytes": None})
     with pytest.raises(typer.BadParameter, match="'1;2' is no number, nor several with commas between them"):
         limits_of({"peak_memory_bytes": "1;2"})
     with pytest.raises(UsageError, match="equally many, got 2 and 3"):

@@ -134,6 +134,11 @@ def test_hold_out_depends_on_the_seed_and_has_limits() -> None:
     for n in (0, 30):
         with pytest.raises(DataError, match=f"cannot set {n} of 30"):
             split.hold_out(n, 0)
+    rest, held = split.hold_out_tenth(1)
+    assert held is not None and held.indices.tolist() == split.hold_out(3, 1)[1].indices.tolist()
+    assert len(rest) == 27
+    few = split.subset(range(9))
+    assert few.hold_out_tenth(1) == (few, None)
 
 
 @pytest.mark.parametrize("seed", [0, 1])

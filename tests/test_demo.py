@@ -8,27 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
-import edgeprune as ep
-from edgeprune import demo, pipeline
+from edgeprune import choice, demo, pipeline
 from edgeprune.cli import main
 from edgeprune.device.measure import Schedule
 
 BRIEF: Schedule = {"processes": 3, "min_runs": 10, "min_seconds": 0.0, "warmup_runs": 1, "warmup_seconds": 0.0}
-
-
-def test_the_digits() -> None:
-    data = demo.digits()
-    assert (len(data.train), len(data.val)) == (1437, 360)
-    assert data.sample_shape == (1, 1, 32, 32)
-    assert set(data.val.labels) == set(data.train.labels) == set(range(10))
-
-
-def test_the_network_can_be_cut_everywhere_but_at_its_ends() -> None:
-    graph = ep.trace(demo.DigitNet(), torch.zeros(1, 1, 32, 32))
-    assert sorted(g.channels for g in graph.groups) == [32, 32, 64, 64, 64]
-    assert list(graph.frozen) == ["head.weight[0]"]
 
 
 @pytest.fixture
@@ -38,7 +23,7 @@ def brief(monkeypatch: pytest.MonkeyPatch) -> None:
         (demo, "QUICK", BRIEF),
         (pipeline, "QUICK", BRIEF),
         (pipeline, "FULL", BRIEF),
-        (pipeline, "ROUNDS", 3),
+        (choice, "ROUNDS", 3),
     ):
         monkeypatch.setattr(module, name, value)
 
@@ -60,10 +45,3 @@ def test_the_demo(brief: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, 
     for name in found:
         assert (tmp_path / "demo" / name / "report.html").is_file()
     assert (end.value.code or 0) == (0 if found["host"]["met"] else 1)
-
-
-def test_old_demos_are_kept(tmp_path: Path) -> None:
-    assert demo._free(tmp_path / "rpi4") == tmp_path / "rpi4"
-    (tmp_path / "rpi4").mkdir()
-    (tmp_path / "rpi4-2").mkdir()
-    assert demo._free(tmp_path / "rpi4") == tmp_path / "rpi4-3"

@@ -22,7 +22,7 @@ from PIL import Image
 from torch import nn
 
 import edgeprune as ep
-from edgeprune.choice import CLOSE_ENOUGH, Choice, Chooser, widths
+from edgeprune.choice import CLOSE_ENOUGH, Choice, Chooser
 from edgeprune.cli import main
 from edgeprune.device.cost import predict_graph
 from edgeprune.device.energy import Energy
@@ -281,7 +281,7 @@ def test_a_memory_budget_is_corrected_for_what_the_runtime_takes(choose: Callabl
     choice = choose(Scripted(dense_ms=10.0, factors=[1.0] * 5, runtime_bytes=20_000_000), ep.Budget(peak_memory_bytes=asked))
     readings = [r.others[0] for r in choice.rounds]
     assert any(r.high <= asked < dense for r in readings)
-    kept = predict_graph(graph, widths(graph, choice.plan), device).peak_memory_bytes
+    kept = predict_graph(graph, choice.plan.widths(graph), device).peak_memory_bytes
     assert kept > (asked - 20e6) / 2 - 0.01 * asked  # half a percent for noise, and steps of a channel
 
 
@@ -348,8 +348,8 @@ def test_widths_are_in_the_order_of_the_groups() -> None:
     scores = Scores("x", {g.name: np.arange(g.channels, dtype=float) for g in graph.groups})
     plan = ep.Plan.from_widths(graph, {g.name: n for n, g in enumerate(graph.groups, 3)}, scores)
     backwards = ep.Plan(dict(reversed([*plan.keep.items()])))
-    assert widths(graph, plan).tolist() == widths(graph, backwards).tolist() == list(range(3, 3 + len(graph.groups)))
-    assert widths(graph, ep.Plan({})).tolist() == [g.channels for g in graph.groups]
+    assert plan.widths(graph).tolist() == backwards.widths(graph).tolist() == list(range(3, 3 + len(graph.groups)))
+    assert ep.Plan({}).widths(graph).tolist() == [g.channels for g in graph.groups]
 
 
 # A real process, really killed.

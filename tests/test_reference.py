@@ -1,8 +1,9 @@
 import pytest
 import torch
 
+import edgeprune as ep
 from edgeprune.errors import UsageError
-from edgeprune.reference import reference
+from edgeprune.reference import DigitNet, digits, reference
 
 
 @pytest.mark.parametrize("name", ["residual", "mobile"])
@@ -27,3 +28,16 @@ def test_the_digits_network_has_learned() -> None:
 def test_an_unknown_name_is_refused() -> None:
     with pytest.raises(UsageError, match="unknown reference network"):
         reference("vgg")
+
+
+def test_the_digits() -> None:
+    data = digits()
+    assert (len(data.train), len(data.val)) == (1437, 360)
+    assert data.sample_shape == (1, 1, 32, 32)
+    assert set(data.val.labels) == set(data.train.labels) == set(range(10))
+
+
+def test_the_network_can_be_cut_everywhere_but_at_its_ends() -> None:
+    graph = ep.trace(DigitNet(), torch.zeros(1, 1, 32, 32))
+    assert sorted(g.channels for g in graph.groups) == [32, 32, 64, 64, 64]
+    assert list(graph.frozen) == ["head.weight[0]"]

@@ -91,6 +91,11 @@ def test_predicted_figures_are_called_so() -> None:
     assert "accuracy" not in figures
     assert words["accuracy_steps"] == []
     assert figures["size"]["after"]["value"] == 1234
+    latencies = [(layer["before_ms"], layer["after_ms"]) for layer in words["layers"]]
+    assert [sum(side) for side in zip(*latencies, strict=True)] == pytest.approx(
+        [sum(layer.latency_ms for layer in cost.per_layer) for cost in (findings.dense_cost, findings.cost)]
+    )
+    assert {(layer["name"], layer["kind"]) for layer in words["layers"]} >= {(findings.graph.groups[0].name, "conv3x3")}
     assert words["notes"][0] == "from the file"
 
 
@@ -123,6 +128,22 @@ def test_a_measured_energy_is_the_figure_and_judges_the_budget() -> None:
     figure = by_name(words["figures"])["energy"]
     assert (figure["before"]["value"], figure["after"], figure["basis"]) == (8.0, {"value": 5.0, "low": 4.5, "high": 5.5}, "measured")
     assert "ina219" in figure["how"]
+
+
+def test_what_the_sensors_said_is_told_by_network_and_only_where_they_said_something() -> None:
+    energy = Energy(
+        total_mj=9.0, total_low_mj=8.0, total_high_mj=10.0, net_mj=5.0, net_low_mj=4.5, net_high_mj=5.5, calibrated_mj=None, active_mw=1.0,
+        idle_mw=1.0, source="made up", scope="board", trials=5, samples=20, trace=((0.1, 2000.0), (0.2, 2100.0)),
+    )  # fmt: skip
+    warm = {
+        "states": [{"before": {"temperatures_c": [40.0, 41.5]}, "after": {"temperatures_c": [43.0, 42.0]}}, {"before": {}, "after": {}}]
+    }
+    measured = {"dense": replace(measurement(40.0, 41.0), energy=energy), "compressed": replace(measurement(28.0, 29.0), fingerprint=warm)}
+    assert facts(found("rpi4", measurements=measured), MANIFEST, {"trace": False}, "edgeprune compress")["sensors"] == [
+        {"network": "dense", "power_mw": [(0.1, 2000.0), (0.2, 2100.0)], "temperatures_c": []},
+        {"network": "compressed", "power_mw": [], "temperatures_c": [41.5, 43.0]},
+    ]
+    assert told(found())["sensors"] == []
 
 
 def test_where_a_board_is_attached_a_prediction_meets_no_budget() -> None:

@@ -34,6 +34,13 @@ def test_tables_show_names_as_they_are(capsys: pytest.CaptureFixture[str]) -> No
     assert second.split() == ["y" * 150, "4"]
 
 
+def test_a_table_that_no_terminal_shows_has_whole_lines(capsys: pytest.CaptureFixture[str]) -> None:
+    print_table(["name", "what it does"], [["a", "x " * 200], ["b", "y"]])
+    head, first, second = capsys.readouterr().out.splitlines()
+    assert first.split() == ["a", *["x"] * 200]
+    assert not any(line.endswith(" ") for line in (head, first, second))
+
+
 def test_progress_without_a_terminal_is_a_line_per_task(capsys: pytest.CaptureFixture[str]) -> None:
     with progress_bars() as progress:
         for done in range(3):

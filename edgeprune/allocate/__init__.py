@@ -63,6 +63,15 @@ def options_of(method: str) -> frozenset[str]:
     return _options(find("allocate", method, "allocator"))[0]
 
 
+def check_options(method: str, options: Iterable[str], rules: WidthRules = DEFAULT_RULES) -> None:
+    """Raises UsageError for an unknown method, and for options and rules that it does not take."""
+    known, anything = _options(find("allocate", method, "allocator"))
+    takes = known - {"rules"} | (RULES.keys() if "rules" in known else set())
+    asked = {name for name, value in RULES.items() if getattr(rules, name) != value} | set(options)
+    if not anything and (unknown := sorted(asked - takes)):
+        raise UsageError(f"the allocator {method} has no option {', '.join(unknown)}; it has: {', '.join(sorted(takes))}.")
+
+
 def _options(module: ModuleType) -> tuple[frozenset[str], bool]:
     """The options' names, and whether any other is taken too."""
     makers = [module.allocate, *([module.learn] if hasattr(module, "learn") else [])]
@@ -90,11 +99,8 @@ class Planner:
     ) -> None:
         self._module = find("allocate", method, "allocator")
         self._learns = hasattr(self._module, "learn")
+        check_options(method, options, rules)
         known, anything = _options(self._module)
-        takes = known - {"rules"} | (RULES.keys() if "rules" in known else set())
-        asked = {name for name, value in RULES.items() if getattr(rules, name) != value} | options.keys()
-        if not anything and (unknown := sorted(asked - takes)):
-            raise UsageError(f"the allocator {method} has no option {', '.join(unknown)}; it has: {', '.join(sorted(takes))}.")
         single = {name: getattr(rules, name) for name in RULES if anything or name in known}
         self._options = ({"rules": rules} if "rules" in known else single) | options
         self._graph, self._scores, self._model, self._data, self._rules = graph, scores, model, data, rules

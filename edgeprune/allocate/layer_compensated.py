@@ -328,4 +328,4 @@ def _widths_of(name: str, search: Search) -> Widths:
     """The widths that another allocator, which needs no images, chooses."""
     module = find("allocate", name, "allocator")
     plan = module.allocate(search.graph, search.scores, search.budget, search.cost, None, rules=search.rules, normalise=search.normalise)
-    return np.array([len(plan.keep[g.name]) for g in search.graph.groups])
+    return plan.widths(search.graph)

@@ -60,7 +60,7 @@ def main() -> None:
     gc.set_threshold(100_000, 50, 100)  # what torch and a network's library import stays: by default it is looked through dozens of times
     try:
         with quiet_unless_first():
-            app()
+            app(prog_name="edgeprune")
         return
     except (EdgepruneError, MemoryError, RuntimeError, OSError, ImportError) as error:
         short = out_of_memory(error)

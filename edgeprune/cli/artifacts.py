@@ -12,10 +12,12 @@ from edgeprune.cli.options import (
     DataOption,
     Factory,
     Model,
+    ModelOrArtifact,
     Numbers,
     Shape,
     TrustPickle,
     load,
+    load_with_data,
     must_be_writable,
     numbers_of,
     shape_of,
@@ -25,8 +27,6 @@ from edgeprune.terminal import print_json, print_table, progress_bars, say
 
 if TYPE_CHECKING:
     from edgeprune.data import Data
-
-PARITY_SAMPLES = 32
 
 
 def export(
@@ -44,7 +44,10 @@ def export(
     trust_pickle: TrustPickle = False,
     as_json: AsJson = False,
 ) -> None:
-    """Artifacts of a network as it is, each compared with it on real images (--data) before it is written."""
+    """Artifacts of a network as it is, checked against it.
+
+    Each must compute what the network computes, on real images where --data gives some, before it is written.
+    """
     from edgeprune.export import require
     from edgeprune.quantize import check_way, quantizer_for
     from edgeprune.run import default_folder
@@ -58,19 +61,14 @@ def export(
         must_be_writable(out)
 
     from edgeprune import export as write
-    from edgeprune.data import load_data
-    from edgeprune.export.verify import keep_samples, write_list
+    from edgeprune.data import image_facts
+    from edgeprune.export.verify import PARITY_SAMPLES, keep_samples, write_list
 
-    shape = shape_of(input_shape)
-    size = (shape[2], shape[3]) if shape and len(shape) == 4 and data and Path(data).is_dir() else None
-    source = load_data(data, size=size, mean=numbers_of(mean), std=numbers_of(std)) if data else None
-    loaded = load(path, factory, shape, trust_pickle, sample=source.sample_shape if source else None)
+    loaded, source = load_with_data(path, factory, data, input_shape=input_shape, mean=mean, std=std, trust_pickle=trust_pickle)
     folder = out or default_folder(loaded.name, "export")
     folder.mkdir(parents=True, exist_ok=True)
-    samples = next(iter(source.val.batches(PARITY_SAMPLES, limit=PARITY_SAMPLES)))[0] if source else loaded.example_inputs
-    metadata: dict[str, Any] = {"preprocessing": source.preprocessing.to_json() if source else None}
-    if source and source.classes:
-        metadata["labels"] = list(source.classes)
+    samples = source.val.first(PARITY_SAMPLES) if source else loaded.example_inputs
+    metadata = image_facts(source)
     artifacts = []
     quantizer = quantizer_for(quantize, source, method=calibration)
     for form in asked:
@@ -88,7 +86,7 @@ def export(
 
 
 def evaluate(
-    path: Annotated[Path, typer.Argument(help="a model, or an artifact (.onnx, .tflite)")],
+    path: ModelOrArtifact,
     data: Annotated[str, typer.Option("--data", help="see compress")],
     factory: Factory = None,
     input_shape: Shape = None,
@@ -100,7 +98,10 @@ def evaluate(
     trust_pickle: TrustPickle = False,
     as_json: AsJson = False,
 ) -> None:
-    """Top-1 accuracy on the validation images; an artifact is run by its own runtime, with the preprocessing it carries."""
+    """Top-1 accuracy of a model or artifact on validation images.
+
+    An artifact is run by its own runtime, with the preprocessing it carries.
+    """
     from edgeprune import api
 
     artifact = path.suffix in (".onnx", ".tflite")
@@ -132,10 +133,15 @@ def _images(path: Path, data: str, mean: str | None, std: str | None) -> Data:
 
 
 def verify(
-    path: Annotated[Path, typer.Argument(help="a folder of compress or export, or an artifact (.onnx, .tflite)")],
+    path: Annotated[
+        Path, typer.Argument(metavar="RUN_OR_ARTIFACT", help="a folder of compress or export, or an artifact (.onnx, .tflite)")
+    ],
     as_json: AsJson = False,
 ) -> None:
-    """Checksums, parity, bit plan and budget once more, from the files alone; exit 1, 5 or 6 says what failed first."""
+    """Checksums, parity, bits and budget again, from files alone.
+
+    The exit code says what failed first: 1 a limit, 5 an artifact, 6 the run's own files.
+    """
     from dataclasses import asdict
 
     from edgeprune.export.verify import verify as checks_of

@@ -15,7 +15,9 @@ from edgeprune.terminal import print_json, print_table, progress_bars, say
 
 
 def bench(
-    names: Annotated[list[str] | None, typer.Argument(help="reference networks: digits, residual, mobile (default: all)")] = None,
+    names: Annotated[
+        list[str] | None, typer.Argument(metavar="NAME…", help="reference networks: digits, residual, mobile (default: all)")
+    ] = None,
     baseline: Annotated[Path | None, typer.Option(help="compare with the figures an earlier --out wrote")] = None,
     against: Annotated[str | None, typer.Option(help="compare with another git revision, both measured in alternation")] = None,
     max_regression: Annotated[float, typer.Option(help="percent a figure may be worse before this ends with 1", min=0)] = 10.0,
@@ -27,7 +29,10 @@ def bench(
     artifacts: Annotated[Path | None, typer.Option(help="keep the artifacts in this folder")] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Figures of fixed reference networks; with --baseline or --against, a gate: 1 and the names of what got worse."""
+    """Figures of fixed reference networks, and a regression gate.
+
+    With --baseline or --against, the exit code is 1 where something got worse, and what did is named with both figures.
+    """
     if baseline and against:
         raise UsageError("--baseline and --against are two ways to compare: give one of them.")
     from edgeprune import bench as gate

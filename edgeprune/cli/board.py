@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from edgeprune.cli.options import AsJson, DeviceName, Factory, Host, Shape, TrustPickle, load, shape_of
+from edgeprune.cli.options import AsJson, BoardName, DeviceName, Factory, Host, ModelOrArtifact, Shape, TrustPickle, load, shape_of
 from edgeprune.errors import GateError, UsageError
 from edgeprune.terminal import print_json, print_table, progress_bars, say
 
@@ -22,18 +22,21 @@ if TYPE_CHECKING:
     from edgeprune.device.session import Sitting
 
 
-def list_() -> None:
+def list_(as_json: AsJson = False) -> None:
     """Boards and profiles."""
     from edgeprune.device.card import device as find_device
     from edgeprune.device.card import devices
 
     found = [find_device(name) for name in devices() if not find_device(name).resolved]
+    if as_json:
+        named = {d.profile: {"board": d.name, "figures": _basis(d), "description": d.description} for d in found}
+        return print_json(named)
     rows = [[d.name, d.profile, _basis(d), d.description] for d in found]
     print_table(["board", "profile", "figures are", "what it is"], rows)
 
 
-def show(name: str) -> None:
-    """The whole card of a board, with the sources of its facts and the error of its fit."""
+def show(name: BoardName) -> None:
+    """The card of a board: facts, sources, errors of its fit."""
     from edgeprune.device.card import device as find_device
 
     found = find_device(name)
@@ -43,13 +46,16 @@ def show(name: str) -> None:
 
 
 def calibrate(
-    name: Annotated[str, typer.Argument(help="a board or profile of `edgeprune device list`")] = "host",
-    quick: Annotated[bool, typer.Option(help="14 small networks instead of 50 and no staircase of widths")] = False,
+    name: BoardName = "host",
+    quick: Annotated[bool, typer.Option("--quick", help="14 small networks instead of 50 and no staircase of widths")] = False,
     host: Annotated[str | None, typer.Option(help="where the board is; several of one kind, with commas between, share the work")] = None,
     precision: Annotated[str | None, typer.Option(help="fp32, or int8: a profile of its own beside that of fp32, NAME-int8")] = None,
     anchors: Annotated[Path | None, typer.Option(help="3 to 10 networks measured on the board (JSON), which adapt the profile")] = None,
 ) -> None:
-    """Fit a profile to a board: to small networks measured on it now, or with --anchors to what was measured on it."""
+    """Fit a profile to a board by measuring networks on it.
+
+    They are small and measured now; with --anchors, those of a file that were measured on the board before.
+    """
     from edgeprune.device.calibrate import anchored
     from edgeprune.device.calibrate import calibrate as fit_to_board
     from edgeprune.device.card import device as find_device
@@ -82,7 +88,7 @@ def calibrate(
 
 
 def profile(
-    path: Annotated[Path, typer.Argument(help="a model, or an artifact (.onnx, .tflite)")],
+    path: ModelOrArtifact,
     device: DeviceName = "host",
     host: Host = None,
     factory: Factory = None,
@@ -94,14 +100,17 @@ def profile(
     trust_pickle: TrustPickle = False,
     as_json: AsJson = False,
 ) -> None:
-    """What the network costs: measured where the board is attached (--host, or this machine), predicted where it is not."""
-    from edgeprune.cli import look
+    """What the network costs on a device, measured or predicted.
+
+    Measured where the board is attached (--host, or this machine), predicted where it is not.
+    """
+    from edgeprune.cli.costs import predicted
     from edgeprune.device.card import device as find_device
 
     target = find_device(device, host=host)
     is_artifact = path.suffix in (".onnx", ".tflite")
     if not target.attached and not is_artifact:
-        look.predicted(load(path, factory, shape_of(input_shape), trust_pickle), target, as_json)
+        predicted(load(path, factory, shape_of(input_shape), trust_pickle), target, as_json)
         return
     if not is_artifact and target.predicts and target.constants.precision == "int8":
         raise UsageError(f"{target.profile} is of int8 kernels, {path} would be measured in fp32: export it with --quantize int8 first.")
@@ -120,8 +129,8 @@ def profile(
     say(f"written to {out}")
 
 
-def check(name: str, host: Host = None, as_json: AsJson = False) -> None:
-    """What the board has, what is missing for measuring, and what to install."""
+def check(name: BoardName, host: Host = None, as_json: AsJson = False) -> None:
+    """What the board has, and what is missing for measuring."""
     from edgeprune.device.card import device as find_device
     from edgeprune.device.check import check as look_at
 
@@ -167,7 +176,7 @@ def _tell(name: str, profile_name: str, found: Sitting) -> None:
     typer.echo(
         f"{name} on {profile_name}: {m.latency_ms:.3f} ms measured ({m.low_ms:.3f} to {m.high_ms:.3f}, 95% interval), "
         f"p90 {m.p90_ms:.3f} ms, p99 {m.p99_ms:.3f} ms, fastest {m.min_ms:.3f} ms\n"
-        f"  {m.runs:,} runs in {len(m.process_medians_ms)} fresh processes, threads: {m.threads}, {m.outliers} outlier(s), "
+        f"  {m.runs:,} runs in {len(m.process_medians_ms)} fresh processes, threads: {m.threads}, outliers: {m.outliers}, "
         f"{m.fingerprint['runtime']}\n"
         f"  load {m.load_ms:.1f} ms, first inference {m.first_ms:.3f} ms, peak memory of the process {m.peak_memory_bytes / 1e6:.1f} MB"
     )

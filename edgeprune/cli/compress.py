@@ -24,10 +24,8 @@ from edgeprune.cli.options import (
     Shape,
     TrustPickle,
     limits_of,
-    load,
+    load_with_data,
     must_be_writable,
-    numbers_of,
-    shape_of,
 )
 from edgeprune.errors import GateError, UsageError
 from edgeprune.terminal import complain, print_json, progress_bars, say
@@ -110,7 +108,10 @@ def compress(
     config: Config = None,
     as_json: AsJson = False,
 ) -> None:
-    """A smaller network that meets the budget on the device, as an artifact with a report."""
+    """A smaller network that meets the budget on the device.
+
+    It comes as an artifact, with a report and everything needed to go on or to check it in one run folder.
+    """
     from edgeprune.device.card import device as find_device
     from edgeprune.plan import Budget
     from edgeprune.quantize import check_way
@@ -128,16 +129,12 @@ def compress(
     target = find_device(device, host=host)
 
     from edgeprune import api
-    from edgeprune.data import load_data
     from edgeprune.run import default_folder
     from edgeprune.train.processes import processes
 
     if out:
         must_be_writable(out)
-    shape = shape_of(input_shape)
-    size = (shape[2], shape[3]) if shape and len(shape) == 4 and data and Path(data).is_dir() else None
-    source = load_data(data, size=size, mean=numbers_of(mean), std=numbers_of(std), seed=seed) if data else None
-    loaded = load(path, factory, shape, trust_pickle, sample=source.sample_shape if source else None)
+    loaded, source = load_with_data(path, factory, data, input_shape=input_shape, mean=mean, std=std, trust_pickle=trust_pickle, seed=seed)
     recipe = _recipe(preset, api.trainable(source), {
         "epochs": epochs, "distill": distill, "optimizer": optimizer, "lr": lr, "batch_size": batch_size, "ema_decay": ema_decay,
         "label_smoothing": label_smoothing, "mixup": mixup, "cutmix": cutmix, "feature_weight": feature_weight, "precision": precision,
@@ -180,7 +177,10 @@ def demo(
     out: Annotated[Path, typer.Option(help="folder for both runs")] = Path("runs/demo"),
     as_json: AsJson = False,
 ) -> None:
-    """The main job on data and a small network that need no download: train, compress for rpi4 and for this machine, report."""
+    """The main job on data and a network that need no download.
+
+    It trains a small network on scikit-learn's digits, compresses it for rpi4 and for this machine, and writes the reports.
+    """
     from edgeprune.demo import run_demo, summary
 
     must_be_writable(out)
@@ -252,11 +252,14 @@ def _spent(result: Result, seconds: float) -> str:
 
 
 def _gate(result: Result) -> None:
+    from edgeprune.report import exact, label
+
     missed = [b for b in result.facts["budgets"] if not b["met"]]
     if missed:
         worst = missed[0]
+        reached, asked = (exact(worst[side], worst["unit"]) for side in ("reached", "asked"))
         noise = " or try again on a quieter machine" if worst["name"] == "latency_ms" and worst["basis"] == "measured" else ""
         raise GateError(
-            f"the finished artifact misses the budget: {worst['name']} is {worst['reached']:.6g}, asked for {worst['asked']:.6g}. All "
+            f"the finished artifact misses the budget: {label(worst['name'])} {reached}, asked for at most {asked}. All "
             f"files are in {result.folder}; ask for a little less than you need{noise}."
         )

@@ -1,16 +1,29 @@
-"""A predicted cost in words: the table of layers and what stands below it."""
+"""What `profile` prints of a board that is not attached: the predicted cost, as a table of layers and what stands below it."""
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from typing import TYPE_CHECKING
 
 import typer
 
-from edgeprune.terminal import print_table
+from edgeprune.terminal import print_json, print_table
 
 if TYPE_CHECKING:
     from edgeprune.device.card import Device
     from edgeprune.device.cost import Cost, Estimate
+    from edgeprune.load import LoadedModel
+
+
+def predicted(loaded: LoadedModel, target: Device, as_json: bool) -> None:
+    """The predicted cost of a network, in words or as JSON."""
+    from edgeprune.api import predict
+
+    cost = predict(loaded.model, loaded.example_inputs, target)
+    if as_json:
+        print_json(asdict(cost))
+    else:
+        print_cost(cost, target)
 
 
 def print_cost(cost: Cost, device: Device) -> None:

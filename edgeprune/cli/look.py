@@ -8,14 +8,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from edgeprune.cli.costs import print_cost
 from edgeprune.cli.options import AsJson, Factory, Model, Shape, TrustPickle, load, shape_of
 from edgeprune.terminal import print_json, print_table
 
 if TYPE_CHECKING:
-    from edgeprune.device.card import Device
     from edgeprune.graph import ChannelGraph
-    from edgeprune.load import LoadedModel
 
 NAMED = 4  # parameter axes that a line names
 
@@ -28,7 +25,10 @@ def inspect(
     trust_pickle: TrustPickle = False,
     as_json: AsJson = False,
 ) -> None:
-    """The groups of channels that can go, what each weighs, what stays and why, and how much can go at all."""
+    """The groups of channels that can go, and what stays and why.
+
+    With what each group weighs, and how much of the network can go at all.
+    """
     from edgeprune.graph.trace import trace
     from edgeprune.report import quantity
 
@@ -42,7 +42,8 @@ def inspect(
     print_table(["group", "channels", "parameter axes", "MACs", "of all", "parameters", "of all"], rows)
     macs, params = (math.floor(1000 * share) / 10 for share in graph.prunable)  # 99.98% must not read as everything
     typer.echo(
-        f"\n{quantity(graph.macs)} MACs, {quantity(graph.params)} parameters, {len(graph.groups)} group(s) of channels can shrink\n"
+        f"\n{quantity(graph.macs)} MACs, {quantity(graph.params)} parameters, "
+        f"{len(graph.groups)} {'group' if len(graph.groups) == 1 else 'groups'} of channels can shrink\n"
         f"With one channel left in every group, {macs}% of the MACs and {params}% of the parameters are gone: no plan removes more.\n"
         "A group's figures are what goes with all of it alone; a layer between two groups counts for both, so shares exceed 100%."
     )
@@ -55,19 +56,6 @@ def inspect(
         print_table(
             ["reason", "parameter axes", "which"], [[why, len(axes), _some(axes)] for why, axes in found["frozen_by_reason"].items()]
         )
-
-
-def predicted(loaded: LoadedModel, target: Device, as_json: bool) -> None:
-    """The predicted cost of a network on a board that is not attached, layer by layer: what `profile` prints then."""
-    from dataclasses import asdict
-
-    from edgeprune.api import predict
-
-    cost = predict(loaded.model, loaded.example_inputs, target)
-    if as_json:
-        print_json(asdict(cost))
-        return
-    print_cost(cost, target)
 
 
 def criteria(as_json: AsJson = False) -> None:

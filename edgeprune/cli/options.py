@@ -14,6 +14,7 @@ import typer
 from edgeprune.errors import UsageError
 
 if TYPE_CHECKING:
+    from edgeprune.data import Data
     from edgeprune.load import LoadedModel
 
 
@@ -52,6 +53,8 @@ Config = Annotated[
 Model = Annotated[
     Path, typer.Argument(metavar="MODEL", help="a state dict (.pt, .pth, .th, .safetensors; with --model) or an exported program (.pt2)")
 ]
+ModelOrArtifact = Annotated[Path, typer.Argument(metavar="MODEL_OR_ARTIFACT", help="a model, or an artifact (.onnx, .tflite)")]
+BoardName = Annotated[str, typer.Argument(metavar="NAME", help="a board or profile of `edgeprune device list`")]
 Factory = Annotated[
     str | None,
     typer.Option("--model", help="builds the network of a state dict: pkg.mod:function, file.py:function, timm:NAME or torchvision:NAME"),
@@ -74,6 +77,19 @@ def load(path: Path, factory: str | None, shape: tuple[int, ...] | None, trust_p
     from edgeprune.load import load_model
 
     return load_model(path, factory=factory, input_shape=shape, sample_shape=sample, trust_pickle=trust_pickle)
+
+
+def load_with_data(
+    path: Path, factory: str | None, data: str | None, *, input_shape: str | None, mean: str | None, std: str | None, trust_pickle: bool,
+    seed: int = 0,
+) -> tuple[LoadedModel, Data | None]:  # fmt: skip
+    """The network, and the images of --data if there are some: as large as --input-shape says, which else is theirs."""
+    from edgeprune.data import load_data
+
+    shape = shape_of(input_shape)
+    size = (shape[2], shape[3]) if shape and len(shape) == 4 and data and Path(data).is_dir() else None
+    source = load_data(data, size=size, mean=numbers_of(mean), std=numbers_of(std), seed=seed) if data else None
+    return load(path, factory, shape, trust_pickle, sample=source.sample_shape if source else None), source
 
 
 def must_be_writable(folder: Path) -> None:
@@ -106,18 +122,26 @@ def limits_of(given: Mapping[str, str | None]) -> list[dict[str, float]]:
     found: dict[str, list[float]] = {}
     for name, text in given.items():
         scale = 1e6 if name.endswith("_bytes") else 1.0
-        option = "--" + name.replace("_bytes", "_mb").replace("_", "-")
         try:
             values = [scale * float(part) for part in text.split(",")] if text is not None else []
         except ValueError:
-            raise typer.BadParameter(f"{text!r} is no number, nor several with commas between them.", param_hint=f"'{option}'") from None
+            raise typer.BadParameter(
+                f"{text!r} is no number, nor several with commas between them.", param_hint=f"'{_option(name)}'"
+            ) from None
         if values:
             found[name] = values
+    if not found:
+        raise UsageError(f"no budget given: set at least one of {', '.join(map(_option, given))}.")
     counts = {len(values) for values in found.values()} - {1}
     if len(counts) > 1:
         raise UsageError(f"limits with several values must have equally many, got {' and '.join(map(str, sorted(counts)))}.")
     several = counts.pop() if counts else 1
     return [{name: values[n if len(values) > 1 else 0] for name, values in found.items()} for n in range(several)]
+
+
+def _option(figure: str) -> str:
+    """The option that limits a figure."""
+    return "--" + figure.replace("_bytes", "_mb").replace("_", "-")
 
 
 def numbers_of(text: str | None) -> tuple[float, ...] | None:

@@ -17,7 +17,10 @@ def report(
     folders: Annotated[list[Path], typer.Argument(metavar="RUN…", help="a run folder; of several a comparison is written")],
     out: Annotated[Path, typer.Option("--out", help="folder of the comparison")] = Path("runs/comparison"),
 ) -> None:
-    """Write report.html and report.md of a finished run again, or one that compares several runs."""
+    """The report of a finished run again, or one of several runs.
+
+    Writes report.html and report.md; of several runs, a comparison.
+    """
     from jinja2 import TemplateError
 
     from edgeprune.report import write

@@ -3,8 +3,8 @@
 A card says what the board is (with the source of each fact) and holds one or more profiles, keyed by runtime, threads, precision
 and clock; runtime and clock matter as much as the board. A profile's constants are fitted by benchmarks/cost_models.py, which
 also writes the error they had on held-out networks: no profile without a fit. A card without any profile can be measured, once a
-board is attached, but predicts nothing. Cards are data: outsiders add a board by adding a
-file, here or in their own config folder, and a key that nobody reads is refused rather than ignored.
+board is attached, but predicts nothing. Cards are data: outsiders add a board by adding a file, here or in their own config folder,
+and a key that nobody reads is refused rather than ignored.
 """
 
 from __future__ import annotations

@@ -34,7 +34,8 @@ class Energy:
     """Energy of one inference in mJ: median over trials with the smallest and largest, total and net of idling.
 
     `scope` says what the sensor covers (board, module or rail). `calibrated_mj`: the total after a published fit of the sensor's sum
-    to the board's supply, where there is one. `samples`: in the trial that had the fewest.
+    to the board's supply, where there is one. `samples`: in the trial that had the fewest. `trace`: every sample as (seconds since the
+    first idle window began, mW).
     """
 
     total_mj: float
@@ -50,6 +51,12 @@ class Energy:
     scope: str
     trials: int
     samples: int
+    trace: tuple[tuple[float, float], ...] = ()
+
+    @staticmethod
+    def from_json(text: Mapping[str, Any]) -> Energy:
+        """The inverse of dataclasses.asdict, through JSON; files of before the trace was kept have none."""
+        return Energy(**{**text, "trace": tuple((s, mw) for s, mw in text.get("trace", ()))})
 
 
 def energy_on(
@@ -147,6 +154,9 @@ def integrated(samples: Sequence[Sequence[float]], windows: Sequence[Mapping[str
         scope=source["scope"],
         trials=len(runs),
         samples=min(counts[1::2]),
+        trace=tuple(
+            (round(s, 3), round(p, 1)) for s, p in zip(((at_ns - windows[0]["start_ns"]) / 1e9).tolist(), mw.tolist(), strict=True)
+        ),
     )
 
 

@@ -125,6 +125,12 @@ class Measurement:
             return Figure(grown, grown, grown, "what the largest process had beyond the imported runtime")
         return None
 
+    @property
+    def temperatures_c(self) -> tuple[float, ...]:
+        """The hottest sensor before and after each process, in the order of the processes; empty where there is no sensor."""
+        states = (state[when].get("temperatures_c") for state in self.fingerprint.get("states", ()) for when in ("before", "after"))
+        return tuple(max(read) for read in states if read)
+
     def to_json(self) -> dict[str, Any]:
         """Plain values, for measurements.json."""
         return asdict(self) | {"process_medians_ms": list(self.process_medians_ms), "problems": list(self.problems)}
@@ -133,7 +139,10 @@ class Measurement:
     def from_json(text: Mapping[str, Any]) -> Measurement:
         """The inverse of `to_json`."""
         made: dict[str, Any] = {name: tuple(text[name]) for name in ("process_medians_ms", "problems")}
-        made |= {name: kind(**text[name]) for name, kind in (("parity", Parity), ("energy", Energy)) if text.get(name)}
+        if text.get("parity"):
+            made["parity"] = Parity(**text["parity"])
+        if text.get("energy"):
+            made["energy"] = Energy.from_json(text["energy"])
         return Measurement(**{**text, **made})
 
 

@@ -106,7 +106,7 @@ def changed(content: bytes) -> bool:
 
 
 def metadata_of(content: bytes) -> dict[str, str]:
-    """What `described` wrote, less nothing; empty for files of others."""
+    """What `described` wrote; empty for files of others."""
     model = unpacked(content)
     for entry in model.metadata or []:
         if entry.name == NAME:

@@ -21,10 +21,12 @@ from edgeprune.errors import ExportError, UsageError
 from edgeprune.export import Artifact, Runner, load_artifact, read_metadata
 from edgeprune.export.fold import as_args, frozen_copy
 from edgeprune.export.parity import answers, judged, probe_again
+from edgeprune.report import exact
 from edgeprune.run import hash_file, write_atomic, write_json
 
 ARTIFACTS, SAMPLES = "artifacts.json", "samples.safetensors"
-KEPT_SAMPLES = 4
+PARITY_SAMPLES = 32  # images that a new artifact is compared on
+KEPT_SAMPLES = 4  # of them, to compare it on again
 FP32_LIMIT = 1e-3  # relative; other machines round otherwise, a wrong network is off by far more
 SLACK_DB = 1.0  # what another machine's int8 kernels may cost
 
@@ -216,9 +218,8 @@ def _budget(folder: Path, manifest: Mapping[str, Any], artifacts: Sequence[Artif
         else:
             entry = recorded[name]
             met = entry.get("met", True) and entry["reached"] <= entry["asked"]  # a prediction meets nothing where a board is attached
-            yield Check(
-                f"budget: {name}", met, f"{entry['reached']:.6g}, asked for at most {entry['asked']:.6g} ({entry['basis']} by the run)"
-            )
+            reached, limit = (exact(entry[side], entry.get("unit")) for side in ("reached", "asked"))
+            yield Check(f"budget: {name}", met, f"{reached}, asked for at most {limit} ({entry['basis']} by the run)")
 
 
 def _json(path: Path) -> Any:

@@ -110,15 +110,15 @@ def opened(source: fx.GraphModule | ExportedProgram) -> Exported:
     meta = {"slimmed": module.meta.get("slimmed", []), "casts": module.meta.get("casts", False)}
     tensors = dict([*module.named_parameters(remove_duplicate=False), *module.named_buffers(remove_duplicate=False)])
     for node in list(graph.nodes):
-        if node.target == "_guards_fn" or (_name(node) in _CHECKS):
+        if node.target == "_guards_fn" or (operation(node) in _CHECKS):
             graph.erase_node(node)
         elif node.op == "get_attr" and node.target not in tensors:
             tensors[node.target] = operator.attrgetter(node.target)(module)
-        elif _name(node) == "to":
+        elif operation(node) == "to":
             meta["casts"] |= _cast_to_own_type(node, tensors)
         elif node.target is aten.view.default:  # the same, and works on any memory format
             node.target = aten.reshape.default
-        elif _name(node) == "_native_batch_norm_legit_no_training":
+        elif operation(node) == "_native_batch_norm_legit_no_training":
             _as_batch_norm(node)
     _follow_mode(graph)
     fixed = _fixed_batch(module)
@@ -146,12 +146,9 @@ def copy_graph(graph: fx.Graph) -> fx.Graph:
         return copy.deepcopy(graph)
 
 
-def _name(node: fx.Node) -> str:
+def operation(node: fx.Node) -> str:
     """The operation's name without its overload; empty for nodes that are no operation."""
     return node.target.__name__.split(".")[0] if isinstance(node.target, torch._ops.OpOverload) else ""
-
-
-operation = _name
 
 
 def _cast_to_own_type(node: fx.Node, tensors: dict[str, Any]) -> bool:
@@ -169,14 +166,14 @@ def _follow_mode(graph: fx.Graph) -> None:
     """Batch norm and dropout read the module's own flag instead of the constant that was true at export."""
     mode = None
     for node in list(graph.nodes):
-        position = _TRAINING_FLAG.get(_name(node))
+        position = _TRAINING_FLAG.get(operation(node))
         if position is None or len(node.args) <= position or node.args[position] is not False:
             continue
         if mode is None:
             with graph.inserting_before(next(iter(graph.nodes))):
                 mode = graph.create_node("get_attr", "training", name="training")
         node.update_arg(position, mode)
-        if _name(node) == "batch_norm" and node.args[6] == 0.0:
+        if operation(node) == "batch_norm" and node.args[6] == 0.0:
             node.update_arg(6, 0.1)  # export writes 0 for a cumulative average: the statistics would never move
 
 
@@ -218,7 +215,7 @@ def _with_free_batch(graph: fx.Graph, tensors: dict[str, Any]) -> Exported | Non
             depends.add(node)
             made_from[node] = node.args
     for node in list(made_from):
-        position = _TAKES_SIZES.get(_name(node))
+        position = _TAKES_SIZES.get(operation(node))
         asked = node.args[position] if position is not None else ()
         if asked and asked[0] == size and _starts_with(node, size) and (_starts_with(node.args[0], size) or position is None):
             node.update_arg(position, [batch, *asked[1:]])

@@ -14,7 +14,7 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as to_bytes
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from edgeprune.errors import ModelError
 from edgeprune.graph.exported import Exported, opened
@@ -39,7 +39,7 @@ def save(module: nn.Module, path: str | Path, *, plan: Plan | None = None, examp
     path = Path(path)
     if path.suffix == ".pt2":
         return save_program(module, path, example_inputs)
-    recipe = {"format": FORMAT, "edgeprune": product_version(), "class": f"{type(module).__module__}.{type(module).__qualname__}"}
+    recipe = {"format": FORMAT, "edgeprune": product_version(), "class": _class_of(module)}
     if plan is not None:
         recipe["plan"] = json.dumps(plan.to_json())
     if isinstance(module, (Exported, Symbolic)):
@@ -74,6 +74,12 @@ def load(path: str | Path, *, model: nn.Module | None = None) -> nn.Module:
         )
     resize(small, tensors)
     return small
+
+
+def _class_of(module: nn.Module) -> str:
+    """The name of its class; torch.fx makes a nameless one of its own for every network."""
+    named = type(module).__mro__[1] if isinstance(module, fx.GraphModule) else type(module)
+    return f"{named.__module__}.{named.__qualname__}"
 
 
 def _slimmed_again(model: nn.Module, steps: list[dict[str, Any]], tensors: Mapping[str, Tensor]) -> nn.Module:

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from edgeprune.errors import SlimError
@@ -23,6 +23,7 @@ from edgeprune.graph.exported import Exported
 from edgeprune.graph.running import Observer, evaluating, tensors_in
 from edgeprune.graph.sizes import Stuck
 from edgeprune.graph.slim import borrowed, named_tensors, removed_positions, resize, slim_exported, with_numbers
+from edgeprune.graph.symbolic import Located
 from edgeprune.plan import Plan
 
 # Rough figures of one core of a desktop: they only decide which of two ways to the same answer is tried first.
@@ -113,22 +114,13 @@ def stuck(network: Exported, graph: ChannelGraph, inputs: tuple[Any, ...]) -> St
         small = slim_exported(network, graph, _fewer(graph), borrow=True)
     except Stuck as problem:
         return problem
-    run = _Run(small)
+    run = Located(small)
     try:
         with torch.no_grad():
             run.run(*inputs)
     except (RuntimeError, ValueError, IndexError, TypeError):
         return Stuck(run.at.name, str(run.at.target))
     return None
-
-
-class _Run(fx.Interpreter):
-    """Runs a graph and knows where it is."""
-
-    def run_node(self, n: fx.Node) -> Any:
-        """The node's result, as ever."""
-        self.at = n
-        return super().run_node(n)
 
 
 def _fewer(graph: ChannelGraph) -> Plan:

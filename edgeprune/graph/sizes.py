@@ -21,7 +21,7 @@ from edgeprune.graph.labels import varies
 from edgeprune.graph.rules import Labelled, Weight, axis_labels
 from edgeprune.graph.running import tensors_in
 
-Kept = NDArray[np.bool_]
+Stays = NDArray[np.bool_]
 
 # Where the sizes of the result stand among the arguments.
 _RESULT = {
@@ -126,12 +126,12 @@ def _axes(name: str, sizes: tuple[Labelled, int | None]) -> list[tuple[str, int,
     return [(name, d, axis_labels(labels, d % ndim)) for d in asked if d % ndim in long]
 
 
-def rewrite(network: Exported, kept: Mapping[tuple[str, int], Kept]) -> None:
+def rewrite(network: Exported, kept: Mapping[tuple[str, int], Stays]) -> None:
     """Put the numbers of a slim network into its graph, in place. `kept[node, axis]`: which positions stay, (n,).
 
     Raises Stuck for an operation that cannot say its new size.
     """
-    axes: dict[str, dict[int, Kept]] = {}
+    axes: dict[str, dict[int, Stays]] = {}
     for (name, axis), stays in kept.items():
         if not stays.all():
             axes.setdefault(name, {})[axis] = stays
@@ -141,7 +141,7 @@ def rewrite(network: Exported, kept: Mapping[tuple[str, int], Kept]) -> None:
     network.recompile()
 
 
-def _rewrite_node(node: fx.Node, name: str, axes: Mapping[int, Kept]) -> None:
+def _rewrite_node(node: fx.Node, name: str, axes: Mapping[int, Stays]) -> None:
     if name in _RESULT:
         sizes = _resized(node, list(node.args[_RESULT[name]]), axes)  # type: ignore[arg-type]  # a list of sizes
         node.update_arg(_RESULT[name], sizes)
@@ -164,7 +164,7 @@ def _rewrite_node(node: fx.Node, name: str, axes: Mapping[int, Kept]) -> None:
         node.target, node.args, node.kwargs = aten.split_with_sizes.default, (node.args[0], counts, axis), {}
 
 
-def _resized(node: fx.Node, sizes: list[Any], axes: Mapping[int, Kept]) -> list[Any]:
+def _resized(node: fx.Node, sizes: list[Any], axes: Mapping[int, Stays]) -> list[Any]:
     """Numbers become what stays; a size that is computed from the batch is left to torch (-1), once per operation."""
     for axis, stays in axes.items():
         if isinstance(sizes[axis], int):
@@ -176,7 +176,7 @@ def _resized(node: fx.Node, sizes: list[Any], axes: Mapping[int, Kept]) -> list[
     return sizes
 
 
-def _rewrite_pad(node: fx.Node, axes: Mapping[int, Kept]) -> None:
+def _rewrite_pad(node: fx.Node, axes: Mapping[int, Stays]) -> None:
     """What is in front of an axis and behind it; the axis itself brings its size along."""
     amounts: list[Any] = list(node.args[1])  # type: ignore[arg-type]  # a list of sizes
     for axis, stays in axes.items():
@@ -186,7 +186,7 @@ def _rewrite_pad(node: fx.Node, axes: Mapping[int, Kept]) -> None:
     node.update_arg(1, amounts)
 
 
-def _rewrite_cut(node: fx.Node, name: str, axis: int, stays: Kept) -> None:
+def _rewrite_cut(node: fx.Node, name: str, axis: int, stays: Stays) -> None:
     start, end = (node.args[i] if len(node.args) > i else None for i in (2, 3))
     if any(isinstance(place, fx.Node) for place in (start, end)):
         raise Stuck(node.name, str(node.target))

@@ -20,7 +20,7 @@ from torch import fx, nn
 from edgeprune.graph.channels import WrittenAxis
 from edgeprune.graph.running import Observer, evaluating, first_line, operation_name, quiet_torch
 
-Kept = NDArray[np.bool_]
+Stays = NDArray[np.bool_]
 
 _SPLITS = ("split", "split_with_sizes", "chunk", "unsafe_split", "unsafe_chunk")
 _FILLS = {**dict.fromkeys(("zeros", "ones", "full"), 0), **dict.fromkeys(("new_zeros", "new_ones", "new_full"), 1)}
@@ -110,7 +110,7 @@ def located(model: nn.Module, inputs: tuple[Any, ...], keys: Collection[str]) ->
     if not _same_while_training(model, written, opened):
         raise Unwritable("its code does something else while it trains")
     nodes: dict[str, str] = {}
-    run = _Run(written)
+    run = Located(written)
     again = _Dispatched(lambda key: nodes.update({key: run.at.name}) if key in keys else None)
     try:
         with torch.no_grad(), evaluating(written), again:
@@ -130,7 +130,7 @@ def _hooks(module: nn.Module, name: str, inside: list[str]) -> tuple[Any, Any]:
     )
 
 
-class _Run(fx.Interpreter):
+class Located(fx.Interpreter):
     """Runs a graph and knows where it is."""
 
     def run_node(self, n: fx.Node) -> Any:
@@ -157,7 +157,7 @@ class _Dispatched(Observer):
         return func(*args, **(kwargs or {}))
 
 
-def renumber(network: Symbolic, axes: Iterable[tuple[WrittenAxis, Kept]]) -> None:
+def renumber(network: Symbolic, axes: Iterable[tuple[WrittenAxis, Stays]]) -> None:
     """Put other numbers into a forward, in place: which positions of each axis stay, (n,). Raises Unwritable where a node takes none."""
     nodes = {node.name: node for node in network.graph.nodes}
     for axis, stays in axes:

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
@@ -31,8 +32,8 @@ METHODS: tuple[Method, ...] = get_args(Method)
 class BitPlan:
     """`layers[name]` is the precision of a layer; a layer that is not named stays fp32.
 
-    `channels[name]`: the bits of each output channel of an int8 layer, (channels,), each one of CHANNEL_BITS; layers without an
-    entry have 8 everywhere. Raises UsageError for anything else.
+    `channels[name]`: the bits of each output channel of an int8 layer, (channels,), each 2 to 8 (those chosen here are of CHANNEL_BITS);
+    layers without an entry have 8 everywhere. Raises UsageError for anything else.
     """
 
     layers: Mapping[str, Precision]
@@ -46,7 +47,7 @@ class BitPlan:
             if self.layers.get(name) != "int8":
                 raise UsageError(f"the channels of {name} have bits of their own, so the layer must be int8, not {self.precision(name)}.")
             if odd := [b for b in bits if not 2 <= b <= 8]:
-                raise UsageError(f"the bits of a channel must be one of {CHANNEL_BITS}, got {odd[0]!r} in {name}.")
+                raise UsageError(f"the bits of a channel must be 2 to 8, got {odd[0]!r} in {name}.")
 
     def precision(self, layer: str) -> Precision:
         """The precision of a layer."""
@@ -56,7 +57,7 @@ class BitPlan:
         """Bits per weight over the layers of `weights`, shapes with the output channels first."""
         bits = total = 0.0
         for name, shape in weights.items():
-            per_channel = _product(shape[1:])
+            per_channel = math.prod(shape[1:])
             widths = self.channels.get(name) or (WEIGHT_BITS[self.precision(name)],) * shape[0]
             bits += per_channel * sum(widths)
             total += per_channel * shape[0]
@@ -75,10 +76,3 @@ class BitPlan:
     def sha256(self) -> str:
         """Hash of the plan, the same for equal plans; written into artifacts."""
         return hashlib.sha256(json.dumps(self.to_json(), sort_keys=True).encode()).hexdigest()
-
-
-def _product(shape: tuple[int, ...]) -> int:
-    total = 1
-    for length in shape:
-        total *= length
-    return total

@@ -43,6 +43,7 @@ def write(result: dict[str, Any], folder: Path) -> tuple[Path, Path]:
         "result": facts,
         "headline": headline(facts),
         "frozen": _by_reason(facts.get("frozen") or []),
+        "bits": next((bits for a in facts.get("artifacts") or [] if (bits := a.get("bits"))), {}),
         # A script runs only with this mark, which a name in the model cannot guess: it would have to contain its own hash.
         "nonce": hashlib.sha256(repr(facts).encode(errors="backslashreplace")).hexdigest()[:32],
         "plotly_js": get_plotlyjs(),
@@ -100,6 +101,12 @@ def quantity(value: object, unit: str | None = "") -> str:
     while abs(value) >= 999.95 and step < len(scale) - 1:
         value, step = value / 1000, step + 1
     return " ".join(part for part in (_digits(value), scale[step], "" if unit == "bytes" else unit) if part)
+
+
+def exact(value: float, unit: str | None = "") -> str:
+    """A figure with all the digits that may decide whether a limit holds: 24,293,888, 29.9871 ms."""
+    digits = f"{value:,.0f}" if abs(value) >= 1e4 else f"{value:.6g}"
+    return f"{digits} {unit}" if unit else digits
 
 
 def change(before: object, after: object, unit: str | None = "") -> str:

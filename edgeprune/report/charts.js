@@ -28,9 +28,7 @@
     return (name) => style.getPropertyValue(`--${name}`).trim();
   };
 
-  const draw = (id, make) => {
-    const box = document.getElementById(id);
-    if (!box) return;
+  const draw = (box, make) => {
     const color = paint();
     const { traces, layout } = make(color, box.clientWidth < 520);
     const axis = { automargin: true, gridcolor: color("line"), linecolor: color("line"), zeroline: false, fixedrange: true, tickfont: { color: color("muted") } };
@@ -39,10 +37,10 @@
       paper_bgcolor: "rgba(0,0,0,0)", plot_bgcolor: "rgba(0,0,0,0)", showlegend: false, dragmode: false, height: 280,
       margin: { l: 8, r: 12, t: 12, b: 8 },
       hoverlabel: { bgcolor: color("surface"), bordercolor: color("line"), font: { family: getComputedStyle(document.body).fontFamily, color: color("text"), size: 13 }, align: "left" },
-      ...layout,
+      width: box.clientWidth, ...layout,
       xaxis: { ...axis, ...layout.xaxis }, yaxis: { ...axis, ...layout.yaxis },
     };
-    Plotly.react(box, traces, whole, { displayModeBar: false, responsive: true, doubleClick: "reset" });
+    Plotly.react(box, traces, whole, { displayModeBar: false, doubleClick: "reset" });
   };
 
   const steps = (color, narrow) => {
@@ -77,18 +75,20 @@
     return { range: [low - room, high + room] };
   };
 
-  const groups = (color, narrow) => {
-    const all = facts.groups, named = all.length <= NAMED_ROWS, place = all.map((_, i) => i);
+  // What every layer had and what is left of it. `told`: the words beside a bar; `hover`: those of it when pointed at; `axis`, `what`: what
+  // the lengths are, and of what; `room`: share of the width, of a narrow page and another one, for the words beside the longest bar.
+  const bars = (all, before, after, { told, hover, axis, what, room = [0.34, 0.12] }) => (color, narrow) => {
+    const named = all.length <= NAMED_ROWS, place = all.map((_, i) => i);
     const mouse = matchMedia("(pointer: fine)").matches; // dragging zooms with a mouse; on a touch screen it goes on scrolling the page
-    const dense = all.map((g) => g.channels), kept = all.map((g) => g.kept);
-    const label = (g) => `${wrap(g.name, 36)}<br>${g.kept} of ${g.channels} channels` + (g.channels ? ` (${Math.round((100 * g.kept) / g.channels)}%)` : "");
-    const names = { tickvals: place, ticktext: all.map((g) => shorten(g.name, narrow ? 16 : 34)), range: [all.length - 0.4, -0.6], showgrid: false };
-    const numbers = { range: [0, Math.max(...dense) * (named ? (narrow ? 1.34 : 1.12) : 1.04)], rangemode: "tozero", nticks: narrow ? 4 : 8 };
+    const dense = all.map(before), kept = all.map(after);
+    const label = (entry) => `${wrap(entry.name, 36)}<br>${hover(entry)}`;
+    const names = { tickvals: place, ticktext: all.map((entry) => shorten(entry.name, narrow ? 16 : 34)), range: [all.length - 0.4, -0.6], showgrid: false };
+    const numbers = { range: [0, Math.max(...dense, ...kept) * (named ? 1 + room[narrow ? 0 : 1] : 1.04)], rangemode: "tozero", nticks: narrow ? 4 : 8 };
     return {
       traces: named
         ? [
             { type: "bar", x: dense, y: place, orientation: "h", hoverinfo: "skip", marker: { color: "rgba(0,0,0,0)", line: { color: color("ghost"), width: 1.5 } },
-              text: all.map((g) => (g.kept === g.channels ? ` all ${g.channels}` : ` ${g.kept} of ${g.channels}`)), textposition: "outside", textfont: { color: color("muted"), size: 11 }, cliponaxis: false },
+              text: all.map((entry) => ` ${plain(told(entry))}`), textposition: "outside", textfont: { color: color("muted"), size: 11 }, cliponaxis: false },
             { type: "bar", x: kept, y: place, orientation: "h", hoverinfo: "text", hovertext: all.map(label), textposition: "none", marker: { color: color("accent") } },
           ]
         : [
@@ -99,10 +99,23 @@
       layout: named
         ? { barmode: "overlay", bargap: 0.35, height: 24 * all.length + 56, hovermode: "y", xaxis: numbers, yaxis: names }
         : { height: 340, hovermode: "x", dragmode: mouse ? "zoom" : false,
-            xaxis: { title: { text: `groups in network order${mouse ? " (drag to zoom, double-click to go back)" : ""}`, standoff: 8 }, showgrid: false, showticklabels: false, range: [-0.5, all.length - 0.5], fixedrange: !mouse },
-            yaxis: { ...numbers, title: { text: "channels" } } },
+            xaxis: { title: { text: `${what} in network order${mouse ? " (drag to zoom, double-click to go back)" : ""}`, standoff: 8 }, showgrid: false, showticklabels: false, range: [-0.5, all.length - 0.5], fixedrange: !mouse },
+            yaxis: { ...numbers, title: { text: axis } } },
     };
   };
+  const groups = bars(facts.groups, (g) => g.channels, (g) => g.kept, {
+    told: (g) => (g.kept === g.channels ? `all ${g.channels}` : `${g.kept} of ${g.channels}`),
+    hover: (g) => `${g.kept} of ${g.channels} channels` + (g.channels ? ` (${Math.round((100 * g.kept) / g.channels)}%)` : ""),
+    axis: "channels", what: "groups",
+  });
+  const digits = (value) => (known(value) ? value.toPrecision(3) : "not given");
+  const layers = bars(facts.layers, (l) => l.before_ms, (l) => l.after_ms, {
+    told: (l) => (l.after_ms === l.before_ms ? `${digits(l.before_ms)} ms` : `${digits(l.after_ms)} of ${digits(l.before_ms)} ms`),
+    hover: (l) => `${plain(l.kind)}<br>${digits(l.after_ms)} ms, dense ${digits(l.before_ms)} ms`, axis: "ms", what: "layers", room: [0.9, 0.2],
+  });
+  const bits = bars(Object.entries(facts.bits).map(([name, count]) => ({ name, count })), () => 32, (b) => b.count, {
+    told: (b) => String(b.count), hover: (b) => `${b.count} bits a weight`, axis: "bits", what: "layers",
+  });
 
   const line = (x, y, color, name, extra) => ({ x, y, name, mode: "lines+markers", line: { color, width: 2 }, marker: { size: x.length > 40 ? 3 : 6, color }, ...extra });
   const epochs = () => facts.curve.map((e) => e.epoch);
@@ -110,7 +123,7 @@
   const loss = (color) => ({
     traces: [
       line(epochs(), facts.curve.map((e) => e.train_loss), color("accent"), "training"),
-      line(epochs(), facts.curve.map((e) => e.val_loss), color("second"), "held out"),
+      line(epochs(), facts.curve.map((e) => e.val_loss), color("second"), "held-out images"),
     ],
     layout: { hovermode: "x unified", xaxis: epochAxis, yaxis: { hoverformat: ".4f", nticks: 6 } },
   });
@@ -135,6 +148,17 @@
       },
     };
   };
+
+  const sensed = (what, axes) => (color) => ({
+    traces: facts.sensors.filter((s) => s[what].length).map((s) => {
+      const points = s[what].map((read, i) => (Array.isArray(read) ? read : [1 + Math.floor(i / 2) + (i % 2 ? 0.3 : -0.3), read])); // before and after a process
+      const paint = color(s.network === "dense" ? "second" : "accent");
+      return line(points.map((p) => p[0]), points.map((p) => p[1]), paint, plain(s.network), { hovertemplate: `%{y:.4g}${axes.yaxis.ticksuffix}` });
+    }),
+    layout: { hovermode: "x", ...axes },
+  });
+  const power = sensed("power_mw", { xaxis: { title: { text: "seconds", standoff: 8 }, showgrid: false }, yaxis: { ticksuffix: " mW", nticks: 6 } });
+  const temperature = sensed("temperatures_c", { xaxis: { title: { text: "process", standoff: 8 }, dtick: 1, showgrid: false }, yaxis: { ticksuffix: " °C", nticks: 6 } });
 
   const pareto = (color) => {
     const shown = facts.points.filter((p) => known(p.latency)).sort((a, b) => a.latency - b.latency), judged = shown.some((p) => known(p.accuracy));
@@ -161,16 +185,16 @@
     layout: { xaxis: { title: { text: "candidates judged", standoff: 8 } }, yaxis: { title: { text: "best loss so far" }, nticks: 6 } },
   });
 
-  const all = () => {
-    draw("chart-steps", steps);
-    draw("chart-groups", groups);
-    draw("chart-loss", loss);
-    draw("chart-val", val);
-    draw("chart-rounds", rounds);
-    draw("chart-pareto", pareto);
-    draw("chart-search", search);
+  const charts = { steps, groups, layers, bits, loss, val, rounds, power, temperature, pareto, search };
+  const widths = new Map();
+  const redraw = (box) => {
+    widths.set(box, box.clientWidth);
+    draw(box, charts[box.id.replace("chart-", "")]);
   };
-  all();
-  matchMedia("(prefers-color-scheme: dark)").addEventListener("change", all);
-  matchMedia("(max-width: 600px)").addEventListener("change", all);
+  const boxes = [...document.querySelectorAll(".chart")];
+  boxes.forEach(redraw);
+  matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => boxes.forEach(redraw));
+  // The box, not the window: it is what a chart must fit, whatever made it narrower.
+  const resized = new ResizeObserver((entries) => entries.filter((e) => e.target.clientWidth !== widths.get(e.target)).forEach((e) => redraw(e.target)));
+  boxes.forEach((box) => resized.observe(box));
 })();

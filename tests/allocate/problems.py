@@ -70,7 +70,7 @@ def between(graph: ChannelGraph, scores: Scores, share: float, *figures: str, ro
 
 
 def widths(graph: ChannelGraph, plan: Plan) -> Any:
-    return np.array([len(plan.keep[g.name]) for g in graph.groups])
+    return plan.widths(graph)
 
 
 def real_figures(name: str, plan: Plan) -> dict[str, float]:

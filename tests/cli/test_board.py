@@ -21,6 +21,13 @@ def test_devices(edgeprune: Command) -> None:
     assert edgeprune("device", "show", "rpi9").code == 4
 
 
+def test_devices_as_json(edgeprune: Command) -> None:
+    listed = json.loads(edgeprune("device", "list", "--json").out)
+    assert listed["rpi4-ort"]["board"] == "rpi4"
+    assert listed["rpi4-ort"]["figures"] == "predicted"
+    assert {name for name, entry in listed.items() if entry["figures"] == "measured"} == {"host-ort", "host-litert"}
+
+
 def test_boards_of_which_nothing_is_predicted_yet_say_so(edgeprune: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     shipped = Path(__file__).parents[2] / "devices" / "rpi4.toml"
     bare = shipped.read_text().split("# Written by")[0].replace('default_profile = "rpi4-ort"\n', "")

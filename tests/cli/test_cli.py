@@ -31,6 +31,16 @@ for words in {LIGHT!r}:
     assert "knapsack" in done.stdout
 
 
+def test_help_shows_whole_sentences() -> None:
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "COLUMNS": "80"}
+    for words in (["--help"], ["device", "--help"]):
+        command = [sys.executable, "-m", "edgeprune", *words]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+        commands = done.stdout.partition("Commands:\n")[2]
+        assert commands and "..." not in commands
+        assert done.stdout.startswith("Usage: edgeprune ")
+
+
 def test_the_module_is_the_command(tmp_path: Path) -> None:
     words = [sys.executable, "-m", "edgeprune", "device", "show", "rpi9"]
     environment = os.environ | {"PYTHONPATH": str(ROOT)}

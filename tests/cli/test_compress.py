@@ -151,7 +151,7 @@ def test_a_missed_budget_is_a_failed_gate(edgeprune: Command, monkeypatch: pytes
     done = edgeprune("compress", *QUICK, "--macs", "0.5", "--out", "run", "--json")
     assert done.code == 1
     assert json.loads(done.out)["met"] is False
-    assert "misses the budget: macs is 9e+09" in done.message
+    assert "misses the budget: MACs 9,000,000,000, asked for at most" in done.message
     assert "quieter machine" not in done.message
 
 
@@ -167,7 +167,7 @@ def test_an_impossible_budget_says_the_floor(edgeprune: Command, here: Path) -> 
 
 
 EARLY: list[tuple[list[str], int, str]] = [
-    (QUICK, 2, "no budget given"),
+    (QUICK, 2, "no budget given: set at least one of --latency-ms, --energy-mj"),
     ([*QUICK, "--macs", "0"], 2, "positive number"),
     ([*QUICK, "--macs", "nan"], 2, "positive number"),
     ([*QUICK, "--macs", "0.5", "--host", "127.0.0.1:1"], 4, "no connection to 127.0.0.1:1"),

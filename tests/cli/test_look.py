@@ -17,7 +17,7 @@ def test_inspect(edgeprune: Command) -> None:
     assert done.out.splitlines()[0].split() == ["group", "channels", "parameter", "axes", "MACs", "of", "all", "parameters", "of", "all"]
     dense = 64 * 27 * 16 + 64 * 9 * 16 * 16 + 16 * 9 * 16 * 32 + 32 * 3
     assert f"{100 * (dense - 96) / dense:.1f}%" in done.out.splitlines()[1]
-    assert "2 group(s) of channels can shrink" in done.out
+    assert "2 groups of channels can shrink" in done.out
     assert [line.split() for line in done.out.splitlines()[-1:]] == [["output", "of", "the", "network", "1", "head.weight[0]"]]
     assert "64, 32" not in done.out
     with_layers = edgeprune("inspect", *NET, "--input-shape", "1,3,8,8", "--layers")

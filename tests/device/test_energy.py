@@ -127,4 +127,5 @@ def test_goes_through_json_with_its_measurement() -> None:
     whole = Measurement(**figures, **counts, process_medians_ms=(1.0,), fingerprint={}, energy=found)  # type: ignore[arg-type]
     back = Measurement.from_json(json.loads(json.dumps(whole.to_json())))
     assert back == whole
+    assert (back.energy.trace[0], len(back.energy.trace)) == ((0.05, 2000.0), 300)  # type: ignore[union-attr]
     assert isinstance(back.energy, Energy)

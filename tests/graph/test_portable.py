@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -19,7 +20,7 @@ from edgeprune.errors import ModelError
 from edgeprune.graph.exported import Exported
 from edgeprune.graph.portable import load, save
 from edgeprune.graph.slim import slim
-from edgeprune.graph.symbolic import Symbolic
+from edgeprune.graph.symbolic import Symbolic, symbolic
 from edgeprune.graph.trace import trace
 from edgeprune.plan import Plan
 from tests.networks import NETWORKS, build, images, outputs, random_plan
@@ -108,6 +109,13 @@ def test_the_header_says_what_it_is_and_nothing_is_pickled(tmp_path: Path) -> No
     payload = sum(t.numel() * t.element_size() for t in small.state_dict().values())
     assert len(raw) == 8 + length + payload, "weights and the header, nothing else"
     assert not zipfile.is_zipfile(tmp_path / "x.safetensors")
+
+
+def test_the_header_names_a_class_that_there_is(tmp_path: Path) -> None:
+    written = symbolic(build("plain"), ())
+    written.meta["slimmed"] = []
+    with safe_open(save(written, tmp_path / "x.safetensors"), framework="pt") as tensors:
+        assert tensors.metadata()["class"] == "edgeprune.graph.symbolic.Symbolic"
 
 
 class Layers(nn.Module):

@@ -100,6 +100,19 @@ def full() -> Facts:
             {"step": "after fine-tuning", "accuracy": 0.9281, "images": 10_000},
         ],
         "groups": resnet_groups(),
+        "layers": [
+            {
+                "name": f"layer{s}.{b}.conv{c}",
+                "kind": "conv3x3",
+                "before_ms": 1.25 - 0.01 * b,
+                "after_ms": 0.625 + 0.02 * b,
+                "before_macs": 2_359_296,
+                "after_macs": 1_179_648,
+            }
+            for s in (1, 2, 3)
+            for b in range(9)
+            for c in (1, 2)
+        ],
         "curve": [
             {
                 "epoch": e,
@@ -115,6 +128,14 @@ def full() -> Facts:
             {"round": 1, "predicted_ms": 29.0, "measured_ms": 33.1, "low_ms": 32.5, "high_ms": 33.9, "correction": 1.14},
             {"round": 2, "predicted_ms": 29.4, "measured_ms": 29.6, "low_ms": 29.1, "high_ms": 29.9, "correction": 1.007},
         ],
+        "sensors": [
+            {
+                "network": name,
+                "power_mw": [[0.1 * n, 2100 + (extra if n // 100 % 2 else 0) + 7 * (n % 3)] for n in range(300)],
+                "temperatures_c": [start + n / 2 for n in range(6)],
+            }
+            for name, extra, start in (("dense", 2900, 48.312), ("compressed", 2400, 51.5))
+        ],
         "frozen": [
             {"parameter": "fc.weight[0]", "reason": "output of the network"},
             *({"parameter": f"layer{s}.{b}.conv2.weight[0]", "reason": "feeds a residual sum"} for s in (1, 2, 3) for b in range(9)),
@@ -128,6 +149,7 @@ def full() -> Facts:
                 "size_bytes": 1_790_233,
                 "parity_max_abs": 1.1e-6,
                 "parity_relative": 1.3e-7,
+                "bits": {f"layer{s}.0.conv1": 2 + 2 * s for s in (1, 2, 3)},
             },
         ],
         "proof": {"max_relative_error": 2e-15, "samples": 2, "dtype": "float64"},
@@ -184,6 +206,7 @@ def hostile() -> Facts:
         return f"{EVIL}<b>|`*_{value}" if isinstance(value, str) and value not in fixed else value
 
     poisoned: Facts = poison(full())
+    poisoned["artifacts"][0]["bits"] = {f"{EVIL}<b>|`*_{name}": count for name, count in full()["artifacts"][0]["bits"].items()}
     poisoned["environment"][EVIL] = "<img src=x onerror=alert(2)>"
     poisoned["groups"][0]["name"] = '</script><a href="javascript:alert(3)">%{x} &lt;b&gt;'
     return poisoned

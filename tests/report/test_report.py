@@ -71,6 +71,12 @@ def test_quantity(value: object, unit: str, words: str) -> None:
     assert report.quantity(value, unit) == words
 
 
+def test_exact_figures_tell_a_kept_limit_from_a_missed_one() -> None:
+    assert [report.exact(24_293_888, ""), report.exact(1_234_567, "bytes")] == ["24,293,888", "1,234,567 bytes"]
+    assert report.exact(29.9871, "ms") != report.exact(29.9872, "ms")
+    assert report.exact(0.5) == "0.5"
+
+
 def test_change_is_percent_or_points_and_empty_without_both() -> None:
     assert report.change(55.1, 28.1, "ms") == f"{MINUS}49%"
     assert report.change(100, 99, "") == f"{MINUS}1.0%"
@@ -106,7 +112,8 @@ def test_every_fact_is_in_both_files(tmp_path: Path) -> None:
     for fact in (
         "resnet56 for rpi4", "29.6 ms", "125.5 M", "61.5 M", "853.0 k", "3.45 MB", f"{MINUS}49%", "93.39%", "92.81%",
         "64.12%", "85.77%", f"{MINUS}0.58 points",
-        "26.4 ms to 29.6 ms", "layer3.8.conv1",
+        "26.4 ms to 29.6 ms", "layer3.8.conv1", "layer2.0.conv2", "conv3x3", "1.25 ms", "0.625 ms", "1.18 M",
+        "Bits, layer by layer", "Power and temperature",
         "33.1 ms", "32.5 ms to 33.9 ms", "fc.weight[0]", "Output of the network", "9f86d081884c7d65", "1.1e-06",
         "1.3e-07", "2.0e-15", "float64",
         "10,000 validation images, measured with torch", PREDICTED, "2 h 1 min", "10 min 5 s", "onnxruntime", "1.22.0",

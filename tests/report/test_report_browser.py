@@ -108,7 +108,7 @@ def test_a_browser_shows_it_without_complaint(tmp_path: Path, browser: Browser, 
     browser.show(html, width, 900, theme)
     browser.value("document.querySelectorAll('details').forEach((d) => d.open = true)")
     assert browser.value("document.documentElement.scrollWidth") == width
-    charts = 0 if make is minimal else 5
+    charts = 0 if make is minimal else 9
     assert browser.value("document.querySelectorAll('.chart').length") == charts
     assert browser.value("document.querySelectorAll('.chart .main-svg .trace').length") >= charts
     requests = [e["params"]["request"]["url"] for e in browser.events if e.get("method") == "Network.requestWillBeSent"]
@@ -145,3 +145,15 @@ def test_charts_follow_a_change_of_theme(tmp_path: Path, browser: Browser) -> No
     assert light.startswith("rgb")
     browser.call("Emulation.setEmulatedMedia", features=[{"name": "prefers-color-scheme", "value": "dark"}])
     browser.wait_for(f"{bar} !== {json.dumps(light)}")
+
+
+@pytest.mark.slow
+def test_charts_follow_the_width_of_their_box(tmp_path: Path, browser: Browser) -> None:
+    html, _ = report.write(full(), tmp_path)
+    browser.show(html, 1280, 900, "light")
+    drawn = "c.querySelector('.main-svg').getAttribute('width')"
+    fits = f"[...document.querySelectorAll('.chart')].every((c) => {drawn} === String(c.clientWidth))"
+    browser.wait_for(fits)
+    wide = browser.value("document.querySelector('.chart').clientWidth")
+    browser.value("document.querySelector('main').style.width = '360px'")  # the window stays as wide as it was
+    browser.wait_for(f"document.querySelector('.chart').clientWidth < {wide} && {fits}")
