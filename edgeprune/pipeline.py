@@ -328,7 +328,7 @@ class Pipeline:
                 if quantizer is not None:
                     write_json(self.run.path("bitplan.json"), quantizer.chosen.to_json() | {"facts": quantizer.facts})
             keep_samples(self.run.folder, model, job.example_inputs if batch is None else batch)
-            self.progress(what, len(job.formats), len(job.formats))
+            self.progress("exporting", len(job.formats), len(job.formats))
             return tuple(artifacts)
 
         def write(artifacts: tuple[Artifact, ...]) -> dict[str, Any]:
