@@ -327,5 +327,7 @@ class Evolution:
 def _widths_of(name: str, search: Search) -> Widths:
     """The widths that another allocator, which needs no images, chooses."""
     module = find("allocate", name, "allocator")
-    plan = module.allocate(search.graph, search.scores, search.budget, search.cost, None, rules=search.rules, normalise=search.normalise)
+    plan: Plan = module.allocate(
+        search.graph, search.scores, search.budget, search.cost, None, rules=search.rules, normalise=search.normalise
+    )
     return plan.widths(search.graph)
