@@ -127,7 +127,7 @@ def calibrate(
     if quick:
         return made
     steps = staircase(device, present, store=store, progress=progress)
-    return Fitted(with_staircase(made.profile, steps), made.held_out_ms, made.covered)
+    return Fitted(made.profile.model_copy(update={"staircase": steps}), made.held_out_ms, made.covered)
 
 
 def start(device: Device, precision: Precision | None = None) -> Profile:
@@ -151,22 +151,6 @@ def staircase(device: Device, present: Profile, *, store: Path, progress: Progre
     ms = dict(_measured(device, present, chosen, store, "widths", progress=progress))
     rows = {f"{k} {s}": tuple(ms[Probe(k, w, s, 3)] for w in STAIRCASE_WIDTHS) for k in STAIRCASE_KINDS for s in STAIRCASE_SIDES}
     return Staircase(widths=STAIRCASE_WIDTHS, latency_ms=rows, channel_multiple=best_multiple(STAIRCASE_WIDTHS, list(rows.values())))
-
-
-def with_staircase(profile: Profile, steps: Staircase) -> Profile:
-    """The profile with its staircase, and with the blocks of channels whose convolutions look like it (see cost.in_blocks).
-
-    The widths that were measured are inputs and outputs alike: blocks of both make steps twice as high as blocks of outputs alone.
-    """
-    widths, multiple = np.array(steps.widths, dtype=np.float64), steps.channel_multiple
-    rows = [np.array(row) for name, row in steps.latency_ms.items() if name.startswith("conv")]
-
-    def error(blocks: tuple[int, int]) -> float:
-        counted = np.prod([np.ceil(widths / block) * block for block in blocks], axis=0)
-        return sum(float(np.square(np.polyval(np.polyfit(counted, row, 1), counted) / row - 1).sum()) for row in rows)
-
-    read, made = min(((1, 1), (1, multiple), (multiple, multiple)), key=error)
-    return profile.model_copy(update={"staircase": steps, "input_block": read, "output_block": made})
 
 
 def best_multiple(widths: Sequence[int], rows: Sequence[Sequence[float]]) -> int:

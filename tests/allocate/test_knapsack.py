@@ -116,11 +116,11 @@ def test_a_latency_budget_takes_no_half_block_of_channels(exhaustive: int, monke
     monkeypatch.setattr(knapsack, "EXHAUSTIVE", exhaustive)
     graph = trace(nn.Sequential(*(nn.Conv2d(i, o, 3, padding=1) for i, o in ((3, 64), (64, 64), (64, 64)))), torch.zeros(1, 3, 32, 32))
     scores = Scores("x", {g.name: np.linspace(1, 2, g.channels) for g in graph.groups})
-    host = device("host-ort")
-    whole = host.constants.model_copy(update={"input_block": 1, "output_block": 1})
-    plain = replace(host, card=host.card.model_copy(update={"profiles": {"host-ort": whole}}))
+    plain = device("host-ort")
+    whole = plain.constants.model_copy(update={"input_block": 16, "output_block": 16})
+    blocks = replace(plain, card=plain.card.model_copy(update={"profiles": {"host-ort": whole}}))
     found = {}
-    for name, target in (("blocks", host), ("plain", plain)):
+    for name, target in (("blocks", blocks), ("plain", plain)):
         cost = CostModel(target)
         budget = Budget(latency_ms=0.55 * float(cost.total_ms(kernels(graph).at(graph.dense_widths))[0]))
         found[name] = widths(graph, allocate(graph, scores, budget, method="knapsack", cost=cost, round_to=4))

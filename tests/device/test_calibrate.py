@@ -12,8 +12,8 @@ import torch
 import edgeprune as ep
 from edgeprune.cli import main
 from edgeprune.device import calibrate as calibration
-from edgeprune.device.calibrate import ANCHORS, Probe, anchored, best_multiple, calibrate, probes, start, with_staircase
-from edgeprune.device.card import Device, Staircase, device
+from edgeprune.device.calibrate import ANCHORS, Probe, anchored, best_multiple, calibrate, probes, start
+from edgeprune.device.card import Device, device
 from edgeprune.device.fit import MAC_KINDS
 from edgeprune.device.kernels import kernels
 from edgeprune.device.store import replace_profile, stored_measurements, user_cards
@@ -171,16 +171,6 @@ def test_the_staircase_gives_the_multiple_it_has() -> None:
         rows = [[np.ceil(w / step) * step * scale for w in widths] for scale in (1.0, 2.5)]
         assert best_multiple(widths, rows) == step
     assert best_multiple(widths, [[float(w) for w in widths]]) == 4
-
-
-@pytest.mark.parametrize("blocks", [(1, 1), (1, 16), (16, 16), (8, 8)])
-def test_the_staircase_tells_blocks_of_inputs_from_blocks_of_outputs(blocks: tuple[int, int]) -> None:
-    widths = tuple(range(40, 73, 4))
-    read, made = (np.ceil(np.array(widths) / block) * block for block in blocks)
-    rows = {f"{kind} 14": tuple(0.01 + scale * read * made) for kind, scale in (("conv1x1", 1e-5), ("conv3x3", 9e-5))}
-    steps = Staircase(widths=widths, latency_ms=rows | {"depthwise 14": widths}, channel_multiple=max(4, *blocks))
-    found = with_staircase(device("rpi4").constants, steps)
-    assert (found.input_block, found.output_block, found.staircase) == (*blocks, steps)
 
 
 def test_anchors_are_read_from_a_file(tmp_path: Path) -> None:
