@@ -45,7 +45,7 @@ TRAINING = {"epochs": 18, "lr": 0.1, "warmup_share": 0.1, "distill": False, "cro
 SCORES: tuple[dict[str, Any], ...] = ({}, {"ridge": 1e-3}, {"ridge": 1e-2}, {"ridge": 0.5}, {"ridge": 1e-3, "shrink": False})
 RECIPES: tuple[dict[str, Any], ...] = (
     {},
-    {"lr": 0.01},
+    {"lr": 0.03},
     {"lr": 0.05},
     {"distill_weight": 1.0},
     {"mixup": 1.0, "distill_weight": 1.0},
