@@ -99,8 +99,8 @@ PRESETS: Mapping[str, Mapping[str, Any]] = {
 }
 """What --preset takes. The values of standard and long are conventional, not measured here. The learning rate of quick is what a deep
 network bears: an epoch at 0.03 took a ResNet-56 at half its MACs from 91.70% to 91.29 on test images, one at 0.01 adds to it
-(benchmarks/accuracy.py). A ResNet-20 trained on 45,000 images and judged by the other 5,000 (benchmarks/unseen.py) would have liked 0.03:
-86.7, 86.9, 87.0% right and losses of 0.408, 0.402, 0.406 for 0.01, 0.03, 0.05 (85.2% and 0.474 before)."""
+(benchmarks/accuracy.py). A small ResNet-20 bears 0.03
+(benchmarks/unseen.py compares recipes on images that nothing was trained on)."""
 
 STRUCTURE: Mapping[str, Any] = {"criterion": "di", "allocate": "di_greedy", "search": {"layer_choice": "structure"}}
 """Options of `compress` with which the dense network also decides the widths before it teaches (with `distill`): those that keep the
