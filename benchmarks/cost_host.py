@@ -53,7 +53,7 @@ def main() -> None:
     for name in chosen.profiles.split(","):
         if chosen.blocks:
             stored = Staircase.model_validate_json((RESULTS / f"cost_staircase_{name}.json").read_text(encoding="utf-8"))
-            made[name] = in_blocks(device(DEVICES / "host.toml").card.profiles[name], stored)
+            made[name] = with_blocks(device(DEVICES / "host.toml").card.profiles[name], stored)
             continue
         guess = Device("host", name, Card(board=Board(**BOARD, default_profile=name), profiles={name: first_guess(name)}))
         fitted = calibrate(guess, store=chosen.store / f"{name}.json", quick=chosen.quick)
@@ -69,7 +69,7 @@ def main() -> None:
     write_profiles(DEVICES / "host.toml", profiles, "python -m benchmarks.cost_host")
 
 
-def in_blocks(profile: Profile, steps: Staircase) -> Profile:
+def with_blocks(profile: Profile, steps: Staircase) -> Profile:
     """The profile with the blocks of channels whose convolutions look like a staircase (device/cost.py, in_blocks).
 
     The widths that were measured are inputs and outputs alike: blocks of both make steps twice as high as blocks of outputs alone. Not

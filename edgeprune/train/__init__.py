@@ -99,8 +99,7 @@ PRESETS: Mapping[str, Mapping[str, Any]] = {
 }
 """What --preset takes. The values of standard and long are conventional, not measured here. The learning rate of quick is what a deep
 network bears: an epoch at 0.03 took a ResNet-56 at half its MACs from 91.70% to 91.29 on test images, one at 0.01 adds to it
-(benchmarks/accuracy.py). A small ResNet-20 bears 0.03
-(benchmarks/unseen.py compares recipes on images that nothing was trained on)."""
+(benchmarks/accuracy.py)."""
 
 STRUCTURE: Mapping[str, Any] = {"criterion": "di", "allocate": "di_greedy", "search": {"layer_choice": "structure"}}
 """Options of `compress` with which the dense network also decides the widths before it teaches (with `distill`): those that keep the
