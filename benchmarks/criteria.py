@@ -8,8 +8,8 @@ a seed run with three at -50% (--all-seeds: everywhere); filter_ensemble with 64
 layer (without the step of train/pairs.py, which takes as long again). All figures are on
 2,000 training images that nothing else reads (the first 1,000 right after pruning). The networks saw them in their own training, so
 they compare criteria; they do not predict test accuracy.
-The winners on them, and only these, see the 10,000 test images, once. Fine-tuning, a short one on 7,680 images: of ResNet-20 at -50%
-each criterion under its best allocation, of ResNet-56 the three best. Torch-Pruning takes part where it is installed (see
+The winners on them, and only these, see the 10,000 test images, once. One epoch of fine-tuning by the preset quick: of ResNet-20 at -50%
+each criterion under its best allocation, of ResNet-56 the three best and Torch-Pruning's. Torch-Pruning takes part where it is installed (see
 benchmarks/peer_pruning.py). One row per combination in benchmarks/results/criteria.json, written as it is measured; rows of a
 criterion whose file has changed are measured again. Needs EDGEPRUNE_DATA with cifar10/ and weights/.
 """
@@ -55,7 +55,7 @@ ALLOCATIONS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 BUDGETS = (50, 64, 35)  # percent of the MACs that go, the most telling first
 TUNED = 50
-TRAINING = 7_680
+TRAINING = 48_000  # images of the epoch: all that do not judge
 SEEDS = 3
 BATCH = 50
 OPTIONS: dict[str, dict[str, Any]] = {"filter_ensemble": {"masks": 64}}  # its default of 512 per layer takes hours on two cores
@@ -178,14 +178,15 @@ class Bench:
     def tuned(self, cell: Cell, images: int) -> nn.Module:
         """The reconstructed network after one pass over `images` training images, with the product's recipe; kept on disk."""
         plan, _ = self.plan(cell)
-        name = hashlib.sha256(f"{self.network}{plan.sha256}{asdict(self.sizes)}{images}".encode()).hexdigest()[:16]
+        recipe = ep.Recipe.preset("quick", epochs=1)
+        name = hashlib.sha256(f"{self.network}{plan.sha256}{asdict(self.sizes)}{images}{recipe}".encode()).hexdigest()[:16]
         path = self.work / f"{name}.safetensors"
         small = self.small(plan, "reconstructed")
         if path.exists():
             small.load_state_dict(load_file(path))
             return small
         chosen = self.rest.subset(np.random.default_rng(0).permutation(len(self.rest))[:images])
-        small, _ = finetune(small, self.dense, chosen, None, ep.Recipe(epochs=1), seed=0)
+        small, _ = finetune(small, self.dense, chosen, None, recipe, seed=0)
         path.parent.mkdir(parents=True, exist_ok=True)
         save_file({k: v.contiguous() for k, v in small.state_dict().items()}, path)
         return small
@@ -262,9 +263,12 @@ def best_of_each(rows: list[dict[str, Any]], stage: str) -> list[dict[str, Any]]
 
 
 def to_tune(rows: list[dict[str, Any]], network: str) -> list[dict[str, Any]]:
-    """Rows to fine-tune: of each criterion its best allocation; of the large network the three best of all."""
-    mine = [r for r in rows if r["network"] == network and r["removed"] == TUNED]
-    return best_of_each(mine, "reconstructed")[: None if network == "resnet20" else 3]
+    """Rows to fine-tune: of each criterion its best allocation; of the large network the three best criteria, and the peer's."""
+    best = best_of_each([r for r in rows if r["network"] == network and r["removed"] == TUNED], "reconstructed")
+    if network == "resnet20":
+        return best
+    ours = [r for r in best if r["criterion"] not in peer_pruning.PEERS]
+    return ours[:3] + [r for r in best if r not in ours]
 
 
 def winners(rows: list[dict[str, Any]]) -> Iterator[tuple[dict[str, Any], str]]:
@@ -344,7 +348,7 @@ def main() -> None:
     parser.add_argument("--criteria", help="names, comma-separated (default: all in the registry, and Torch-Pruning)")
     parser.add_argument("--budgets", default=",".join(map(str, BUDGETS)), help="percent of the MACs that go (default: %(default)s)")
     parser.add_argument("--limit-minutes", type=float, default=float("inf"), help="stop after the row that passes this")
-    parser.add_argument("--training-images", type=int, default=TRAINING, help="default %(default)s; 48000: all; 0: no fine-tuning")
+    parser.add_argument("--training-images", type=int, default=TRAINING, help="default %(default)s, all; 0: no fine-tuning")
     parser.add_argument("--all-seeds", action="store_true", help="three seeds at every budget, not at -50%% only")
     parser.add_argument("--no-test", action="store_true", help="without the winners' test images")
     parser.add_argument("--results", type=Path, default=RESULTS / "criteria.json")

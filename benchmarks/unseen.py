@@ -33,6 +33,7 @@ from benchmarks.cifar10 import datasets
 from benchmarks.revision import git_revision
 from edgeprune.plan import Plan
 from edgeprune.run import write_atomic
+from edgeprune.train.distill import features_to_learn
 from edgeprune.train.finetune import finetune
 from edgeprune.train.reconstruct import reconstruct
 
@@ -45,6 +46,13 @@ TRAINING = {"epochs": 18, "lr": 0.1, "warmup_share": 0.1, "distill": False, "cro
 SCORES: tuple[dict[str, Any], ...] = ({}, {"ridge": 1e-3}, {"ridge": 1e-2}, {"ridge": 0.5}, {"ridge": 1e-3, "shrink": False})
 RECIPES: tuple[dict[str, Any], ...] = (
     {},
+    {"feature_weight": 1.0},
+    {"feature_weight": 1.0, "distill_weight": 1.0},
+    {"feature_weight": 1.0, "norms": "frozen"},
+    {"feature_weight": 1.0, "distill_weight": 1.0, "mixup": 1.0},
+    {"feature_weight": 1.0, "lr": 0.03},
+    {"norms": "frozen"},
+    {"batch_size": 64},
     {"lr": 0.03},
     {"lr": 0.05},
     {"distill_weight": 1.0},
@@ -130,7 +138,8 @@ class Bench:
         plan, network = self._refit(choice)
         if choice.recipe is not None:
             recipe = ep.Recipe.preset("quick", **{"epochs": 1, "crop_padding": 4, **choice.recipe})
-            network, _ = finetune(network, self.dense, self.rest, None, recipe, seed=0)
+            features = features_to_learn(self.graph, plan)
+            network, _ = finetune(network, self.dense, self.rest, None, recipe, seed=0, features=features)
         return {**vars(choice), **self.figures(network), "channels": sum(len(kept) for kept in plan.keep.values()), "git": git_revision()}
 
     def _refit(self, choice: Choice) -> tuple[Plan, nn.Module]:

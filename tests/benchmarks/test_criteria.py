@@ -95,13 +95,13 @@ def test_scores_are_kept_on_disk(bench: Bench) -> None:
 def test_who_is_trained_and_who_is_tested() -> None:
     rows = [row(n, c, 50, v) for n in ("resnet20", "resnet56") for c, v in (("a", 9.0), ("b", 7.0), ("c", 8.0), ("d", 6.0))]
     rows.append({**row("resnet20", "a", 50, 9.5), "allocation": "global"})
-    rows.append(row("resnet20", next(iter(peer_pruning.PEERS)), 50, 5.0))
+    rows += [row(n, next(iter(peer_pruning.PEERS)), 50, 5.0) for n in ("resnet20", "resnet56")]
     assert [(r["criterion"], r["allocation"]) for r in to_tune(rows, "resnet20")][:3] == [
         ("a", "global"),
         ("c", "uniform"),
         ("b", "uniform"),
     ]
-    assert [r["criterion"] for r in to_tune(rows, "resnet56")] == ["a", "c", "b"]
+    assert [r["criterion"] for r in to_tune(rows, "resnet56")] == ["a", "c", "b", next(iter(peer_pruning.PEERS))]
     chosen = {(r["network"], r["criterion"], stage) for r, stage in winners(rows)}
     assert ("resnet20", "a", "reconstructed") in chosen and ("resnet20", "torch-pruning L2 group norm", "reconstructed") in chosen
     assert not any(stage == "fine-tuned" for _, _, stage in chosen)
