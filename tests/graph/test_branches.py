@@ -97,7 +97,8 @@ class Shared(Residual):
 
     def forward(self, x: Tensor) -> Tensor:
         y = F.relu(self.norm(x))
-        return y + self.b(self.a(y))
+        out: Tensor = y + self.b(self.a(y))
+        return out
 
 
 def test_what_others_need_stays() -> None:

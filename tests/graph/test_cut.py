@@ -120,7 +120,8 @@ def test_the_network_is_the_user_s_own_around_the_block() -> None:
     model, x = network(in_place), images("residual", 2)
     graph = trace(model, x)
     small: Any = slim(model, graph, vanished(graph))
-    assert type(small) is Head and isinstance(small.body[1], Symbolic) and type(small.body[0][0]) is nn.Conv2d
+    assert type(small) is Head and isinstance(small.get_submodule("body.1"), Symbolic)
+    assert type(small.get_submodule("body.0.0")) is nn.Conv2d
     again = pickle.loads(pickle.dumps(small))
     for twin in (again, copy.deepcopy(small)):
         assert torch.equal(outputs(twin, x)[0], outputs(small, x)[0])
