@@ -253,13 +253,14 @@ def main() -> None:
     parser.add_argument("names", nargs="*")
     parser.add_argument("--seconds", type=int, default=LIMIT_SECONDS, help="wall-clock limit for one network")
     parser.add_argument("--keep", type=Path, help="folder where the artifacts of `latency` stay for the next time")
+    parser.add_argument("--ways", default="", help="of `latency`: measure these ways alone, a comma between them")
     options = parser.parse_args()
     if options.part == "one":
         print(json.dumps(examine(options.names[0])))
     elif options.part == "latency":
         from benchmarks.artifacts_speed import latency
 
-        latency(options.names, options.keep)
+        latency(options.names, options.keep, [way for way in options.ways.split(",") if way])
     elif options.part == "make":
         from benchmarks.artifacts_speed import make
 

@@ -1,6 +1,7 @@
 """How much faster artifacts become on this machine: dense, pruned, pruned int8 and mixed, ONNX Runtime and LiteRT, 1 and 2 threads.
 
     python -m benchmarks.artifacts latency [NETWORK …] [--keep DIR]   # artifacts that DIR holds from an earlier run are not written again
+    python -m benchmarks.artifacts latency NETWORK --ways A,B         # these ways beside dense alone; other rows stay as they were
     python -m benchmarks.artifacts make [NETWORK …] --keep DIR        # only writes them; goes on where it was
 
 All sessions of a network are open at once in one process. In each of ROUNDS rounds every session runs one block of inferences, in an
@@ -24,7 +25,7 @@ import statistics
 import tempfile
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -41,6 +42,8 @@ WAYS: dict[str, dict[str, tuple[str, dict[str, Any]]]] = {
         "fast": (FAST_OPTIONS, FAST),
         "plain": ("--macs 0.5", {"macs": 0.5}),
         "by-16": ("--macs 0.58 --round-to 16", {"macs": 0.58, "round_to": 16}),
+        "branches-by-16": ("--macs 0.5 --round-to 16 --min-channels 0", {"macs": 0.5, "round_to": 16, "min_channels": 0}),
+        "branches-by-32": ("--macs 0.5 --round-to 32 --min-channels 0", {"macs": 0.5, "round_to": 32, "min_channels": 0}),
     },
     "mobilenet_v2": {"plain": ("--macs 0.5", {"macs": 0.5}), "by-16": ("--macs 0.5 --round-to 16", {"macs": 0.5, "round_to": 16})},
 }
@@ -51,8 +54,11 @@ BLOCK_SECONDS = 0.05  # of one session in one round
 FORMATS = {"onnx": "ONNX Runtime", "tflite": "LiteRT"}
 
 
-def latency(names: list[str], keep: Path | None = None) -> None:
-    """Measure networks (default: all) and write the table, with the earlier rows of the others; `keep`: a folder for the artifacts."""
+def latency(names: list[str], keep: Path | None = None, ways: Collection[str] = ()) -> None:
+    """Measure networks (default: all) and write the table, with the earlier rows of the others; `keep`: a folder for the artifacts.
+
+    `ways`: only these are made and measured, beside the dense network, whose own rows stay those of the run that measured all.
+    """
     warnings.simplefilter("ignore")
     path = RESULTS / "artifacts_latency.json"
     known = {found["network"]: found for found in json.loads(path.read_text())["networks"]} if path.is_file() else {}
@@ -63,7 +69,8 @@ def latency(names: list[str], keep: Path | None = None) -> None:
     }
     for name in names or WAYS:
         with tempfile.TemporaryDirectory() as temporary:
-            known[name] = measured(name, _folder(name, keep or Path(temporary)))
+            found = measured(name, _folder(name, keep or Path(temporary)), ways)
+        known[name] = _together(known[name], found) if ways and name in known else found
         result["networks"] = [known[n] for n in WAYS if n in known]
         path.write_text(json.dumps(result, indent=1) + "\n")
         path.with_suffix(".md").write_text(table(result))
@@ -76,18 +83,30 @@ def make(names: list[str], keep: Path) -> None:
         prepared(name, _folder(name, keep))
 
 
+def _together(earlier: dict[str, Any], found: dict[str, Any]) -> dict[str, Any]:
+    """Rows of an earlier run and those that another one added; what both have stays as it was."""
+    both = {key: found[key] | earlier[key] for key in ("macs_removed", "size_bytes", "kept_right", "rows")}
+    order = ["dense", *WAYS[earlier["network"]]]
+    both["rows"] = dict(sorted(both["rows"].items(), key=lambda row: order.index(row[0].split()[0])))
+    return earlier | both
+
+
 def _folder(name: str, keep: Path) -> Path:
     return keep / name.rpartition(":")[2]
 
 
-def prepared(name: str, folder: Path) -> dict[str, Any]:
-    """Writes the artifacts of a network that are not there as KIND.FORMAT; their sizes, MACs lost as a share, and images kept right."""
+def prepared(name: str, folder: Path, ways: Collection[str] = ()) -> dict[str, Any]:
+    """Writes the artifacts of a network that are not there as KIND.FORMAT; their sizes, MACs lost as a share, and images kept right.
+
+    `ways`: only those, and the dense one.
+    """
     import edgeprune as ep
 
     facts = folder / "facts.json"
     found: dict[str, Any] = json.loads(facts.read_text()) if facts.is_file() else {"macs_removed": {}, "size_bytes": {}, "kept_right": {}}
     labels = [("dense", "fp32"), *((way, p) for n, way in enumerate(WAYS[name]) for p in ("fp32", *(QUANTIZED if n == 0 else ())))]
-    missing = [label for label in labels if " ".join(label) not in found["macs_removed"]]
+    wanted = [label for label in labels if not ways or label[0] in ("dense", *ways)]
+    missing = [label for label in wanted if " ".join(label) not in found["macs_removed"]]
     if not missing:
         return found
     folder.mkdir(parents=True, exist_ok=True)
@@ -180,13 +199,14 @@ def _quantizer(precision: str, images: Any) -> Any:
     return made
 
 
-def measured(name: str, folder: Path) -> dict[str, Any]:
+def measured(name: str, folder: Path, ways: Collection[str] = ()) -> dict[str, Any]:
     """Sizes, latencies and ratios of one network."""
-    found = prepared(name, folder)
+    found = prepared(name, folder, ways)
     sessions = {
         f"{key} {threads}": session(folder / f"{kind.replace(' ', '-')}.{form}", threads)
         for key in found["size_bytes"]
         for kind, _, form in [key.rpartition(" ")]
+        if not ways or key.split()[0] in ("dense", *ways)
         for threads in THREADS
     }
     fastest_ms = rounds(sessions)

@@ -25,7 +25,7 @@ class Origin:
         before, later = removed_positions(self.graph, self.plan), removed_positions(graph, plan)
         keep = {}
         for group in self.graph.groups:
-            member = group.members[0]
+            member = next((m for m in group.members if m.parameter in graph.shapes), group.members[0])  # a branch may be gone
             axis = (member.parameter, member.axis)
             stays = ~before.get(axis, np.zeros(self.graph.shapes[member.parameter][member.axis], dtype=bool))
             if axis in later:

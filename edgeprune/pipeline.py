@@ -31,6 +31,7 @@ from edgeprune.errors import DataError
 from edgeprune.export import Artifact, export, load_artifact
 from edgeprune.export.verify import ARTIFACTS, PARITY_SAMPLES, SAMPLES, keep_samples, write_list
 from edgeprune.graph import ChannelGraph, portable
+from edgeprune.graph.cut import offered
 from edgeprune.graph.slim import Proof, fingerprint, prove
 from edgeprune.graph.trace import trace
 from edgeprune.origin import Origin
@@ -97,7 +98,8 @@ class Pipeline:
         inputs = {"model": fingerprint(job.model), "input": [list(t.shape) for t in job.example_inputs if isinstance(t, Tensor)]}
 
         def compute() -> ChannelGraph:
-            return trace(job.model, job.example_inputs)
+            graph = trace(job.model, job.example_inputs)
+            return offered(job.model, graph) if job.rules.min_channels == 0 else graph
 
         def facts(graph: ChannelGraph) -> dict[str, Any]:
             return {"groups": len(graph.groups), "macs": graph.macs, "params": graph.params, "frozen": len(graph.frozen)}

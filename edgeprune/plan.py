@@ -1,7 +1,7 @@
 """The plain values that travel between the stages: Budget, Scores, Plan. No torch here.
 
-Invariants: a Plan keeps at least one channel of every group, in ascending order; Scores are finite, one float64 per channel,
-higher = keep; a Budget holds at least one positive limit.
+Invariants: a Plan keeps channels in ascending order, none of a group only where a whole residual branch goes (graph/branches.py);
+Scores are finite, one float64 per channel, higher = keep; a Budget holds at least one positive limit.
 """
 
 from __future__ import annotations
@@ -76,7 +76,10 @@ class Scores:
 
 @dataclass(frozen=True)
 class Plan:
-    """Which channels stay: `keep[group.name]` holds ascending channel numbers; a group that is not named stays whole."""
+    """Which channels stay: `keep[group.name]` holds ascending channel numbers; a group that is not named stays whole.
+
+    None at all, of a group in `graph.branches`: its residual branch vanishes.
+    """
 
     keep: Mapping[str, tuple[int, ...]]
 
@@ -104,6 +107,11 @@ class Plan:
                 order = np.argsort(-scores.values[group.name], kind="stable")
             keep[group.name] = tuple(sorted(int(c) for c in order[: widths[group.name]]))
         return Plan(keep)
+
+    @property
+    def empty(self) -> tuple[str, ...]:
+        """The groups of which nothing stays."""
+        return tuple(name for name, channels in self.keep.items() if not len(channels))
 
     def widths(self, graph: ChannelGraph) -> NDArray[np.int64]:
         """How many channels stay of every group, in the order of graph.groups, (groups,)."""

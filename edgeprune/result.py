@@ -193,7 +193,10 @@ def _rules(found: Findings) -> list[str]:
     words = []
     if rules.keep_dense:
         words.append(f"kept dense as asked ({', '.join(rules.keep_dense)}): {', '.join(dense) or 'nothing that could have shrunk'}")
-    if rules.min_channels != DEFAULT_RULES.min_channels:
+    if rules.min_channels == 0:
+        words.append(f"residual branches could go as a whole, as asked: {', '.join(found.choice.plan.empty) or 'none'} did")
+        words += [f"the branch of {name} stays: {why}" for name, why in found.graph.stuck.items()]
+    elif rules.min_channels != DEFAULT_RULES.min_channels:
         words.append(f"no layer was cut below {rules.min_channels} channels, as asked")
     if rules.max_remove != DEFAULT_RULES.max_remove:
         words.append(f"no group lost more than {rules.max_remove:.0%} of its channels, as asked")

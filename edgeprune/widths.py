@@ -13,6 +13,7 @@ from edgeprune.errors import UsageError
 
 if TYPE_CHECKING:
     from edgeprune.graph import ChannelGraph, ChannelGroup
+    from edgeprune.graph.branches import Branch
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -20,7 +21,8 @@ class WidthRules:
     """Which widths a plan may choose, whoever makes it.
 
     round_to: layers keep a multiple of so many filters, or all. min_channels: no layer gets fewer filters, one that has fewer stays
-    whole. max_remove: no group loses more than this share of its channels. keep_dense: patterns (*, ?, [abc]) of what stays as it
+    whole; 0: residual branches may go as a whole. max_remove: no group loses more than this share of its channels, unless its branch
+    goes as a whole. keep_dense: patterns (*, ?, [abc]) of what stays as it
     is: the name of a group or of a layer keeps the channels it makes, the name of a parameter everything that reaches it.
     Raises UsageError for values out of range.
     """
@@ -31,8 +33,8 @@ class WidthRules:
     keep_dense: Sequence[str] = ()
 
     def __post_init__(self) -> None:
-        if self.round_to < 1 or self.min_channels < 1:
-            raise UsageError(f"round_to and min_channels must be 1 or more, got {self.round_to} and {self.min_channels}.")
+        if self.round_to < 1 or self.min_channels < 0:
+            raise UsageError(f"round_to must be 1 or more and min_channels 0 or more, got {self.round_to} and {self.min_channels}.")
         if not 0 <= self.max_remove <= 1:
             raise UsageError(f"max_remove is the largest share of a group that may go, in [0, 1], got {self.max_remove}.")
         object.__setattr__(self, "keep_dense", (self.keep_dense,) if isinstance(self.keep_dense, str) else tuple(self.keep_dense))
@@ -40,7 +42,11 @@ class WidthRules:
     def allowed(self, graph: ChannelGraph) -> tuple[tuple[int, ...], ...]:
         """The widths each group may take, ascending, the dense one last. Raises UsageError for a pattern that matches nothing."""
         dense = self.dense_groups(graph)
-        return tuple((g.channels,) if g.name in dense else g.widths(self.round_to, self._minimum(g)) for g in graph.groups)
+        whole = {name for name, branch in graph.branches.items() if self.min_channels == 0 and not self._names(branch)}
+        return tuple(
+            (g.channels,) if g.name in dense else (*((0,) if g.name in whole else ()), *g.widths(self.round_to, self._minimum(g)))
+            for g in graph.groups
+        )
 
     def dense_groups(self, graph: ChannelGraph) -> frozenset[str]:
         """The groups that keep_dense names. Raises UsageError, with near matches, for a pattern that matches nothing."""
@@ -67,9 +73,14 @@ class WidthRules:
         """Plain values, for run.json and the keys of stages."""
         return asdict(self) | {"keep_dense": list(self.keep_dense)}
 
+    def _names(self, branch: Branch) -> bool:
+        """Whether keep_dense names a layer or a parameter of a branch."""
+        tensors = {*branch.tensors, *(name for end in branch.ends for name in (end.weight, *end.held))}
+        return any(fnmatchcase(name, p) for p in self.keep_dense for t in tensors for name in (t, t.removesuffix(".weight")))
+
     def _minimum(self, group: ChannelGroup) -> int:
         removable = math.floor(self.max_remove * group.channels + 1e-9)  # 0.29 * 100 is a little less than 29
-        return max(math.ceil(self.min_channels / group.filters), group.channels - removable)
+        return max(1, math.ceil(self.min_channels / group.filters), group.channels - removable)
 
 
 def _near(pattern: str, names: Collection[str]) -> list[str]:

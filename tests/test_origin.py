@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import numpy as np
+import pytest
 import torch
 
 import edgeprune as ep
 from edgeprune.graph.slim import named_tensors, slim
 from edgeprune.origin import Origin
 from tests.colours import SIDE, colour_net, same
+from tests.networks import images, traced
 
 EXAMPLE = torch.zeros(1, 3, SIDE, SIDE)
 
@@ -30,3 +32,17 @@ def test_two_plans_after_each_other_are_one() -> None:
         twice = slim(small, later, second)
         once = slim(model, graph, Origin(model, graph, first).then(later, second))
         assert same(dict(named_tensors(twice)), dict(named_tensors(once)))
+
+
+@pytest.mark.parametrize("name", ["residual", "bottleneck", "option_a"])
+def test_branches_that_went_in_either_plan_are_gone_in_the_one(name: str) -> None:
+    model, graph = traced(name)
+    half = ep.Plan.uniform(graph, 0.5).keep
+    none = dict.fromkeys(graph.branches, ())
+    for first in ({**half, **none}, half):
+        small = slim(model, graph, ep.Plan(first))
+        later = ep.trace(small, images(name))
+        second = ep.Plan({**ep.Plan.uniform(later, 0.5).keep, **dict.fromkeys(later.branches, ())})
+        one = Origin(model, graph, ep.Plan(first)).then(later, second)
+        assert set(one.empty) == set(graph.branches)
+        assert same(dict(named_tensors(slim(small, later, second))), dict(named_tensors(slim(model, graph, one))))

@@ -54,6 +54,19 @@ def test_min_channels_counts_filters() -> None:
     assert allowed(graph, min_channels=7)[tied.name] == (3, 4)
 
 
+def test_only_residual_branches_may_go_as_a_whole() -> None:
+    """The block's inner width may be 0, whatever max_remove says; the stream's may not, and no width in a network without branches."""
+    graph = traced("residual")[1]
+    widths = allowed(graph, min_channels=0, max_remove=0.5)
+    assert widths == {"body.0.0": (4, 5, 6, 7, 8), "body.1.a.0": (0, 4, 5, 6, 7, 8), "body.2.a.0": (0, 4, 5, 6, 7, 8)}
+    assert allowed(graph, min_channels=0, round_to=8)["body.1.a.0"] == (0, 8)
+    assert allowed(graph, min_channels=0, keep_dense=["body.1.*"])["body.1.a.0"] == (8,)
+    assert allowed(graph, min_channels=0, keep_dense=["body.1.b.1.bias"])["body.1.a.0"][0] == 1, "its last layer was to stay"
+    assert allowed(graph, min_channels=1)["body.1.a.0"] == tuple(range(1, 9))
+    plain = traced("plain")[1]
+    assert allowed(plain, min_channels=0) == allowed(plain)
+
+
 @pytest.mark.parametrize(
     ("pattern", "expected"),
     [
@@ -90,7 +103,7 @@ def test_a_pattern_that_matches_nothing_is_a_usage_error_with_near_matches() -> 
 
 
 def test_values_out_of_range_are_usage_errors() -> None:
-    for wrong in ({"round_to": 0}, {"min_channels": 0}, {"max_remove": 1.1}, {"max_remove": -0.1}, {"max_remove": float("nan")}):
+    for wrong in ({"round_to": 0}, {"min_channels": -1}, {"max_remove": 1.1}, {"max_remove": -0.1}, {"max_remove": float("nan")}):
         with pytest.raises(UsageError, match=next(iter(wrong))):
             WidthRules(**wrong)
 

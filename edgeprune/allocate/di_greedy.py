@@ -178,7 +178,7 @@ def retained(search: Search, probe: Probe | None, images: int, rho: float) -> tu
         order = np.argsort(-search.scores.values[group.name], kind="stable")
         kept = [curve for moments in curves.of(group) if (curve := retention(moments, order, rho)) is not None]
         share = np.mean(kept, axis=0) if kept else np.arange(1, group.channels + 1) / group.channels
-        found.append(np.log(np.maximum(share[allowed - 1], LEAST)))
+        found.append(np.log(np.maximum(np.concatenate([[0.0], share])[allowed], LEAST)))
     return tuple(found)
 
 

@@ -88,7 +88,7 @@ class Search:
         """Per group, what each allowed width is worth."""
         if self.given is not None:
             return self.given
-        kept = [np.cumsum(s)[a - 1] for s, a in zip(self.importance, self.allowed, strict=True)]
+        kept = [np.cumsum([0.0, *s])[a] for s, a in zip(self.importance, self.allowed, strict=True)]
         if not self.concave:
             return tuple(kept)
         shares = [np.maximum(k / max(k[-1], 1e-300), 1e-6) for k in kept]

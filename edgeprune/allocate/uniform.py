@@ -35,6 +35,7 @@ def allocate(
     levels = np.stack(
         [np.searchsorted(a, shares * g.channels, side="right") - 1 for g, a in zip(graph.groups, search.allowed, strict=True)], 1
     )
-    levels = np.clip(levels, 0, None)
+    least = [int(a[0] == 0 and len(a) > 1) for a in search.allowed]  # whole branches go where no share of all groups fits
+    levels = np.concatenate([np.zeros_like(levels[:1]), np.maximum(levels, least)])
     fitting = np.flatnonzero(search.fits(search.from_levels(levels)))
     return search.plan(search.from_levels(search.use_up(levels[fitting[-1]])))

@@ -91,7 +91,9 @@ def compress(
     flip: Annotated[bool, typer.Option(help="mirror training images at random")] = True,
     rounds: Annotated[int, typer.Option(help="prune, recover and fine-tune so often, each time a part of the way to the budget")] = 1,
     round_to: Annotated[int | None, typer.Option(help="widths are multiples of this (default: what suits the device)")] = None,
-    min_channels: Annotated[int, typer.Option(help="no layer gets fewer channels")] = DEFAULT_RULES.min_channels,
+    min_channels: Annotated[
+        int, typer.Option(help="no layer gets fewer channels; 0: residual branches may go as a whole")
+    ] = DEFAULT_RULES.min_channels,
     max_remove: Annotated[float, typer.Option(help="largest share of a group's channels that may go")] = DEFAULT_RULES.max_remove,
     keep_dense: Annotated[
         list[str] | None, typer.Option(help="groups, layers or parameters that stay as they are; * and ? match, may be repeated")

@@ -45,6 +45,7 @@ def inspect(
         f"\n{quantity(graph.macs)} MACs, {quantity(graph.params)} parameters, "
         f"{len(graph.groups)} {'group' if len(graph.groups) == 1 else 'groups'} of channels can shrink\n"
         f"With one channel left in every group, {macs}% of the MACs and {params}% of the parameters are gone: no plan removes more.\n"
+        f"{_branches(graph)}"
         "A group's figures are what goes with all of it alone; a layer between two groups counts for both, so shares exceed 100%."
     )
     if layers:
@@ -56,6 +57,17 @@ def inspect(
         print_table(
             ["reason", "parameter axes", "which"], [[why, len(axes), _some(axes)] for why, axes in found["frozen_by_reason"].items()]
         )
+
+
+def _branches(graph: ChannelGraph) -> str:
+    """What whole residual branches would add; nothing where there are none."""
+    import numpy as np
+
+    if not graph.branches or not graph.macs:
+        return ""
+    widths = np.array([g.name not in graph.branches for g in graph.groups], dtype=np.int64)
+    gone = math.floor(1000 * (1 - float(graph.macs_at(widths)[0]) / graph.macs)) / 10
+    return f"With --min-channels 0 {len(graph.branches)} of them may go whole, with their residual branches: up to {gone}% of the MACs.\n"
 
 
 def criteria(as_json: AsJson = False) -> None:
@@ -82,6 +94,7 @@ def _anatomy(graph: ChannelGraph) -> dict[str, Any]:
             {
                 "name": g.name,
                 "channels": g.channels,
+                "branch": g.name in graph.branches,
                 "members": [{"parameter": m.parameter, "axis": m.axis, "positions_per_channel": m.indices.shape[1]} for m in g.members],
                 **share._asdict(),
                 "macs_share": share.macs / graph.macs if graph.macs else 0.0,

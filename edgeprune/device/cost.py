@@ -139,7 +139,7 @@ class CostModel:
         memory = self.device.constants.memory
         if memory is None:
             return made.peak_memory_bytes(widths)
-        fixed = memory.base_bytes + memory.kernel_bytes * len(made.names) + memory.pointers * made.pointer_bytes
+        fixed = memory.base_bytes + memory.kernel_bytes * made.calls(widths) + memory.pointers * made.pointer_bytes
         activations = arena_bytes(made, widths, memory.copied) if memory.arena else made.live_bytes(widths, memory.copied)
         return np.floor(fixed + memory.weights * made.weight_bytes(widths) + memory.activations * activations)
 
@@ -172,7 +172,7 @@ def terms(at: KernelsAt, cache_bytes: float) -> Floats:
         np.maximum(activation - cache_bytes, 0.0),
         np.maximum(weight - cache_bytes, 0.0),
         1e3 * at.groups,
-        np.full_like(at.macs, 1e3),
+        1e3 * np.broadcast_to(at.calls, at.macs.shape),
     )
     return np.stack(counted)
 

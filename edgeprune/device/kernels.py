@@ -10,13 +10,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from edgeprune.graph.branches import left
 from edgeprune.graph.channels import ChannelGraph, Op
 from edgeprune.graph.lengths import Floats, Sizes, axis_lengths, checked, elements
 
@@ -50,6 +51,7 @@ class KernelsAt:
     patch_elements: Floats  # inputs times the taps that read each: what a convolution larger than 1x1 gathers
     channels: Floats  # of the output
     groups: Floats  # of a grouped convolution
+    calls: Floats = field(default_factory=lambda: np.ones((1, 1)))  # 0 where the branch that the kernel is in has vanished
 
 
 @dataclass(frozen=True, eq=False)
@@ -72,28 +74,30 @@ class Kernels:
     def at(self, widths: NDArray[Any]) -> KernelsAt:
         """MACs and elements of every kernel under every plan."""
         w = checked(widths, len(self.graph.groups))
-        held = self._activations.at(w)
-        sizes = self._sizes_at(w)
-        read, written = held @ self._reading, held[:, list(self.writes)]
+        held, calls = self._held_at(w), self._calls_at(w)
+        sizes = self._sizes_at(w) * calls
+        read, written = (held @ self._reading) * calls, held[:, list(self.writes)]
         return KernelsAt(
             names=self.names,
             kinds=self.kinds,
             macs=sizes * self._positions,
             input_elements=read,
             output_elements=written,
-            weight_elements=sizes * self._has_weight + self._biases.at(w),
+            weight_elements=sizes * self._has_weight + self._biases.at(w) * calls,
             patch_elements=read * self._taps,
             channels=written / self._output_area,
             groups=self._groups_at(w, read),
+            calls=calls,
         )
 
     def activation_elements(self, widths: NDArray[Any]) -> Floats:
         """Elements of every activation of the graph, (plans, activations)."""
-        return self._activations.at(checked(widths, len(self.graph.groups)))
+        return self._held_at(checked(widths, len(self.graph.groups)))
 
     def macs(self, widths: NDArray[Any]) -> Floats:
         """Multiply-accumulates of conv and linear, (plans,)."""
-        total: Floats = self._sizes_at(checked(widths, len(self.graph.groups))) @ self._positions
+        w = checked(widths, len(self.graph.groups))
+        total: Floats = (self._sizes_at(w) * self._calls_at(w)) @ self._positions
         return total
 
     def params(self, widths: NDArray[Any]) -> Floats:
@@ -102,13 +106,19 @@ class Kernels:
 
     def size_bytes(self, widths: NDArray[Any]) -> Floats:
         """The float32 artifact: weights after folding, each shared weight once, and a little for the container, (plans,)."""
-        return self.weight_bytes(widths) + FILE_BYTES + KERNEL_FILE_BYTES * len(self.names)
+        return self.weight_bytes(widths) + FILE_BYTES + KERNEL_FILE_BYTES * self.calls(widths)
+
+    def calls(self, widths: NDArray[Any]) -> Floats:
+        """How many kernels the runtime executes, (plans,)."""
+        w = checked(widths, len(self.graph.groups))
+        return np.asarray(np.broadcast_to(self._calls_at(w), (len(w), len(self.names))).sum(axis=1), dtype=np.float64)
 
     def weight_bytes(self, widths: NDArray[Any]) -> Floats:
         """Weights after folding, float32, each shared weight once, (plans,)."""
         w = checked(widths, len(self.graph.groups))
         sizes = self._sizes_at(w) * self._has_weight + self._biases.at(w)
-        total: Floats = FLOAT_BYTES * (sizes @ self._first_use)
+        stays = left(self.graph, w, len(self.names), self._weightless)
+        total: Floats = FLOAT_BYTES * ((sizes * stays) @ self._first_use)
         return total
 
     def live_bytes(self, widths: NDArray[Any], copied: Collection[str] = ()) -> Floats:
@@ -117,7 +127,7 @@ class Kernels:
         Elementwise kernels overwrite an input that nobody reads later, as runtimes do. What kernels of the kinds `copied` read and write
         exists twice while they run: in another layout, or padded.
         """
-        held = self._activations.at(checked(widths, len(self.graph.groups)))
+        held = self._held_at(checked(widths, len(self.graph.groups)))
         read, written = held @ self._reading, held[:, list(self.writes)]
         twice = np.array([kind in copied for kind in self.kinds], dtype=np.float64)
         used = held @ self._alive + twice * (read + written) + self.composed * written
@@ -133,6 +143,24 @@ class Kernels:
         """Pointers to the inputs of every output position, which some runtimes keep instead of patches; the same for all widths."""
         taps = [math.prod(op.kernel) * op.positions for op, kind in zip(self._main, self.kinds, strict=True) if kind in _GATHERING]
         return POINTER_BYTES * float(sum(taps))
+
+    def _held_at(self, w: Floats) -> Floats:
+        """Elements of every activation; none of those that are never made."""
+        held = self._activations.at(w)
+        return held * left(self.graph, w, held.shape[1], lambda name: [self.graph.ops[n].output for n in self.graph.branches[name].ops])
+
+    def _calls_at(self, w: Floats) -> Floats:
+        """1 for every kernel that runs, 0 for one whose operations are all in a branch that vanished; one row where all run."""
+        return left(self.graph, w, len(self.names), self._inside)
+
+    def _inside(self, name: str) -> list[int]:
+        stopped = self.graph.branches[name].ops
+        return [kernel for kernel, numbers in enumerate(self.operations) if stopped.issuperset(numbers)]
+
+    def _weightless(self, name: str) -> list[int]:
+        """Those of the kernels inside a branch of which nothing is left: the bias of its last one becomes the constant."""
+        ends = {end.weight for end in self.graph.branches[name].ends}
+        return [kernel for kernel in self._inside(name) if self._main[kernel].weight not in ends]
 
     def _sizes_at(self, w: Floats) -> Floats:
         """Elements of each kernel's weight, 1 where it has none."""

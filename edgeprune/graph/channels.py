@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
+from edgeprune.graph.branches import Branch, branches_of, left
 from edgeprune.graph.lengths import Floats, Sizes, axis_lengths, checked, elements
 
 
@@ -58,7 +59,8 @@ class Share(NamedTuple):
     """What a group weighs in the dense network.
 
     `macs` and `params` would vanish if the whole group went and everything else stayed: all of every layer whose weight it reaches
-    on one axis, or the part of it that belongs to the group. A layer that reads one group and makes another counts for both, so
+    on one axis, or the part of it that belongs to the group; of a residual branch that goes with it (ChannelGraph.branches) all of every
+    layer. A layer that reads one group and makes another counts for both, so
     the groups of a network add up to more than the network. `channel_macs` and `channel_params` are what its first channel saves.
     """
 
@@ -123,7 +125,8 @@ class Op:
     linear are `positions` * elements of the weight (for a transposed conv, positions of the input). `inputs` and `output`
     index ChannelGraph.activations; `call` is the operation's number among all that the forward dispatches. `fused` is the number
     of the op (index in ChannelGraph.ops) whose kernel computes this one in an inference runtime (a norm or activation right
-    after a conv), or -1.
+    after a conv), or -1. `tensors`: every parameter and buffer that it reads; `bias`: that of a
+    conv or linear ("" where it is no parameter); `eps`: a norm's.
     """
 
     kind: str
@@ -137,6 +140,9 @@ class Op:
     groups: int = 1
     positions: int = 0
     fused: int = -1
+    bias: str | None = None
+    eps: float = 0.0
+    tensors: tuple[str, ...] = ()
 
 
 class SizedAxis(NamedTuple):
@@ -191,7 +197,7 @@ class ChannelGraph:
     `taps[group.name]` says where its feature maps appear in a run; `mixing` lists the norms and sums over channels that removal changes.
     `written` is None where the user's own code takes fewer channels everywhere; where it holds their number as a fixed number and a
     plan removes some of these, its forward is written down with other numbers. Where that cannot be, `exported` says how the
-    exported network is slimmed.
+    exported network is slimmed. `stuck`: groups whose residual branch the code does not let go, with the reason (cut.offered).
     """
 
     groups: tuple[ChannelGroup, ...]
@@ -206,6 +212,7 @@ class ChannelGraph:
     mixing: tuple[Mixing, ...] = ()
     written: WrittenSizes | None = None
     exported: ExportedSizes | None = None
+    stuck: Mapping[str, str] = field(default_factory=dict)
 
     @cached_property
     def dense_widths(self) -> NDArray[np.int64]:
@@ -224,13 +231,28 @@ class ChannelGraph:
 
     def macs_at(self, widths: NDArray[Any]) -> Floats:
         """MACs of the slim network, as `macs` counts them: widths (plans, groups) or (groups,) -> (plans,)."""
-        total: Floats = elements(self._weights_by_axis, checked(widths, len(self.groups))) @ self._positions
+        w = checked(widths, len(self.groups))
+        stays = left(
+            self, w, len(self.multiplying), lambda name: [n for n, op in enumerate(self.multiplying) if op.weight in self._gone(name)]
+        )
+        total: Floats = (elements(self._weights_by_axis, w) * stays) @ self._positions
         return total
 
     def params_at(self, widths: NDArray[Any]) -> Floats:
         """Parameters of the slim network, as `params` counts them: widths (plans, groups) or (groups,) -> (plans,)."""
-        total: Floats = elements(self._parameters_by_axis, checked(widths, len(self.groups))).sum(axis=1)
+        w, names = checked(widths, len(self.groups)), sorted(self.trainable)
+        stays = left(self, w, len(names), lambda name: [n for n, own in enumerate(names) if own in self._gone(name)])
+        total: Floats = (elements(self._parameters_by_axis, w) * stays).sum(axis=1)
         return total
+
+    @cached_property
+    def branches(self) -> Mapping[str, Branch]:
+        """The groups of which a plan may keep no channel: inside a residual branch, which then vanishes."""
+        return {name: branch for name, branch in branches_of(self).items() if name not in self.stuck}
+
+    def _gone(self, name: str) -> frozenset[str]:
+        """The tensors that a group takes along when it vanishes."""
+        return self.branches[name].tensors
 
     @cached_property
     def shares(self) -> tuple[Share, ...]:

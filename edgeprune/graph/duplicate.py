@@ -24,7 +24,7 @@ def duplicate(model: nn.Module, instead: dict[int, Any] | None = None) -> nn.Mod
     plain = [m for m in model.modules() if _plain(type(m))]
     for module in plain:
         memo.setdefault(id(module), type(module).__new__(type(module)))
-    for module in plain:
+    for module in reversed(plain):  # inner ones first: a module that copies itself in a way of its own needs them whole
         state = {name: _copied(value, memo) for name, value in vars(module).items()}
         memo[id(module)].__setstate__(state)
     return copy.deepcopy(model, memo)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,8 @@ from safetensors.torch import save as to_bytes
 from torch import Tensor, fx, nn
 
 from edgeprune.errors import ModelError
+from edgeprune.graph.branches import End
+from edgeprune.graph.cut import lacking, without_branches
 from edgeprune.graph.exported import Exported, opened
 from edgeprune.graph.running import made_up
 from edgeprune.graph.slim import aliases_of, named_tensors, resize, slim
@@ -43,7 +45,9 @@ def save(module: nn.Module, path: str | Path, *, plan: Plan | None = None, examp
     if plan is not None:
         recipe["plan"] = json.dumps(plan.to_json())
     if isinstance(module, (Exported, Symbolic)):
-        recipe["exported"] = json.dumps(module.meta["slimmed"])
+        recipe["exported"] = json.dumps(module.meta.get("slimmed", []))
+    if ends := lacking(module):
+        recipe["without"] = json.dumps(ends)
     tensors = {name: t.detach().cpu().contiguous().clone() for name, t in named_tensors(module)}
     write_atomic(path, to_bytes(tensors, metadata=recipe))
     return path
@@ -58,8 +62,9 @@ def load(path: str | Path, *, model: nn.Module | None = None) -> nn.Module:
         return opened(load_exported_program(Path(path), trusted=False))
     if model is None:
         raise ModelError(f"{path} holds weights but no network: give load(…, model=) the dense network they were slimmed from.")
-    tensors, exported_steps = _read(Path(path))
+    tensors, exported_steps, ends = _read(Path(path))
     small = _slimmed_again(model, exported_steps, tensors)
+    small = _without(small, ends)
     own = aliases_of(small)
     missing, unknown = sorted(set(own) - set(tensors)), sorted(set(tensors) - set(own))
     if missing or unknown:
@@ -88,9 +93,17 @@ def _slimmed_again(model: nn.Module, steps: list[dict[str, Any]], tensors: Mappi
     if is_it or not steps:
         return copy.deepcopy(model)
     for step in steps:
+        if ends := step.get("without"):
+            model = _without(copy.deepcopy(model), ends)
         graph = trace(model, made_up(step["inputs"]))
         model = slim(model, graph, Plan.from_json(step))
     return model
+
+
+def _without(model: nn.Module, ends: Iterable[Sequence[Any]]) -> nn.Module:
+    """The network, which is changed, without these branches; those that it lacks already are no matter."""
+    there = dict(named_tensors(model))
+    return without_branches(model, [end for found in ends if (end := End(*found)).weight in there])
 
 
 def _misfits(dense: nn.Module, tensors: Mapping[str, Tensor]) -> Iterator[str]:
@@ -113,16 +126,17 @@ def _misfits(dense: nn.Module, tensors: Mapping[str, Tensor]) -> Iterator[str]:
             yield f"the tensors of {path} have different lengths ({', '.join(f'{leaf} {shape[0]}' for leaf, shape in shapes.items())})"
 
 
-def _read(path: Path) -> tuple[dict[str, Tensor], list[dict[str, Any]]]:
+def _read(path: Path) -> tuple[dict[str, Tensor], list[dict[str, Any]], list[Sequence[Any]]]:
     try:
         with safe_open(path, framework="pt") as file:
             recipe = file.metadata() or {}
             if recipe.get("format") != FORMAT:
                 raise ModelError(f"{path} was not written by edgeprune.save; load it with the tool that wrote it.")
             steps: list[dict[str, Any]] = json.loads(recipe.get("exported", "[]"))
+            ends: list[Sequence[Any]] = json.loads(recipe.get("without", "[]"))
             # Clones, because where a tensor lies in the file is where it lies in memory: off its alignment other kernels compute it,
             # with other roundings.
-            return {name: file.get_tensor(name).clone() for name in file.keys()}, steps  # noqa: SIM118  not a dict
+            return {name: file.get_tensor(name).clone() for name in file.keys()}, steps, ends  # noqa: SIM118  not a dict
     except (SafetensorError, OSError, ValueError) as error:
         reason = str(error).rstrip(".")
         raise ModelError(f"{path} cannot be read as safetensors ({reason}): it is damaged, cut off or another kind of file.") from error

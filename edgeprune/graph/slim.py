@@ -23,6 +23,7 @@ from torch.utils._pytree import tree_map
 
 from edgeprune.errors import SlimError
 from edgeprune.graph.channels import ChannelGraph
+from edgeprune.graph.cut import lacking, without_empty
 from edgeprune.graph.duplicate import duplicate
 from edgeprune.graph.exported import Exported, Unexportable, assembled, copy_graph, exported, is_exported
 from edgeprune.graph.mixing import Kept, compute_over_kept
@@ -42,8 +43,9 @@ def slim(model: nn.Module, graph: ChannelGraph, plan: Plan) -> nn.Module:
 
     Same class and forward signature, same output shapes, trainable further. Where the network's code holds numbers of channels and the
     plan removes some of these, its layers under a forward with other numbers (`graph.written`), or the exported network with other
-    numbers, which computes what the code computes in eval mode (`graph.exported`). Raises SlimError when the plan does not belong to
-    this graph or the network cannot be copied.
+    numbers, which computes what the code computes in eval mode (`graph.exported`). Where the plan keeps no channel of a residual
+    branch, the module that adds it to something is one of torch.fx without it (cut.py). Raises SlimError when the plan does not belong
+    to this graph or the network cannot be copied.
     """
     if graph.exported is None:
         try:
@@ -51,7 +53,7 @@ def slim(model: nn.Module, graph: ChannelGraph, plan: Plan) -> nn.Module:
         except Unwritable as problem:
             raise SlimError(f"the numbers of channels in the network's code cannot be changed: {problem}. Trace it again.") from problem
     try:
-        small = slim_exported(recall(graph, model), graph, plan)
+        small = slim_exported(recall(graph, model), graph, plan, of=model)
     except (Stuck, Unexportable) as problem:
         raise SlimError(
             f"the exported network does not take the channels of this plan ({problem}): keep more of them, or trace the network again."
@@ -71,7 +73,7 @@ def _slim_own(model: nn.Module, graph: ChannelGraph, plan: Plan, *, borrow: bool
     small = _copied(model, _resized(model, graph, plan, borrow=borrow))
     for layer in small.modules():
         _remember_sizes(layer)
-    return with_numbers(small, graph, plan)
+    return without_empty(with_numbers(small, graph, plan), graph, plan)
 
 
 def with_numbers(small: nn.Module, graph: ChannelGraph, plan: Plan) -> nn.Module:
@@ -88,21 +90,27 @@ def with_numbers(small: nn.Module, graph: ChannelGraph, plan: Plan) -> nn.Module
     steps = small.meta.get("slimmed", ()) if isinstance(small, Symbolic) else ()
     network = symbolic(small, graph.written.opened)
     renumber(network, cut)
-    network.meta["slimmed"] = [*steps, {"inputs": graph.written.inputs, **plan.to_json()}]
+    network.meta["slimmed"] = [*steps, _step(small, graph.written.inputs, plan)]
     return network
 
 
-def slim_exported(network: Exported, graph: ChannelGraph, plan: Plan, *, borrow: bool = False) -> Exported:
+def _step(model: nn.Module, inputs: Any, plan: Plan) -> dict[str, Any]:
+    """What to do to a fresh dense network to come where slimming `model` by this plan came: branches that it lacked, example, plan."""
+    ends = lacking(model)
+    return {"inputs": inputs, **plan.to_json(), **({"without": ends} if ends else {})}
+
+
+def slim_exported(network: Exported, graph: ChannelGraph, plan: Plan, *, of: nn.Module | None = None, borrow: bool = False) -> Exported:
     """`slim` for a graph of operations: smaller tensors (with `borrow` as `borrowed`), and the numbers of channels it holds.
 
-    Raises sizes.Stuck.
+    `of`: the network that it was exported from. Raises sizes.Stuck.
     """
     assert graph.exported is not None
-    small = _copied(network, _resized(network, graph, plan, borrow=borrow))
+    small = without_empty(_copied(network, _resized(network, graph, plan, borrow=borrow)), graph, plan)
     assert isinstance(small, Exported)
     kept = _kept_of_all(graph, plan)
     rewrite(small, {(name, axis): kept[channels] for name, axis, channels in graph.exported.axes})
-    small.meta["slimmed"] = [*small.meta.get("slimmed", ()), {"inputs": graph.exported.inputs, **plan.to_json()}]
+    small.meta["slimmed"] = [*small.meta.get("slimmed", ()), _step(network if of is None else of, graph.exported.inputs, plan)]
     return small
 
 
@@ -135,7 +143,7 @@ def _resized(model: nn.Module, graph: ChannelGraph, plan: Plan, *, borrow: bool 
         for axis in range(tensor.ndim):
             if (name, axis) in gone:
                 kept = np.flatnonzero(~gone[name, axis])
-                if borrow and kept[-1] - kept[0] + 1 == len(kept):
+                if borrow and len(kept) and kept[-1] - kept[0] + 1 == len(kept):
                     tensor = tensor.narrow(axis, int(kept[0]), len(kept))
                 else:
                     picked[axis] = torch.from_numpy(kept).to(tensor.device)
@@ -358,7 +366,8 @@ def removed_positions(graph: ChannelGraph, plan: Plan) -> dict[tuple[str, int], 
         keep = np.unique(np.asarray(plan.keep.get(group.name, range(group.channels)), dtype=np.int64))
         if len(keep) == group.channels:
             continue
-        if not len(keep) or keep.min() < 0 or keep.max() >= group.channels:
+        vanishes = not len(keep) and group.name in graph.branches
+        if not vanishes and (not len(keep) or keep.min() < 0 or keep.max() >= group.channels):
             raise SlimError(
                 f"the plan keeps channels {keep[:5].tolist()} of {group.name}, which has {group.channels}; at least one must stay."
             )

@@ -60,6 +60,15 @@ def symbolic(model: nn.Module, opened: Collection[str]) -> Symbolic:
     return written
 
 
+def forward_of(module: nn.Module) -> fx.Graph:
+    """A module's own forward, which calls its children as they are. Raises Unwritable, also where it does something else in training."""
+    with evaluating(module):
+        written = _forward(module, ())
+    if not _same_while_training(module, written, ()):
+        raise Unwritable("its code does something else while it trains")
+    return written
+
+
 def _forward(model: nn.Module, opened: Collection[str]) -> fx.Graph:
     try:
         graph = _Writer({id(model.get_submodule(name)) for name in opened}).trace(model)
@@ -71,11 +80,11 @@ def _forward(model: nn.Module, opened: Collection[str]) -> fx.Graph:
     return graph
 
 
-def _same_while_training(model: nn.Module, written: Symbolic, opened: Collection[str]) -> bool:
+def _same_while_training(model: nn.Module, written: fx.Graph, opened: Collection[str]) -> bool:
     with evaluating(model):  # which gives every module its flag back
         for module in model.modules():
             module.training = True
-        return str(_forward(model, opened)) == str(written.graph)
+        return str(_forward(model, opened)) == str(written)
 
 
 class _Writer(fx.Tracer):
@@ -107,7 +116,7 @@ def located(model: nn.Module, inputs: tuple[Any, ...], keys: Collection[str]) ->
             hook.remove()
     with evaluating(model):
         written = symbolic(model, opened)
-    if not _same_while_training(model, written, opened):
+    if not _same_while_training(model, written.graph, opened):
         raise Unwritable("its code does something else while it trains")
     nodes: dict[str, str] = {}
     run = Located(written)

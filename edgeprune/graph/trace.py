@@ -300,7 +300,9 @@ class _Tracer(Observer):
         for argument, axis in _PRODUCING.get(call.name, ()):
             if (parameter := self.seen[call.args[argument]].parameter) is not None:
                 self.producers.setdefault((parameter, axis))
-        self.ops.append(Op(kind, call.name, weight, inputs, numbers[0], self.calls - 1, fused=self._fuses_into(kind, inputs), **details))
+        tensors = tuple(dict.fromkeys(seen.parameter for seen in read if seen.parameter is not None))
+        fused = self._fuses_into(kind, inputs)
+        self.ops.append(Op(kind, call.name, weight, inputs, numbers[0], self.calls - 1, fused=fused, tensors=tensors, **details))
 
     def _computed_parameters(self, call: Call, results: list[Any]) -> None:
         """Weights that the network computes from its parameters (transposed, normalised) count as the parameter of their shape."""
@@ -324,8 +326,10 @@ class _Tracer(Observer):
     def _weight_details(self, call: Call, kind: str) -> tuple[str | None, dict[str, Any]]:
         tensor = call.args[{"conv": 1, "linear": len(call.args) - 1, "norm": 1}[kind]]
         weight = self.seen[tensor].parameter if isinstance(tensor, Tensor) else None
-        if kind == "norm" or weight is None:
-            return weight, {}
+        if kind == "norm":
+            return weight, {"eps": call.args[-1]}
+        if weight is None:
+            return None, {}
         transposed = kind == "conv" and call.args[6]
         self.producers.setdefault((weight, 1 if transposed else 0))
         made = call.labels[-1].axes[-1] if kind == "linear" and isinstance(call.labels[-1], Weight) else None
@@ -333,7 +337,8 @@ class _Tracer(Observer):
             self.producers.pop((weight, 0))  # the code multiplies with it as it stands, not transposed
             self.producers.setdefault((weight, len(self.tensors[weight].shape) - 1))
         if kind == "linear":
-            return weight, {"positions": int(np.prod(call.args[-2].shape[:-1]))}
+            bias = self._named(call.args[0]) if call.name == "addmm" else None
+            return weight, {"positions": int(np.prod(call.args[-2].shape[:-1])), "bias": bias}
         spatial = call.args[0].shape if transposed else call.shape
         dims = tensor.ndim - 2
         positions = int(np.prod(spatial[len(spatial) - dims :])) * (spatial[0] if len(spatial) > dims + 1 else 1)
@@ -342,7 +347,12 @@ class _Tracer(Observer):
             "stride": tuple(call.args[3]) * (dims if len(call.args[3]) == 1 else 1),
             "groups": call.args[8],
             "positions": positions,
+            "bias": self._named(call.args[2]),
         }
+
+    def _named(self, bias: Any) -> str | None:
+        """The parameter that a bias is; "" where it is none, as what the network computes."""
+        return (self.seen[bias].parameter or "") if isinstance(bias, Tensor) else None
 
     def _fuses_into(self, kind: str, inputs: tuple[int, ...]) -> int:
         """The conv or linear whose kernel an inference runtime lets compute this norm or activation too."""

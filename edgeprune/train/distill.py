@@ -105,7 +105,8 @@ def features_to_learn(graph: ChannelGraph, plan: Plan) -> dict[str, tuple[int, .
     if graph.exported is not None:
         return {}
     gone = removed_positions(graph, plan)
-    made = {op.weight: op for op in graph.ops if op.weight and op.kind in ("conv", "linear")}
+    stopped = {number for name in plan.empty for number in graph.branches[name].ops}
+    made = {op.weight: op for n, op in enumerate(graph.ops) if op.weight and op.kind in ("conv", "linear") and n not in stopped}
     norms = {op.inputs[0]: op.weight for op in graph.ops if op.kind == "norm" and op.inputs and op.weight}
     found: dict[str, tuple[int, ...]] = {}
     for group in graph.groups:

@@ -58,7 +58,7 @@ def pairs_of(graph: ChannelGraph, targets: Mapping[int, Target], images: int) ->
 def _pair(graph: ChannelGraph, target: Target, images: int) -> Pair | None:
     made = {op.output: op for op in graph.ops}
     relu = made.get(target.op.inputs[0])
-    if not _plain(graph, target.op) or relu is None or relu.name != "relu":
+    if target.constant or not _plain(graph, target.op) or relu is None or relu.name != "relu":
         return None
     before = made.get(relu.inputs[0])
     norm = before if before is not None and before.kind == "norm" and keeps_statistics(graph, before) else None

@@ -11,6 +11,7 @@ Where a ReLU follows, a value that should be negative may be any negative value:
 the layer already is, with the moments in hand (each round lowers the convex error that forgives what the ReLU cuts off).
 Of two convs of which the second alone reads the first, the first is then fitted to what should come out behind the second, and the second
 once more (train/pairs.py).
+Of a residual branch that vanished as a whole the constant is fitted: what its dense original gave, on average, or what the sum lacks.
 No BN recalibration after it: a least-squares fit that explains a share R² of a channel's variance has that share of its variance, and
 statistics of the dense network pass it on as it is. Statistics of the fit's own would stretch it by 1 / R, noise included, which takes
 the error from 1 - R² to 2 (1 - R) of the variance and unbalances every residual sum it goes into.
@@ -36,7 +37,7 @@ from edgeprune.data import Augment, Split, at_once
 from edgeprune.errors import DataError
 from edgeprune.graph import ChannelGraph, Op
 from edgeprune.graph.running import Observer, fresh, tensors_in
-from edgeprune.graph.slim import named_tensors, recall, removed_positions
+from edgeprune.graph.slim import named_tensors, recall, removed_positions, slim
 from edgeprune.graph.trace import trace
 from edgeprune.plan import Plan
 from edgeprune.train import Progress, silent
@@ -86,6 +87,7 @@ class Recording:
     out behind it (train/pairs.py). Both are empty unless they were asked for.
     """
 
+    dense: nn.Module
     graph: ChannelGraph
     inputs: tuple[Tensor, ...]
     positions: int
@@ -117,12 +119,12 @@ class Recording:
             dense = recall(graph, dense)
             graph = trace(dense, tuple(x[:1] for x in inputs))
         positions = max(LEAST_POSITIONS, rows // len(inputs[0]))
-        gone = could_go(graph) if plan is None else removed_positions(graph, plan)
-        targets = targets_of(graph, gone, positions)
+        gone, empty = (could_go(graph), ()) if plan is None else (removed_positions(graph, plan), plan.empty)
+        targets = targets_of(graph, gone, positions, empty)
         recorded = 4 * len(inputs[0]) * sum(len(t.kept) * len(t.places) for t in targets.values())
         if recorded > RECORDED_BYTES:
             positions = max(LEAST_POSITIONS, positions * RECORDED_BYTES // recorded)
-            targets = targets_of(graph, gone, positions)
+            targets = targets_of(graph, gone, positions, empty)
         together = at_once(BATCH, inputs[0].shape[2:])
         parts = list(zip(*(x.split(together) for x in inputs), strict=True)) if targets else []
         pairs = pairs_of(graph, targets, len(inputs[0])) if in_pairs else {}
@@ -132,7 +134,7 @@ class Recording:
                 recorder.calls = 0
                 dense(*part)
         weights = {name: t.detach() for name, t in named_tensors(dense)} if substitutes else {}
-        return Recording(graph, inputs, positions, recorder.outputs(), recorder.eps, recorder.moments, weights, recorder.ends())
+        return Recording(dense, graph, inputs, positions, recorder.outputs(), recorder.eps, recorder.moments, weights, recorder.ends())
 
     def refitted(
         self,
@@ -146,13 +148,35 @@ class Recording:
         """A copy of the plan's slim network, refitted; see `reconstruct`."""
         fitted = copy.deepcopy(small)
         gone = removed_positions(self.graph, plan)
-        if targets := targets_of(self.graph, gone, self.positions):
-            inputs, tensors = fresh(self.inputs), dict(named_tensors(fitted))
+        if targets := targets_of(self.graph, gone, self.positions, plan.empty):
+            runs = self._with_branches(fitted, plan) if plan.empty else fitted
+            inputs, tensors = fresh(self.inputs), dict(named_tensors(runs))
             pairs = {call: pair for call, pair in pairs_of(self.graph, targets, len(inputs[0])).items() if call in self.ends}
             refitter = _Refitter(targets, pairs, self, tensors, ridges=ridges, rectify_rounds=rectify_rounds, progress=progress)
-            with frozen(fitted), refitter:
-                fitted(*inputs)
+            with frozen(runs), refitter:
+                runs(*inputs)
+            if runs is not fitted:
+                _copy_into(fitted, tensors)
         return fitted
+
+    def _with_branches(self, small: nn.Module, plan: Plan) -> nn.Module:
+        """The slim network with one channel in each branch that vanished, without effect: it runs the operations of the dense one."""
+        one_each = Plan({name: kept or (0,) for name, kept in plan.keep.items()})
+        whole = slim(self.dense, self.graph, one_each)
+        _copy_into(whole, dict(named_tensors(small)))
+        tensors = dict(named_tensors(whole))
+        for name in plan.empty:
+            for end in self.graph.branches[name].ends:
+                tensors[end.weight].detach().zero_()
+        return whole
+
+
+def _copy_into(module: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+    """Give a module's tensors the values of those of the same name."""
+    with torch.no_grad():
+        for name, tensor in named_tensors(module):
+            if name in tensors:
+                tensor.copy_(tensors[name])
 
 
 def _affordable(graph: ChannelGraph) -> int:
@@ -227,16 +251,19 @@ class _Refitter(Observer):
         weight = self._tensors[target.op.weight or ""]
         bias, mean = self._free(target, args)
         present = self._present(target, weight)
+        if target.constant:
+            present = present[..., :0]
         gain = affine.gain.double().reshape(present.shape[:2])
         fit = Fit(present, self._ridges, gain, free=bias is not None or mean is not None)
         left, places = by_row(wanted), len(target.places) if target.op.kind == "conv" else 1
         for x in rows_read(target, args):
-            fit.add(x, left[: len(x)].reshape(len(x), x.shape[1], -1), places)
+            fit.add(x[..., : present.shape[2]], left[: len(x)].reshape(len(x), x.shape[1], -1), places)
             left = left[len(x) :]
         fit.solve()
         if target.rectified and len(present) == 1 and fit.free:
             fit.rectify(affine, None if beside is None else by_row(beside), rounds=self._rectify_rounds)
-        weight.copy_(weight * fit.weight.reshape(-1, *[1] * (weight.ndim - 1)) if target.scaled else fit.weight.reshape(weight.shape))
+        if not target.constant:
+            weight.copy_(weight * fit.weight.reshape(-1, *[1] * (weight.ndim - 1)) if target.scaled else fit.weight.reshape(weight.shape))
         if bias is not None:
             bias.copy_(fit.intercept.reshape(-1))
         elif mean is not None:

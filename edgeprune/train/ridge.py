@@ -140,4 +140,5 @@ def substituted(weight: Tensor, second: Tensor, kept: Tensor, ridge: float) -> T
 
 def _pull(second: Tensor, ridge: float) -> Tensor:
     """What is added to the diagonals, (groups, 1, 1)."""
-    return (ridge * second.diagonal(dim1=1, dim2=2).mean(1).clamp(min=1e-12))[:, None, None]
+    variance = second.diagonal(dim1=1, dim2=2).sum(1) / max(1, second.shape[1])
+    return (ridge * variance.clamp(min=1e-12))[:, None, None]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -22,7 +22,8 @@ class Target:
 
     `read`: which of the values that an output reads stay; None of layers with conv groups. `kept`: the outputs that stay. `rectified`:
     what comes of these goes through a ReLU and nowhere else. `scaled`: a depthwise conv, of which only the scale of each channel is
-    refitted: it mixes no channels, so what it lost is not in its inputs.
+    refitted: it mixes no channels, so what it lost is not in its inputs. `constant`: nothing that it reads stays, and of its branch only
+    a constant, which is refitted.
     """
 
     op: Op
@@ -33,6 +34,7 @@ class Target:
     beside: int | None
     rectified: bool
     scaled: bool
+    constant: bool = False
 
 
 def could_go(graph: ChannelGraph) -> Gone:
@@ -41,8 +43,13 @@ def could_go(graph: ChannelGraph) -> Gone:
     return {(name, axis): np.zeros(graph.shapes[name][axis], dtype=bool) for name, axis in axes}
 
 
-def targets_of(graph: ChannelGraph, gone: Gone, positions: int) -> dict[int, Target]:
-    """By call number, every conv and linear from the first one on that lost inputs; fitted at so many positions of each image's map."""
+def targets_of(graph: ChannelGraph, gone: Gone, positions: int, empty: Collection[str] = ()) -> dict[int, Target]:
+    """By call number, every conv and linear from the first one on that lost inputs; fitted at so many positions of each image's map.
+
+    `empty`: groups of which nothing stays; what runs in their branches alone is no target, but for the last layer.
+    """
+    ends = {end.weight for name in empty for end in graph.branches[name].ends}
+    stopped = {graph.ops[number].weight for name in empty for number in graph.branches[name].ops} - ends
     norms = {op.inputs[0]: op for op in graph.ops if op.kind == "norm" and op.inputs and op.weight}
     seen: set[str] = set()
     targets: dict[int, Target] = {}
@@ -51,7 +58,7 @@ def targets_of(graph: ChannelGraph, gone: Gone, positions: int) -> dict[int, Tar
             continue
         seen.add(op.weight)
         shape = graph.shapes[op.weight]
-        if (not targets and (op.weight, 1) not in gone) or op.name == "bmm":
+        if (not targets and (op.weight, 1) not in gone) or op.name == "bmm" or op.weight in stopped:
             continue
         if op.kind == "conv" and graph.activations[op.output].shape[1] != shape[0]:  # transposed
             continue
@@ -64,7 +71,10 @@ def targets_of(graph: ChannelGraph, gone: Gone, positions: int) -> dict[int, Tar
         scaled = op.groups > 1 and shape[1] == 1
         inputs = gone.get((op.weight, 1), np.zeros(shape[1], dtype=bool))
         read = None if op.groups > 1 else torch.from_numpy(~inputs).repeat_interleave(int(np.prod(shape[2:])))
-        targets[op.call] = Target(op, read, kept, norm, places, _beside(graph, op), _rectified(graph, op), scaled)
+        constant = op.weight in ends
+        targets[op.call] = Target(
+            op, read, kept, norm, places, _beside(graph, op), _rectified(graph, op), scaled and not constant, constant
+        )
     return targets
 
 

@@ -156,7 +156,7 @@ def test_unknown_methods_options_and_missing_devices_are_usage_errors() -> None:
         allocate(graph, scores, Budget(macs=0.5), method="uniform", concave=True)
     with pytest.raises(UsageError, match="latency_ms needs a device"):
         allocate(graph, scores, Budget(latency_ms=1))
-    for wrong in ({"round_to": 0}, {"max_remove": 1.5}, {"min_channels": 0}, {"normalise": "l7"}):
+    for wrong in ({"round_to": 0}, {"max_remove": 1.5}, {"min_channels": -1}, {"normalise": "l7"}):
         with pytest.raises(UsageError, match=next(iter(wrong))):
             allocate(graph, scores, Budget(macs=0.5), **wrong)
 
@@ -213,6 +213,53 @@ def test_every_allocator_honours_the_rules(method: str) -> None:
         plan_of(graph, scores, Budget(macs=0.1), method=method, **rules)
     with pytest.raises(UsageError, match="'nowhere' matches no group"):
         plan_of(graph, scores, Budget(macs=0.7), method=method, keep_dense=["nowhere"])
+
+
+@pytest.mark.parametrize("name", ["residual", "bottleneck", "mobile", "option_a"])
+def test_keeping_nothing_is_worth_nothing(name: str) -> None:
+    _, graph, scores = problem(name)
+    search = Search(graph, scores, Budget(macs=0.5), None, rules=WidthRules(round_to=1, min_channels=0))
+    for group, allowed, values in zip(graph.groups, search.allowed, search.values, strict=True):
+        assert (allowed[0] == 0) == (group.name in graph.branches)
+        best = np.sort(scores.values[group.name])[::-1]
+        expected = [best[:width].sum() for width in allowed]
+        assert values == pytest.approx(np.array(expected) * values[-1] / expected[-1])
+    logs = Search(graph, scores, Budget(macs=0.5), None, rules=WidthRules(round_to=1, min_channels=0), concave=True).values
+    assert all(np.isfinite(v).all() and (np.diff(v) >= 0).all() for v in logs)
+
+
+@pytest.mark.parametrize("figures", [("macs",), ("latency_ms",), ("params", "size_bytes")], ids="+".join)
+@pytest.mark.parametrize("name", ["residual", "bottleneck"])
+@pytest.mark.parametrize("method", ALLOCATORS)
+def test_every_allocator_may_drop_whole_branches_and_stays_in_the_budget(method: str, name: str, figures: tuple[str, ...]) -> None:
+    """Half way between what one channel in each branch costs at least and what none does: with one left in each, nothing fits."""
+    _, graph, scores = problem(name)
+    rules: dict[str, Any] = {"round_to": 1, "min_channels": 0, "max_remove": 1.0}
+    anything = Budget(macs=1.0, latency_ms=1e9, params=1.0, size_bytes=1e9)
+    floors = []
+    for least in (0, 1):
+        search = Search(graph, scores, anything, COST, rules=WidthRules(**{**rules, "min_channels": least}))
+        floors.append(search.figures(search.smallest[None]))
+    budget = Budget(**{figure: float(floors[0][figure][0] + floors[1][figure][0]) / 2 for figure in figures})
+    with pytest.raises(BudgetError):
+        plan_of(graph, scores, budget, method=method, cost=COST, **{**rules, "min_channels": 1})
+    plan = plan_of(graph, scores, budget, method=method, cost=COST, **rules)
+    assert plan.empty and set(plan.empty) <= set(graph.branches)
+    real = real_figures(name, plan)
+    assert all(real[figure] <= limit for figure, limit in budget.limits().items())
+
+
+def test_a_branch_that_matters_little_goes_first() -> None:
+    """The most valuable of all choices, counted one by one."""
+    _, graph, scores = problem("residual")
+    values = {g.name: np.full(g.channels, 0.01 if g.name == "body.2.a.0" else 1.0) for g in graph.groups}
+    little = Scores("made up", values, additive=True)
+    for method in ("knapsack", "global"):
+        plan = allocate(graph, little, Budget(macs=0.6), method=method, round_to=1, min_channels=0)
+        assert plan.empty == ("body.2.a.0",), method
+        assert plan.keep["body.1.a.0"] == tuple(range(8))
+    even = allocate(graph, scores, Budget(macs=0.6), method="uniform", round_to=1, min_channels=0)
+    assert not even.empty, "the same share of all goes, as long as that is enough"
 
 
 def test_allocators_of_others_take_the_rules_they_name(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from benchmarks.artifacts import NETWORKS, calibrate, table, written
-from benchmarks.artifacts_speed import WAYS, rounds
+from benchmarks.artifacts_speed import WAYS, _together, rounds
 from benchmarks.artifacts_speed import table as speed_table
 from edgeprune.allocate import RULES
 from tests.export.export_nets import Plain, settle
@@ -60,6 +60,16 @@ def test_speed_table() -> None:
     assert ways.splitlines()[-1] == "| mobilenet_v2 | --macs 0.5 | 50.0% | 1.80 | 0.90 |  |"
     judged = speed_table({"machine": "m", "versions": {}, "rounds": 3, "networks": [network | {"kept_right": {"dense": 99.5}}]})
     assert "| mobilenet_v2 | dense fp32 | ONNX Runtime | 1 | 4.00 | 2.00 | 1 | 0.0% |  | 99.5 |" in judged
+
+
+def test_rows_that_are_measured_later_join_the_earlier_ones() -> None:
+    first, *_, last = WAYS["cifar:resnet56"]
+    keys = ("macs_removed", "size_bytes", "kept_right", "rows")
+    earlier = {"network": "cifar:resnet56", "macs": 7, **{key: {"dense fp32 onnx 1": 1, f"{last} fp32 onnx 1": 2} for key in keys}}
+    found = {"network": "cifar:resnet56", **{key: {"dense fp32 onnx 1": 3, f"{first} fp32 onnx 1": 4} for key in keys}}
+    both = _together(earlier, found)
+    assert both["rows"] == {"dense fp32 onnx 1": 1, f"{first} fp32 onnx 1": 4, f"{last} fp32 onnx 1": 2}
+    assert list(both["rows"]) == ["dense fp32 onnx 1", f"{first} fp32 onnx 1", f"{last} fp32 onnx 1"] and both["macs"] == 7
 
 
 def test_ways_are_options_that_allocators_take() -> None:

@@ -166,6 +166,41 @@ def test_an_impossible_budget_says_the_floor(edgeprune: Command, here: Path) -> 
     assert edgeprune("compress", *QUICK, "--macs", "0.5", "--out", "mine", "--resume").code == 0
 
 
+BRANCHED = """
+import torch
+from tests.networks import Head, NETWORKS
+
+def make():
+    torch.manual_seed(0)
+    model = NETWORKS["residual"].make()
+    model.fc = torch.nn.Linear(8, 3)
+    return model
+"""
+
+
+def test_residual_branches_may_go_as_a_whole(edgeprune: Command, here: Path) -> None:
+    """So few MACs are left without a branch only; in two rounds, trained, exported and verified like any other network."""
+    Path("branched.py").write_text(BRANCHED)
+    made: dict[str, Any] = {}
+    exec(BRANCHED, made)
+    torch.save(made["make"]().state_dict(), "branched.pt")
+    net = ["branched.pt", "--model", "branched.py:make"]
+    common = ["compress", *net, *QUICK[len(NET) :], "--macs", "0.3", "--round-to", "8"]
+    assert edgeprune(*common, "--out", "none").code == 3
+    told = edgeprune("inspect", *net, "--input-shape", "1,3,8,8").out
+    assert "With --min-channels 0 2 of them may go whole, with their residual branches: up to " in told
+    for folder, more in (("run", []), ("rounds", ["--rounds", "2", "--epochs", "1", "--batch-size", "32"])):
+        done = edgeprune(*common, "--min-channels", "0", "--json", "--out", folder, *more)
+        assert done.code == 0, done.err
+        found = json.loads(done.out)
+        kept = {g["name"]: g["kept"] for g in found["groups"]}
+        assert kept["body.0.0"] == 8 and 0 in (kept["body.1.a.0"], kept["body.2.a.0"])
+        gone = ", ".join(name for name, width in kept.items() if not width)
+        assert f"residual branches could go as a whole, as asked: {gone} did" in Path(folder, "report.md").read_text()
+        assert edgeprune("verify", folder).code == 0
+        assert not any(name.startswith(f"{gone.partition(',')[0]}.") for name in weights(Path(folder, "model.safetensors")))
+
+
 EARLY: list[tuple[list[str], int, str]] = [
     (QUICK, 2, "no budget given: set at least one of --latency-ms, --energy-mj"),
     ([*QUICK, "--macs", "0"], 2, "positive number"),
@@ -178,7 +213,7 @@ EARLY: list[tuple[list[str], int, str]] = [
     ([*QUICK, "--macs", "0.5", "--format", "tflight"], 2, "'tflight'"),
     ([*QUICK, "--macs", "0.5", "--quantize", "int9"], 2, "int9"),
     ([*QUICK, "--macs", "0.5", "--round-to", "0"], 2, "round_to"),
-    ([*QUICK, "--macs", "0.5", "--min-channels", "0"], 2, "min_channels"),
+    ([*QUICK, "--macs", "0.5", "--min-channels", "-1"], 2, "min_channels"),
     ([*QUICK, "--macs", "0.5", "--max-remove", "70"], 2, "max_remove"),
     ([*QUICK, "--macs", "0.5", "--keep-dense", "a", "--keep-dense", "haed.*"], 2, "'haed.*' matches no group"),
     ([*QUICK, "--macs", "0.5", "--epochs", "-1"], 2, "epochs cannot be -1"),

@@ -13,6 +13,7 @@ from edgeprune.device.cost import UNSEEN_WIDENING, CostModel, in_blocks, kernel_
 from edgeprune.device.kernels import FLOAT_BYTES, KernelsAt, kernels
 from edgeprune.errors import UsageError
 from tests.device.test_kernels import tiny
+from tests.networks import traced
 
 PROFILES = [name for name in devices() if device(name).predicts and not device(name).resolved]
 GRAPH, MADE = tiny(), kernels(tiny())
@@ -158,6 +159,19 @@ def test_a_correction_scales_everything_but_not_the_range() -> None:
     assert doubled.interval_ms(at)[1][0] == pytest.approx(2 * plain.interval_ms(at)[1][0])
     with pytest.raises(UsageError, match="positive"):
         CostModel(device("rpi4"), 0.0)
+
+
+def test_latency_and_memory_do_not_rise_when_the_last_channel_of_a_branch_goes() -> None:
+    for name in ("residual", "bottleneck", "mobile"):
+        graph = traced(name)[1]
+        one, none = (np.array([least if g.name in graph.branches else g.channels for g in graph.groups]) for least in (1, 0))
+        for profile in PROFILES:
+            with_one, without = (predict_graph(graph, widths, device(profile)) for widths in (one, none))
+            assert without.latency_ms.value < with_one.latency_ms.value
+            assert (without.size_bytes, without.macs) < (with_one.size_bytes, with_one.macs)
+            assert without.peak_memory_bytes <= with_one.peak_memory_bytes
+            gone = [layer for layer in without.per_layer if layer.latency_ms == 0]
+            assert sum(layer.share for layer in without.per_layer) <= 1 + 1e-9 and len(gone) >= 2 * len(graph.branches)
 
 
 def test_predict_graph_tells_everything() -> None:

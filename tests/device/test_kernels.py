@@ -3,9 +3,13 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from edgeprune.device.kernels import FILE_BYTES, KERNEL_FILE_BYTES, kernels
+from edgeprune.device.kernels import FILE_BYTES, FLOAT_BYTES, KERNEL_FILE_BYTES, kernels
 from edgeprune.errors import UsageError
 from edgeprune.graph.channels import Activation, ChannelGraph, ChannelGroup, Member, Op
+from edgeprune.graph.slim import slim
+from edgeprune.graph.trace import trace
+from edgeprune.plan import Plan
+from tests.networks import images, traced
 
 
 def tiny() -> ChannelGraph:
@@ -171,3 +175,27 @@ def test_kinds_that_cost_differently_are_told_apart() -> None:
     at = made.at(np.array(graph.dense_widths))
     assert at.groups[0].tolist() == [4.0 if n == grouped else 0.0 for n in range(len(made.kinds))]
     assert at.patch_elements[0, grouped] == 8 * 12 * 12 * 9
+
+
+@pytest.mark.parametrize("name", ["residual", "bottleneck", "grouped", "mobile", "option_a", "attention"])
+def test_a_branch_that_vanished_is_priced_as_the_network_without_it(name: str) -> None:
+    model, graph = traced(name)
+    half = Plan.uniform(graph, 0.5).keep
+    for keep in ({}, half):
+        plan = Plan({**keep, **dict.fromkeys(graph.branches, ())})
+        thin = trace(slim(model, graph, plan), images(name))
+        priced, real = kernels(graph), kernels(thin)
+        widths = plan.widths(graph)
+        both = np.stack([graph.dense_widths, widths])
+        at, other = priced.at(both), real.at(thin.dense_widths)
+        runs = np.broadcast_to(at.calls, at.macs.shape)[1] > 0
+        assert [n for n, own in zip(priced.kinds, runs, strict=True) if own] == list(real.kinds)
+        for column in ("macs", "input_elements", "output_elements", "weight_elements", "patch_elements", "channels", "groups"):
+            assert getattr(at, column)[1][runs].tolist() == pytest.approx(getattr(other, column)[0].tolist())
+            assert not getattr(at, column)[1][~runs].any(), "nothing of it is left"
+            assert getattr(at, column)[0].tolist() == pytest.approx(getattr(priced.at(graph.dense_widths), column)[0].tolist())
+        assert (priced.macs(widths)[0], priced.params(widths)[0]) == (thin.macs, thin.params)
+        assert priced.calls(both).tolist() == [len(priced.names), len(real.names)]
+        assert priced.live_bytes(widths)[0] >= real.live_bytes(thin.dense_widths)[0]
+        constants = sum(FLOAT_BYTES * thin.shapes[end.held[-1]][0] for b in graph.branches.values() for end in b.ends)
+        assert priced.size_bytes(widths)[0] == real.size_bytes(thin.dense_widths)[0] + constants

@@ -256,3 +256,17 @@ def test_too_little_address_space_for_the_exporter_is_noticed_before_it_begins(t
     finally:
         resource.setrlimit(resource.RLIMIT_AS, before)
     assert export(nn.ReLU(), X, tmp_path / "m.onnx").path.is_file()
+
+
+@pytest.mark.parametrize("name", ["residual", "mobile"])
+def test_of_a_branch_that_vanished_one_addition_is_left(name: str, tmp_path: Path) -> None:
+    model = build(name, dtype=torch.float32)
+    x = images(name, 3, dtype=torch.float32)[0]
+    graph = trace(model, x)
+    small = slim(model, graph, Plan(dict.fromkeys(graph.branches, ())))
+    artifact = export(small, x[:1], tmp_path / "m.onnx", samples=x)
+    made = onnx.load(artifact.path).graph
+    constants = {i.name for i in made.initializer}
+    added = [n for n in made.node if n.op_type == "Add" and constants & set(n.input)]
+    assert len(added) == len(graph.branches)
+    assert [n.op_type for n in made.node if n.op_type not in ("Add", "Relu")] == ["Conv", "ReduceMean", "Gemm"]

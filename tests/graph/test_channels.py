@@ -177,6 +177,7 @@ def test_taps_hold_all_channels_of_their_group(name: str) -> None:
 def test_counts_at_any_widths_are_those_of_the_slim_network(name: str) -> None:
     model, graph = traced(name)
     plans = [random_plan(graph, seed) for seed in range(3)]
+    plans += [Plan({**plans[0].keep, name: ()}) for name in graph.branches]
     widths = np.array([[len(plan.keep[g.name]) for g in graph.groups] for plan in plans])
     for plan, macs, params in zip(plans, graph.macs_at(widths), graph.params_at(widths), strict=True):
         small = slim(model, graph, plan)
@@ -191,7 +192,13 @@ def test_a_share_is_what_goes_with_the_group(name: str) -> None:
         small = slim(model, graph, Plan({g.name: tuple(range(1, g.channels))}))
         assert share.channel_macs == graph.macs - counted_macs(small, images(name)) > 0
         assert share.channel_params == graph.params - sum(p.numel() for p in small.parameters())
-        assert share.channel_macs <= share.macs <= g.channels * share.channel_macs
+        assert share.channel_macs <= share.macs
+        if g.name in graph.branches:
+            without = slim(model, graph, Plan({g.name: ()}))
+            assert share.macs == graph.macs - counted_macs(without, images(name))
+            assert share.params == graph.params - sum(p.numel() for p in without.parameters())
+        else:
+            assert share.macs <= g.channels * share.channel_macs
     thinnest = slim(model, graph, Plan({g.name: (0,) for g in graph.groups}))
     assert graph.prunable[0] == pytest.approx(1 - counted_macs(thinnest, images(name)) / graph.macs)
     assert graph.prunable[1] == pytest.approx(1 - sum(p.numel() for p in thinnest.parameters()) / graph.params)

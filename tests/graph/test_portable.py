@@ -58,6 +58,37 @@ def test_a_round_trip_is_exact(name: str, tmp_path: Path) -> None:
     assert [p.name for p in tmp_path.iterdir()] == ["small.safetensors"]
 
 
+@pytest.mark.parametrize("name", ["residual", "bottleneck", "option_a", "mobile", "sum_and_slice", "attention"])
+def test_networks_without_branches_come_back(name: str, tmp_path: Path) -> None:
+    """Without them and thinned, in one step and in two, whichever comes first; from a fresh dense network and from themselves."""
+    model = build(name)
+    graph = trace(model, images(name))
+    empty = dict.fromkeys(graph.branches, ())
+    for first in ({}, random_plan(graph, 2).keep, {**random_plan(graph, 2).keep, **empty}, empty):
+        small = slim(model, graph, Plan(first))
+        later = trace(small, images(name))
+        half = Plan.uniform(later, 0.5).keep
+        for then in (half, {**half, **dict.fromkeys(later.branches, ())}):
+            smaller = slim(small, later, Plan(then))
+            file = save(smaller, tmp_path / "small.safetensors", plan=Plan(then))
+            back = load(file, model=build(name, seed=9))
+            assert same(smaller, back) and same(smaller, load(file, model=back))
+            assert all(torch.equal(a, b) for a, b in zip(outputs(smaller, images(name)), outputs(back, images(name)), strict=True))
+
+
+def test_a_network_without_branches_needs_no_source_code(tmp_path: Path) -> None:
+    model = build("residual")
+    graph = trace(model, images("residual"))
+    small = slim(model, graph, Plan(dict.fromkeys(graph.branches, ())))
+    back = load(save(small, tmp_path / "small.pt2", example_inputs=images("residual")))
+    assert torch.equal(outputs(back, images("residual", 3))[0], outputs(small, images("residual", 3))[0])
+    dense = load(save(model, tmp_path / "dense.pt2", example_inputs=images("residual")))
+    written = trace(dense, images("residual"))
+    assert set(written.branches) == set(graph.branches), "of exported operations branches can go, too"
+    file = save(slim(dense, written, Plan(dict.fromkeys(graph.branches, ()))), tmp_path / "small.safetensors")
+    assert torch.equal(outputs(load(file, model=dense), images("residual"))[0], outputs(small, images("residual"))[0])
+
+
 @pytest.mark.parametrize("name", ["residual", "literal_flatten", "squeeze_excite", "two_in_two_out"])
 def test_a_whole_network_needs_no_source_code(name: str, tmp_path: Path) -> None:
     small, _ = thinner(build(name), name)

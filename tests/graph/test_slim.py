@@ -47,12 +47,15 @@ def half_random(graph: ChannelGraph, seed: int) -> Plan:
     return Plan(keep)
 
 
-@pytest.mark.parametrize("name", ["residual", "dense", "shuffle", "option_a", "squeeze_excite"])
+@pytest.mark.parametrize("name", ["residual", "bottleneck", "mobile", "dense", "shuffle", "option_a", "squeeze_excite", "attention"])
 @settings(max_examples=12, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 @given(data=st.data())
 def test_any_plan_is_computed_exactly(name: str, data: st.DataObject) -> None:
     model, graph = traced(name)
-    keep = {g.name: tuple(sorted(data.draw(st.sets(st.integers(0, g.channels - 1), min_size=1), label=g.name))) for g in graph.groups}
+    keep = {}
+    for g in graph.groups:
+        channels = st.sets(st.integers(0, g.channels - 1), min_size=0 if g.name in graph.branches else 1)
+        keep[g.name] = tuple(sorted(data.draw(channels, label=g.name)))
     plan = Plan(keep)
     assert prove(model, graph, plan, slim(model, graph, plan), images(name)).max_relative_error <= TOLERANCE
 
@@ -181,6 +184,7 @@ def test_foreign_and_impossible_plans_are_refused() -> None:
     name = graph.groups[0].name
     with pytest.raises(SlimError, match="nowhere"):
         slim(model, graph, Plan({"nowhere": (0,)}))
+    assert name not in graph.branches
     for bad in ((), (-1, 0), (0, 8)):
         with pytest.raises(SlimError, match="at least one must stay"):
             slim(model, graph, Plan({name: bad}))
@@ -269,6 +273,20 @@ def test_public_networks_are_slimmed_exactly(name: str, torchvision: Any) -> Non
     widths = np.array([len(plan.keep[g.name]) for g in graph.groups])
     assert (kernels(graph).macs(widths)[0], kernels(graph).params(widths)[0]) == (thin.macs, thin.params)
     assert thin.macs < graph.macs
+
+
+@pytest.mark.parametrize("name", ["residual", "option_a", "sum_and_slice", "attention"])
+def test_a_network_without_branches_is_pruned_again(name: str) -> None:
+    """And the branches of a network that was thinned before may still go."""
+    model, graph = traced(name)
+    half, empty = Plan.uniform(graph, 0.5), Plan(dict.fromkeys(graph.branches, ()))
+    for first, then in ((empty, None), (half, empty)):
+        small = slim(model, graph, first)
+        later = trace(small, images(name))
+        plan = Plan.uniform(later, 0.5) if then is None else then
+        smaller = slim(small, later, plan)
+        assert prove(small, later, plan, smaller, images(name)).max_relative_error <= TOLERANCE
+        assert trace(smaller, images(name)).macs < later.macs < graph.macs
 
 
 @pytest.mark.parametrize("name", ["residual", "grouped", "option_a"])

@@ -17,6 +17,7 @@ from edgeprune.train.distill import Teacher, features_to_learn, hard_loss, watch
 from edgeprune.train.evaluate import settled
 from edgeprune.train.finetune import finetune
 from tests.colours import SIDE, colour_data, colour_net, same
+from tests.networks import images, traced
 
 X = torch.randn(6, 3, SIDE, SIDE, generator=torch.Generator().manual_seed(0))
 CPU = torch.device("cpu")
@@ -53,6 +54,17 @@ def test_features_are_those_of_the_channels_that_stayed() -> None:
     _, features = Teacher(dense, CPU, wanted).losses(logits, seen, X, 4.0)
     assert float(features) == pytest.approx(float(sum(expected)) / 2, rel=1e-4)
     assert float(features) > 0.01
+
+
+def test_features_of_a_branch_that_vanished_are_not_asked_for() -> None:
+    """The stream's last layer is in the branch that goes: the one before it is looked at."""
+    dense, graph = traced("residual")
+    wanted = features_to_learn(graph, ep.Plan({"body.2.a.0": ()}))
+    assert set(wanted) == {"body.1.a.1", "body.1.b.1"}
+    small = slim(dense, graph, ep.Plan({"body.2.a.0": ()}))
+    with torch.no_grad(), watched(small, wanted) as seen:
+        small(*images("residual"))
+    assert seen.keys() == wanted.keys()
 
 
 def test_a_feature_weight_brings_the_maps_closer() -> None:

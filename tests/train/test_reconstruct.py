@@ -247,3 +247,54 @@ def test_pulled_towards_what_the_dense_network_tells_few_rows_do() -> None:
         fitted = recording.refitted(small, plan, ridges=(100.0,))
         left.append(float((outputs(fitted) - outputs(model)).abs().max()))
     assert left[1] < 0.02 * lost < left[0]
+
+
+BRANCHED = ["residual", "bottleneck", "grouped", "mobile", "option_a", "sum_and_slice", "attention"]
+
+
+@pytest.mark.parametrize("name", BRANCHED)
+@pytest.mark.parametrize("share", [0.6, 1.0])
+def test_networks_without_branches_come_closer(name: str, share: float) -> None:
+    model = build(name, dtype=torch.float32)
+    graph = trace(model, noise(name, dtype=torch.float32))
+    plan = Plan({**Plan.uniform(graph, share).keep, **dict.fromkeys(graph.branches, ())})
+    small = slim(model, graph, plan)
+    before = {key: tensor.clone() for key, tensor in small.state_dict().items()}
+    fitted = Recording.of(model, graph, noise(name, 256, dtype=torch.float32), plan=plan, in_pairs=True).refitted(small, plan)
+    fresh = noise(name, 64, seed=5, dtype=torch.float32)
+    wanted, cut, mended = (networks.outputs(net, fresh)[0] for net in (model, small, fitted))
+    assert float((mended - wanted).square().mean()) < 0.9 * float((cut - wanted).square().mean())
+    assert list(fitted.state_dict()) == list(before) and all(torch.equal(t, small.state_dict()[key]) for key, t in before.items())
+    again = Recording.of(model, graph, noise(name, 256, dtype=torch.float32), in_pairs=True).refitted(small, plan)
+    one, other = networks.outputs(again, fresh)[0], mended
+    assert torch.allclose(one, other, atol=1e-3), "a recording for any plan serves this one"
+
+
+class Branch(nn.Module):
+    """A residual block whose sum is the output: nothing comes behind it that could mend it."""
+
+    def __init__(self, *, norm: bool, bias: bool) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.inner, self.outer = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 3, 3, padding=1, bias=bias)
+        self.norm = nn.BatchNorm2d(3) if norm else nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.norm(self.outer(torch.relu(self.inner(x))))  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize(("norm", "bias"), [(True, False), (False, True), (True, True), (False, False)])
+def test_the_constant_is_the_mean_of_what_the_branch_gave(norm: bool, bias: bool) -> None:
+    model = Branch(norm=norm, bias=bias).eval()
+    x = torch.randn(64, 3, 8, 8, generator=torch.Generator().manual_seed(3)) + 0.5
+    graph = trace(model, x)
+    plan = Plan({"inner": ()})
+    small = slim(model, graph, plan)
+    fitted = Recording.of(model, graph, (x,), plan=plan).refitted(small, plan)
+    with torch.no_grad():
+        gave, constant, before = model(x) - x, fitted(x) - x, small(x) - x
+    assert float((constant - constant.mean((0, 2, 3), keepdim=True)).abs().max()) < 1e-5
+    if norm or bias:
+        assert torch.allclose(constant.mean((0, 2, 3)), gave.mean((0, 2, 3)), atol=1e-4)
+    else:
+        assert torch.equal(constant, before) and not before.any(), "nothing can hold it"
