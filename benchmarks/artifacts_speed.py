@@ -38,12 +38,11 @@ FAST = {"macs": 0.5, "speedup": 1.8, "device": "host-litert"}
 FAST_OPTIONS = "--device host-litert --macs 0.5 --latency-ms (dense / 1.8)"
 WAYS: dict[str, dict[str, tuple[str, dict[str, Any]]]] = {
     "cifar:resnet56": {
-        "fast-layer1-whole": (f"{FAST_OPTIONS} --keep-dense 'layer1.*'", {**FAST, "keep_dense": ("layer1.*",)}),
+        "branches-by-32": ("--macs 0.5 --round-to 32 --min-channels 0", {"macs": 0.5, "round_to": 32, "min_channels": 0}),
+        "branches-by-16": ("--macs 0.5 --round-to 16 --min-channels 0", {"macs": 0.5, "round_to": 16, "min_channels": 0}),
         "fast": (FAST_OPTIONS, FAST),
         "plain": ("--macs 0.5", {"macs": 0.5}),
         "by-16": ("--macs 0.58 --round-to 16", {"macs": 0.58, "round_to": 16}),
-        "branches-by-16": ("--macs 0.5 --round-to 16 --min-channels 0", {"macs": 0.5, "round_to": 16, "min_channels": 0}),
-        "branches-by-32": ("--macs 0.5 --round-to 32 --min-channels 0", {"macs": 0.5, "round_to": 32, "min_channels": 0}),
     },
     "mobilenet_v2": {"plain": ("--macs 0.5", {"macs": 0.5}), "by-16": ("--macs 0.5 --round-to 16", {"macs": 0.5, "round_to": 16})},
 }
