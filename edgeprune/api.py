@@ -127,17 +127,17 @@ def _budgets(budget: Budget | Sequence[Budget]) -> tuple[Budget, ...]:
 
 
 def _run(job: Job, budgets: Sequence[Budget], folder: Path, command: list[str], *, resume: bool, team: Team, progress: Progress) -> Result:
-    new, ours = not folder.exists(), False
+    new, ours = not folder.exists(), None
     resume = resume or team.told(_without_plan(folder))
     try:
         with _opened(job, folder, command, resume=resume, team=team, asked=[b.limits() for b in budgets]) as run:
-            ours = new and run.leads
+            ours = run.manifest["stages"] if new and run.leads else None
             if len(budgets) > 1:
                 return _several(job, budgets, run, command, progress)
             return _stages(Pipeline(job, run, progress), shlex.join(command))
-    except EdgepruneError:
-        if ours and not any(folder.rglob("scores.safetensors")):  # nothing worth going on from
-            shutil.rmtree(folder, ignore_errors=True)
+    except EdgepruneError as error:
+        if ours is not None and ours.keys() <= {"trace"} and error.exit_code != EdgepruneError.exit_code:
+            shutil.rmtree(folder, ignore_errors=True)  # nothing to go on from, unlike where a disk was full
         raise
 
 
