@@ -53,6 +53,7 @@
       if (falls) return y[i + 1] < y[i] ? "top right" : "bottom center";
       return climbs && i > 0 ? "top left" : "top center";
     };
+    const brief = (s, i) => (i % 2 ? "<br>" : "") + shorten(s.step.replace(/^(right )?after /, ""), 16); // in two rows, or they touch
     return {
       traces: [{
         x, y, mode: "lines+markers+text", cliponaxis: false, line: { color: color("accent"), width: 2 }, marker: { size: 9, color: color("accent") },
@@ -61,7 +62,7 @@
       }],
       layout: {
         margin: narrow ? { l: 4, r: 4, t: 16, b: 8 } : { l: 8, r: 28, t: 16, b: 8 },
-        xaxis: { tickvals: x, ticktext: all.map((s) => words(s.step, narrow ? 11 : 22)), range: [-0.5, all.length - 0.5], showgrid: false, tickangle: 0, tickfont: { color: color("muted"), size: narrow ? 10 : 12 } },
+        xaxis: { tickvals: x, ticktext: all.map(narrow ? brief : (s) => words(s.step, 22)), range: [-0.5, all.length - 0.5], showgrid: false, tickangle: 0, tickfont: { color: color("muted"), size: narrow ? 10 : 12 } },
         yaxis: { ticksuffix: "%", nticks: 5, showticklabels: !narrow, ...spread(y) },
       },
     };
