@@ -73,7 +73,7 @@ class Browser:
         self.call("Page.navigate", url=page.as_uri())
         self.wait_for("document.readyState === 'complete' && !!window.Plotly")
 
-    def wait_for(self, expression: str, seconds: float = 20) -> None:
+    def wait_for(self, expression: str, seconds: float = 90) -> None:
         """Returns once the expression is true; fails when it never becomes so."""
         end = time.monotonic() + seconds
         while not self.value(expression):
