@@ -182,7 +182,7 @@ _LIKE_NANO = "the shape from timm CNNs on the Jetson Nano's CPU (ONNX Runtime, 4
 
 def raspberry_pi_4(nano: dict[str, float]) -> list[Target]:
     """Four threads; the tables state none, but no single core is that fast."""
-    stated = "fp32, 4 threads (not stated in the table; its speed is that of all four cores)"
+    stated = "fp32, 4 threads (its source does not say how many; the speed is that of four)"
     ort = {"runtime": "onnxruntime", "threads": 4, "clock_mhz": 1500.0, "description": f"ONNX Runtime, {stated}"}
     litert = {"runtime": "litert", "threads": 4, "clock_mhz": 1500.0, "description": f"TFLite (LiteRT) with XNNPACK, {stated}"}
     rows, tflite = yolo_rows("pi4_ort_latency"), yolo_rows("raspi4_tflite_latency")
@@ -194,7 +194,7 @@ def raspberry_pi_4(nano: dict[str, float]) -> list[Target]:
 
 def raspberry_pi_5(nano: dict[str, float]) -> list[Target]:
     """Four threads from the YOLO table, one pinned core from NAS-Bench-201."""
-    four = "ONNX Runtime, fp32, 4 threads (not stated in the table; its speed is that of all four cores)"
+    four = "ONNX Runtime, fp32, 4 threads (its source does not say how many; the speed is that of four)"
     ort = {"runtime": "onnxruntime", "threads": 4, "clock_mhz": 2400.0, "description": four}
     one = {"runtime": "onnxruntime", "threads": 1, "clock_mhz": 2400.0, "description": "ONNX Runtime, fp32, 1 pinned core"}
     litert = {"runtime": "litert", "threads": 1, "clock_mhz": 2400.0, "description": "LiteRT with XNNPACK, fp32, 1 pinned core"}

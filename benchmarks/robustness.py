@@ -7,16 +7,18 @@
 
 A run is the command in a process of its own, forked from one that has everything imported: a small CNN on a task of coloured noise,
 every stage of a run that trains, quantizes and measures on this machine. Two runs left alone say which files are the same bit by bit.
-kill: SIGKILL at a random moment of the stage whose turn it is; disk, memory: in the stage whose turn it is the file system (a tmpfs that
-also holds the temporary files; needs root) is made as small as what it holds, or the address space is limited to what the process has
-plus a random part of a third of what the stage takes when left alone. Each time the same command with --resume must end with the same
-files. fuzz: tests/hostile.py. growth: the resident set of a process that compresses again and again. Writes robustness.json and .md
-into benchmarks/results, entry by entry.
+kill: SIGKILL at a random moment of the stage whose turn it is; disk, memory: when the stage whose turn it is begins, the process itself
+makes the file system (a tmpfs that also holds the temporary files; needs root) as small as what it holds, or takes all that its heap has
+free and limits its address space to what there is plus a random part of a third of what the stage takes when left alone. The stage in which
+it then ends is told from its log. Each time the same command with --resume must end with the same files. fuzz: tests/hostile.py.
+growth: the resident set of a process that compresses again and again. Writes robustness.json and .md into benchmarks/results, entry by
+entry.
 """
 
 from __future__ import annotations
 
 import argparse
+import ctypes
 import hashlib
 import importlib
 import json
@@ -48,7 +50,7 @@ import edgeprune as ep
 from benchmarks.revision import git_revision
 from edgeprune import pipeline
 from edgeprune.cli import main as command
-from edgeprune.run import hash_file, write_json
+from edgeprune.run import Run, hash_file, write_json
 from tests.colours import FACTORY, SIDE, colour_data, colour_net, write_npz, write_weights
 
 RESULTS = Path(__file__).parent / "results"
@@ -57,6 +59,10 @@ OPTIONS = "--data data.npz --macs 0.5 --epochs 4 --lr 0.02 --batch-size 16 --qua
 NEEDED = {"model.safetensors", "model.onnx", "plan.json", "bitplan.json"}  # must be among the files that two runs have in common
 GROWTH_WARMUP = 10  # runs, while modules are imported and pools filled
 LONGEST_S = 120
+BLOCKS_BYTES = (1 << 20, 1 << 16, 1 << 12)  # a heap is full when it has no room for the smallest
+STOPPED = "one paragraph, exit code 1"
+
+Step = Callable[[], None]
 
 
 @dataclass(frozen=True)
@@ -88,8 +94,11 @@ def words(device: str, folder: Path, *more: str) -> list[str]:
     return ["edgeprune", "compress", "net.pt", "--model", FACTORY, *OPTIONS.split(), "--device", device, "--out", str(folder), *more]
 
 
-def forked(inputs: Path, folder: Path, device: str, *more: str) -> int:
-    """The process id of a child that is the command; what it says goes into a file beside its folder."""
+def forked(inputs: Path, folder: Path, device: str, *more: str, turn: int = -1, squeeze: Step | None = None) -> int:
+    """The process id of a child that is the command; what it says goes into a file beside its folder.
+
+    The child itself calls `squeeze` when so many lines (`turn`) are in its log: as that stage begins.
+    """
     child = os.fork()
     if child:
         return child
@@ -104,6 +113,8 @@ def forked(inputs: Path, folder: Path, device: str, *more: str) -> int:
         os.environ["TMPDIR"], tempfile.tempdir = str(folder.parent), None
         sys.argv = words(device, folder, *more)
         try:
+            if squeeze:
+                when_begins(turn, squeeze)
             command()
         except SystemExit as end:
             code = int(end.code or 0)
@@ -114,6 +125,21 @@ def forked(inputs: Path, folder: Path, device: str, *more: str) -> int:
             traceback.print_exc()
             sys.stderr.flush()
         os._exit(code)
+
+
+def when_begins(turn: int, squeeze: Step) -> None:
+    """Has this process call `squeeze` as soon as it has written so many lines into a run's log; at once for none."""
+    written, log = [0], Run.log
+
+    def counted(run: Run, text: str) -> None:
+        log(run, text)
+        written[0] += 1
+        if written[0] == turn:
+            squeeze()
+
+    Run.log = counted  # type: ignore[assignment, method-assign]
+    if not turn:
+        squeeze()
 
 
 def lines(folder: Path) -> list[str]:
@@ -248,24 +274,24 @@ def kill(bench: Bench, folder: Path, turn: int, dice: random.Random) -> str | No
     return hit
 
 
-def squeezed(bench: Bench, folder: Path, turn: int, squeeze: Callable[[int], None], words: str) -> tuple[str, str]:
-    """The stage in which a run was stopped, made short of something and let go on, and how it then ended."""
-    child = forked(bench.inputs, folder, bench.device)
-    if ended(child, lambda: len(lines(folder)) >= turn) is not None:
-        raise Wrong(f"over before {bench.stages[turn]}: {folder.with_suffix('.txt').read_text()}")
-    os.kill(child, signal.SIGSTOP)
-    hit = bench.stages[len(lines(folder))]
-    squeeze(child)
-    os.kill(child, signal.SIGCONT)
-    status = ended(child)
+def squeezed(bench: Bench, folder: Path, turn: int, squeeze: Step, words: str) -> str:
+    """How a run ended that was made short of something when the stage whose turn it was began."""
+    hit = bench.stages[turn]
+    status = ended(forked(bench.inputs, folder, bench.device, turn=turn, squeeze=squeeze))
     said = " ".join(folder.with_suffix(".txt").read_text().split())
     if status == 1 and words in said and "--resume" in said and "Traceback" not in said:
-        return hit, "one paragraph, exit code 1"
+        last = bench.stages[len(finished(lines(folder)))]
+        return STOPPED if last == hit else f"{hit} was done all the same, then {STOPPED} in {last}"
     if status is not None and status < 0:
-        return hit, f"ended by {signal.Signals(-status).name} (limit set in {hit})"
+        return f"ended by {signal.Signals(-status).name} (limit set in {hit})"
     if status == 0:
-        return hit, f"done all the same (limit set in {hit})"
+        return f"done all the same (limit set in {hit})"
     raise Wrong(f"short of what it needs in {hit}, it ended with {status}: {said}")
+
+
+def finished(log: list[str]) -> list[str]:
+    """Of the lines of a log: its start, and one per stage that was done."""
+    return log[:1] + [line for line in log[1:] if re.search(r": \S+ s$", line)]
 
 
 @contextmanager
@@ -284,11 +310,11 @@ def resize(disk: Path, size: int) -> None:
     subprocess.run(["mount", "-o", f"remount,size={size}", str(disk)], check=True)
 
 
-def disk(bench: Bench, folder: Path, turn: int, dice: random.Random) -> tuple[str, str]:
+def disk(bench: Bench, folder: Path, turn: int, dice: random.Random) -> str:
     """The disk is full from the stage whose turn it is; with room again, the run is resumed."""
     with small_disk(folder) as mounted:
 
-        def fill(child: int) -> None:
+        def fill() -> None:
             state = os.statvfs(mounted)
             resize(mounted, max(1, state.f_blocks - state.f_bfree) * state.f_frsize)
 
@@ -298,17 +324,29 @@ def disk(bench: Bench, folder: Path, turn: int, dice: random.Random) -> tuple[st
     return found
 
 
-def memory(bench: Bench, folder: Path, turn: int, dice: random.Random) -> tuple[str, str]:
+def memory(bench: Bench, folder: Path, turn: int, dice: random.Random) -> str:
     """From the stage whose turn it is, the process gets less memory than that stage takes; without the limit, the run is resumed."""
     more = int(dice.random() * bench.taken[turn] / 3)  # a third: not all that is reserved is needed
 
-    def limit(child: int) -> None:
-        allowed = address_space(child) + more
-        resource.prlimit(child, resource.RLIMIT_AS, (allowed, allowed))
+    def limit() -> None:
+        there = address_space(os.getpid())
+        resource.setrlimit(resource.RLIMIT_AS, (there, resource.RLIM_INFINITY))
+        if turn:  # before the command begins it is Python alone that would want a few bytes, and fails an assertion of its own
+            fill_heap()
+        resource.setrlimit(resource.RLIMIT_AS, (there + more, there + more))
 
     found = squeezed(bench, folder, turn, limit, "memory ran out")
     checked_resume(bench, folder)
     return found
+
+
+def fill_heap() -> None:
+    """Takes, for good, what this process has free: no stage lives on what former ones gave back, as a small network's could."""
+    malloc = ctypes.CDLL(None).malloc
+    malloc.argtypes, malloc.restype = (ctypes.c_size_t,), ctypes.c_void_p
+    for size in BLOCKS_BYTES:
+        while malloc(size):
+            pass
 
 
 def trials(what: str, asked: Asked, before: dict[str, Any]) -> dict[str, Any]:
@@ -325,10 +363,11 @@ def trials(what: str, asked: Asked, before: dict[str, Any]) -> dict[str, Any]:
         while hits.total() < wanted and time.monotonic() - start < asked.seconds:
             (bench, turn), folder, dice = turns[number % len(turns)], place / f"{what}-{number}", random.Random(number)
             number += 1
+            hit: str | None = bench.stages[turn]
             if what == "kill":
                 hit, outcome = kill(bench, folder, turn, dice), "resumed to the same files"
             else:
-                hit, outcome = (disk if what == "disk" else memory)(bench, folder, turn, dice)
+                outcome = (disk if what == "disk" else memory)(bench, folder, turn, dice)
             if hit is not None:
                 hits[hit] += 1
                 outcomes[outcome] += 1
@@ -413,7 +452,7 @@ def table(found: dict[str, Any]) -> str:
     for name, words in (("kill", "SIGKILL"), ("disk", "disk full"), ("memory", "no more memory")):
         if entry := found.get(name):
             stages = ", ".join(f"{stage} {hits}" for stage, hits in entry["by_stage"].items())
-            came = ", ".join(f"{outcome} {n}" for outcome, n in entry["outcomes"].items())
+            came = ", ".join(f"{outcome} ({n})" for outcome, n in entry["outcomes"].items())
             came += "" if name == "kill" else "; each resumed to the same files"
             rows.append(f"| {words}, by stage: {stages} | {entry['trials']} | {came} |")
     if entry := found.get("growth"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shlex
 import shutil
 from collections.abc import Mapping, Sequence
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 
 from edgeprune import report
 from edgeprune.allocate import check_options
+from edgeprune.choice import must_be_reachable
 from edgeprune.data import Data, load_data
 from edgeprune.device.card import Device
 from edgeprune.device.card import device as find_device
@@ -82,7 +84,8 @@ def compress(
     faster), calibrated on training images, else on validation ones. `round_to`, `min_channels`, `max_remove`, `keep_dense`: which widths
     a plan may choose, see WidthRules (`round_to` None: what the device's staircase or card says). `search`: options of the allocator,
     such as search_minutes, jobs and cluster. `rounds`: how often to prune and recover, see rounds.py. `out`: the run folder (default
-    runs/<name>-<device>); `resume` goes on with the run in it, and stages whose inputs are unchanged are read back.
+    runs/<name>-<device>); `resume` goes on with the run in it, and stages whose inputs are unchanged are read back; so they are in the
+    folder of a run that failed before it had a plan.
     Raises BudgetError when no plan meets the budget, and the other errors of errors.py.
     """
     budgets = _budgets(budget)
@@ -124,17 +127,27 @@ def _budgets(budget: Budget | Sequence[Budget]) -> tuple[Budget, ...]:
 
 
 def _run(job: Job, budgets: Sequence[Budget], folder: Path, command: list[str], *, resume: bool, team: Team, progress: Progress) -> Result:
-    new, ours = not folder.exists(), False
+    new, ours = not folder.exists(), None
+    resume = resume or team.told(_without_plan(folder))
     try:
         with _opened(job, folder, command, resume=resume, team=team, asked=[b.limits() for b in budgets]) as run:
-            ours = new and run.leads
+            ours = run.manifest["stages"] if new and run.leads else None
             if len(budgets) > 1:
                 return _several(job, budgets, run, command, progress)
             return _stages(Pipeline(job, run, progress), shlex.join(command))
-    except EdgepruneError:
-        if ours and not any(folder.rglob("plan*.json")):  # nothing worth going on from
-            shutil.rmtree(folder, ignore_errors=True)
+    except EdgepruneError as error:
+        if ours is not None and ours.keys() <= {"trace"} and error.exit_code != EdgepruneError.exit_code:
+            shutil.rmtree(folder, ignore_errors=True)  # nothing to go on from, unlike where a disk was full
         raise
+
+
+def _without_plan(folder: Path) -> bool:
+    """Whether a run in it failed before it had a plan: another loses nothing by going on there, and may read its scores back."""
+    try:
+        failed = json.loads((folder / "run.json").read_bytes())["status"] == "failed"
+    except (OSError, ValueError, LookupError, TypeError):
+        return False
+    return failed and not any(folder.rglob("plan*.json"))
 
 
 def _opened(job: Job, folder: Path, command: list[str], *, resume: bool, team: Team, asked: Sequence[Mapping[str, float]]) -> Run:
@@ -147,7 +160,7 @@ def _opened(job: Job, folder: Path, command: list[str], *, resume: bool, team: T
 def _several(job: Job, budgets: Sequence[Budget], run: Run, command: list[str], progress: Progress) -> Result:
     """What the budgets share in the folder of `run`, then a run of its own for each in a folder inside, named by the budget."""
     shared = Pipeline(job, run, progress)
-    job.rules.allowed(shared.graph)
+    _check_plans(shared, budgets)
     given: dict[str, Any] = {"trace": shared.graph, "accuracy dense": shared.accuracy("dense", job.model)}
     chosen: list[dict[str, Any]] = [{} for _ in budgets]
     if job.rounds == 1:  # a second round scores, and searches, networks that depend on the budget
@@ -186,7 +199,7 @@ def _multiple(target: Device, round_to: int | None) -> int:
 def _stages(first: Pipeline, command: str) -> Result:
     """The main job: from the dense network to the artifact and its report, in the order in which things happen."""
     job, run, graph = first.job, first.run, first.graph
-    job.rules.allowed(graph)  # a pattern that matches nothing is known before hours are spent
+    _check_plans(first, (job.budget,))
     accuracies = {"dense": first.accuracy("dense", job.model)}
     stages, curve = last_round(first)
     with run.inside(stages.part):
@@ -225,6 +238,13 @@ def _stages(first: Pipeline, command: str) -> Result:
         write_json(run.path("result.json"), words)
         report.write(words, run.folder)
     return Result(run.folder, final, choice.plan, words)
+
+
+def _check_plans(first: Pipeline, budgets: Sequence[Budget]) -> None:
+    """A pattern that matches nothing, and a budget that no widths meet, are known before hours are spent."""
+    first.job.rules.allowed(first.graph)
+    for budget in budgets:
+        must_be_reachable(first, budget)
 
 
 def _check_numbers(seed: int, rounds: int) -> None:

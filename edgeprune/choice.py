@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
+import numpy as np
 from torch import Tensor, nn
 
 from edgeprune.allocate import Planner, options_of
+from edgeprune.allocate.search import Search
 from edgeprune.data import Augment, Split
 from edgeprune.device.cost import Cost, CostModel, predict_graph
 from edgeprune.device.measure import MEASURED, Figure
@@ -19,6 +21,8 @@ from edgeprune.quantize.size import float32_limit
 
 if TYPE_CHECKING:
     from edgeprune.pipeline import Pipeline
+
+T = TypeVar("T")
 
 ROUNDS = 5
 MEMORY_NOISE = 0.005  # by which the same network's memory differs from one measurement to the next
@@ -134,15 +138,7 @@ class Chooser:
 
     def choose(self, budget: Budget) -> Choice:
         """The plan at one budget; a size is that of the file as delivered. Raises BudgetError when none meets it."""
-        way, asked = self._stages.job.quantize, budget.size_bytes
-        if asked is None or way == "none":
-            return self._choose(budget)
-        floats = float32_limit(asked, way, self._stages.graph)
-        try:
-            return self._choose(replace(budget, size_bytes=floats))
-        except BudgetError as error:
-            told = f"{error} Bytes here are those of the float32 file: {floats:,.0f} of them become {asked:,.0f} in {way}."
-            raise BudgetError(told, error.plan) from error
+        return _at_float32(self._stages, budget, self._choose)
 
     def _choose(self, budget: Budget) -> Choice:
         device = self._stages.job.device
@@ -207,6 +203,29 @@ class Chooser:
                 f"{' and '.join(missing)} could not be measured on {found.fingerprint.get('where', 'the board')}: leave that limit away."
             )
         return {which: figure for which, figure in figures.items() if figure is not None}
+
+
+def must_be_reachable(stages: Pipeline, budget: Budget) -> None:
+    """Raise BudgetError before anything is paid for where no widths meet the budget; a board that is attached has the last word itself."""
+    job = stages.job
+    if job.device.attached and budget.limits().keys() & MEASURED:
+        return
+    alike = Scores("none", {g.name: np.ones(g.channels) for g in stages.graph.groups})
+    cost = CostModel(job.device)
+    _at_float32(stages, budget, lambda floats: Search(stages.graph, alike, floats, cost, rules=job.rules).check())
+
+
+def _at_float32(stages: Pipeline, budget: Budget, use: Callable[[Budget], T]) -> T:
+    """What comes of the budget with the size that the file has before it is quantized; a BudgetError says so."""
+    way, asked = stages.job.quantize, budget.size_bytes
+    if asked is None or way == "none":
+        return use(budget)
+    floats = float32_limit(asked, way, stages.graph)
+    try:
+        return use(replace(budget, size_bytes=floats))
+    except BudgetError as error:
+        told = f"{error} Bytes here are those of the float32 file: {floats:,.0f} of them become {asked:,.0f} in {way}."
+        raise BudgetError(told, error.plan) from error
 
 
 def _round(number: int, raw: Cost, got: Mapping[str, Figure], known: Correction) -> Round:

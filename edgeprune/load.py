@@ -311,9 +311,10 @@ def _try_out(model: nn.Module, example: Tensor, path: Path) -> None:
         with torch.no_grad():
             model(example)
     except Exception as error:
+        channels = next((p.shape[1] for p in model.parameters() if p.ndim == 4), 3)  # what its first conv takes
         raise ModelError(
             f"the network of {path} fails on an input of shape {shape} ({type(error).__name__}: {_one_line(error)}): give the shape it was "
-            "trained with, for example --input-shape 1,3,32,32 (an exported program must take a batch of one)."
+            f"trained with, for example --input-shape 1,{channels},32,32 (an exported program must take a batch of one)."
         ) from error
 
 

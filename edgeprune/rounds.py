@@ -12,17 +12,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-import numpy as np
-
-from edgeprune.allocate.search import Search
 from edgeprune.choice import Choice
-from edgeprune.device.cost import CostModel, predict_graph
+from edgeprune.device.cost import predict_graph
 from edgeprune.device.measure import MEASURED
 from edgeprune.errors import SlimError
 from edgeprune.graph.slim import named_tensors, slim
 from edgeprune.origin import Origin
 from edgeprune.pipeline import Pipeline
-from edgeprune.plan import Budget, Plan, Scores
+from edgeprune.plan import Budget, Plan
 from edgeprune.run import write_json
 from edgeprune.train import Epoch
 from edgeprune.train.evaluate import settled
@@ -36,7 +33,6 @@ def last_round(first: Pipeline) -> tuple[Pipeline, tuple[Epoch, ...]]:
     job, run = first.job, first.run
     if job.rounds == 1:
         return first, ()
-    _must_be_reachable(first)
     *earlier, final = schedule(first)
     origin, model, curve = Origin(job.model, first.graph, Plan({})), job.model, list[Epoch]()
     rules = replace(job.rules, max_remove=1 - (1 - job.rules.max_remove) ** (1 / job.rounds))
@@ -52,13 +48,6 @@ def last_round(first: Pipeline) -> tuple[Pipeline, tuple[Epoch, ...]]:
         curve += after(curve, more)
     turn = replace(job, model=model, budget=final, origin=origin, rules=rules)
     return Pipeline(turn, run, first.progress, part=f"round-{job.rounds}"), tuple(curve)
-
-
-def _must_be_reachable(first: Pipeline) -> None:
-    """Raise BudgetError before hours of training where no widths meet the budget; a board that is attached has the last word itself."""
-    if not first.job.device.attached:
-        alike = Scores("none", {g.name: np.ones(g.channels) for g in first.graph.groups})
-        Search(first.graph, alike, first.job.budget, CostModel(first.job.device), rules=first.job.rules).check()
 
 
 def after(curve: Sequence[Epoch], more: Sequence[Epoch]) -> tuple[Epoch, ...]:

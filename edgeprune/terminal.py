@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import sys
 import textwrap
 from collections.abc import Iterator, Sequence
@@ -14,6 +15,8 @@ import typer
 
 if TYPE_CHECKING:
     from edgeprune.train import Progress
+
+_FIGURE = re.compile(r"[-+]?[\d,.]*\d( ?[kMG%])?$|-$|$")
 
 
 @contextmanager
@@ -45,12 +48,15 @@ def print_json(value: Any) -> None:
 
 
 def print_table(head: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
-    """Columns under their names: lines are folded to fit a terminal, and left whole where something else reads them."""
+    """Columns under their names, figures to the right: folded to fit a terminal, whole lines where something else reads them."""
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text
 
-    table = Table(*head, box=None, header_style="bold", pad_edge=False)
+    table = Table(box=None, header_style="bold", pad_edge=False, show_header=any(head))
+    for number, name in enumerate(head):
+        figures = all(_FIGURE.match(str(row[number])) for row in rows) and bool(rows)
+        table.add_column(name, justify="right" if figures else "left")
     for row in rows:
         table.add_row(*(Text(str(cell)) for cell in row))
     console = Console()

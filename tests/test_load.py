@@ -182,8 +182,15 @@ def test_input_shape_must_be_a_batch_of_one(here: Path, shape: tuple[int, ...]) 
 
 def test_wrong_input_shape_is_named(here: Path) -> None:
     torch.save(net().state_dict(), here / "a.pt")
-    with pytest.raises(ModelError, match=r"1,5,8,8.*--input-shape"):
+    with pytest.raises(ModelError, match=r"1,5,8,8.*--input-shape 1,3,32,32"):
         load_model("a.pt", factory="factories:net", input_shape=(1, 5, 8, 8))
+
+
+def test_the_shape_to_try_has_the_channels_of_the_first_conv(here: Path) -> None:
+    (here / "grey.py").write_text("from torch import nn\n\n\ndef net():\n    return nn.Conv2d(1, 2, 3)\n")
+    torch.save(nn.Conv2d(1, 2, 3).state_dict(), here / "grey.pt")
+    with pytest.raises(ModelError, match="--input-shape 1,1,32,32"):
+        load_model("grey.pt", factory="grey.py:net", input_shape=(1, 3, 8, 8))
 
 
 @pytest.mark.parametrize("suffix", [".pt", ".th", ".safetensors", ".pt2"])

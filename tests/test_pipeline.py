@@ -243,7 +243,7 @@ def choose(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable
     """What a fresh job for the host chooses, with a scripted board."""
 
     def run(board: Scripted, budget: ep.Budget) -> Choice:
-        monkeypatch.setattr(Pipeline, "measured", lambda pipe, name, model, **_: board(pipe, name, model))
+        monkeypatch.setattr(Pipeline, "measured", lambda *words, **_: board(*words))
         job = Job(
             name="x", model=colour_net(), example_inputs=(LARGE,), budget=budget, device=ep.device("host"),
             data=None, criterion="l1", allocator="knapsack", recipe=ep.Recipe(epochs=0), recover="bn", rules=WidthRules(round_to=1),
@@ -335,6 +335,34 @@ def test_what_the_prediction_holds_impossible_is_measured(loop: Callable[[Script
 def test_the_loop_gives_up_with_the_fastest(loop: Callable[[Scripted, float], Choice]) -> None:
     with pytest.raises(BudgetError, match=r"floor|fastest took"):
         loop(Scripted(dense_ms=10.0, factors=[3.0, 9.0, 27.0, 81.0, 243.0]), 6.0)
+
+
+@pytest.mark.parametrize("resume", [False, True])
+def test_scores_outlive_a_budget_that_no_plan_meets(resume: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a device that is attached that is known after scoring only; the next budget goes on in the same folder."""
+    board = Scripted(dense_ms=10.0 / 64, factors=[1.0] * 40)  # 64 times the MACs of what is compressed here: 10 ms
+    monkeypatch.setattr(Pipeline, "measured", lambda *words, **_: board(*words))
+    monkeypatch.setattr(Pipeline, "measurements", lambda *_: {})
+    folder = tmp_path / "run"
+    options: dict[str, Any] = {"device": "host", "recipe": ep.Recipe(epochs=0)}
+    with pytest.raises(BudgetError):
+        compress(folder, budget=ep.Budget(latency_ms=0.001), **options)
+    kept = stages(folder)
+    assert list(kept) == ["trace", "accuracy dense", "score"]
+    compress(folder, budget=ep.Budget(latency_ms=9.0), resume=resume, **options)
+    assert {name: stages(folder)[name] for name in kept} == kept and "export" in stages(folder)
+    assert "score: read back" in (folder / "log.txt").read_text()
+    with pytest.raises(UsageError, match="already holds a run"):
+        compress(folder, budget=ep.Budget(latency_ms=8.0), **options)
+
+
+@pytest.mark.parametrize(("budget", "quantize"), [(ep.Budget(macs=0.001), "none"), (ep.Budget(size_bytes=900), "int8")])
+def test_what_no_widths_meet_is_known_before_anything_is_paid_for(budget: ep.Budget, quantize: str, tmp_path: Path) -> None:
+    told: list[str] = []
+    with pytest.raises(BudgetError, match="the floor is") as refused:
+        compress(tmp_path / "run", budget=budget, quantize=quantize, progress=lambda what, *_: told.append(what))
+    assert refused.value.plan and not told and not (tmp_path / "run").exists()
+    assert ("become 900 in int8" in str(refused.value)) == (quantize == "int8")
 
 
 def test_the_loop_needs_no_pruning_where_the_dense_network_fits(loop: Callable[[Scripted, float], Choice]) -> None:

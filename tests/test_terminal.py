@@ -41,6 +41,12 @@ def test_a_table_that_no_terminal_shows_has_whole_lines(capsys: pytest.CaptureFi
     assert not any(line.endswith(" ") for line in (head, first, second))
 
 
+def test_figures_stand_below_each_other(capsys: pytest.CaptureFixture[str]) -> None:
+    print_table(["layer", "ms"], [["conv1", "10.738"], ["2", "0.017"]])
+    print_table(["", ""], [["a key", "its value"]])
+    assert capsys.readouterr().out.splitlines() == ["layer      ms", "conv1  10.738", "2       0.017", "a key  its value"]
+
+
 def test_progress_without_a_terminal_is_a_line_per_task(capsys: pytest.CaptureFixture[str]) -> None:
     with progress_bars() as progress:
         for done in range(3):

@@ -33,6 +33,7 @@ from edgeprune.graph.masked import Masked
 from edgeprune.graph.running import evaluating, tensors_in
 from edgeprune.graph.slim import slim
 from edgeprune.plan import Plan
+from edgeprune.train.distill import copied, in_format, layout_for
 from edgeprune.train.evaluate import logits_of, refit_norms, settled
 from edgeprune.train.reconstruct import Recording
 
@@ -94,11 +95,10 @@ class Judge:
         if self.masked or (self.graph.exported is not None and self.recover != "reconstruct"):
             self._masked.reset()
             return self._masked.set(self._masked.keep_of(plan))
-        network: Any = settled(slim(self.model, self.graph, plan))  # Any: torch types `to` without memory_format
+        network = settled(slim(self.model, self.graph, plan))
         if self.recover == "reconstruct":
             network = self._recording.refitted(network, plan, ridges=(PULL / self.rows,), rectify_rounds=1)
-        moved: nn.Module = network.to(memory_format=self._format)
-        return moved
+        return in_format(network, self._format)
 
     @cached_property
     def _recording(self) -> Recording:
@@ -110,20 +110,12 @@ class Judge:
 
     @cached_property
     def _format(self) -> torch.memory_format:
-        """channels_last, the faster one, unless the network views its feature maps as only contiguous memory allows."""
-        first = tuple(x[:2] for x in self.held[0])
-        if all(x.ndim != 4 for x in first):
-            return torch.contiguous_format
-        try:
-            with torch.no_grad():
-                Masked(self.model, self.graph, memory_format=torch.channels_last).model(*_as(first, torch.channels_last))
-        except RuntimeError:
-            return torch.contiguous_format
-        return torch.channels_last
+        """The faster one in which the masked network runs, and so every candidate."""
+        return layout_for(Masked(self.model, self.graph).model, *(x[:2] for x in self.held[0]))
 
     def _batches(self, images: Images, size: int) -> Iterator[Images]:
         """The images in the format that is fastest here, `size` at a time."""
-        return (_as(part, self._format) for part in zip(*(x.split(size) for x in images), strict=True))
+        return (copied(part, self._format) for part in zip(*(x.split(size) for x in images), strict=True))
 
     def _outputs(self, network: nn.Module) -> tuple[Tensor, ...]:
         """What the network returns for all held images, float64."""
@@ -154,7 +146,7 @@ class Judge:
         for part in order[: self.steps * size].split(size):
             with suppress(NotImplementedError):  # an exported program: its mode was fixed at export
                 network.train()
-            loss = F.cross_entropy(logits_of(network(*_as(tuple(x[part] for x in images), self._format))), labels[part])
+            loss = F.cross_entropy(logits_of(network(*copied(tuple(x[part] for x in images), self._format))), labels[part])
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
             optimizer.step()
@@ -226,11 +218,6 @@ def _gathered(data: Iterable[Any], images: int) -> Pairs:
     if not found:
         raise DataError("the data are empty: give at least one batch of images.")
     return tuple(torch.cat(parts) for parts in zip(*(x for x, _ in found), strict=True)), torch.cat([y for _, y in found])
-
-
-def _as(inputs: Images, memory_format: torch.memory_format) -> Images:
-    """Copies: a forward may write into what it is given."""
-    return tuple(x.clone(memory_format=memory_format) if x.ndim == 4 else x.clone() for x in inputs)
 
 
 @contextmanager

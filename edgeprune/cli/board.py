@@ -17,9 +17,16 @@ from edgeprune.errors import GateError, UsageError
 from edgeprune.terminal import print_json, print_table, progress_bars, say
 
 if TYPE_CHECKING:
-    from edgeprune.device.card import Device, Precision
+    from edgeprune.device.card import Device, Power, Precision
     from edgeprune.device.power import Meter
     from edgeprune.device.session import Sitting
+
+
+FIGURES = {
+    "measured": "measured",
+    "predicted": "predicted, unless --host names the board",
+    "measured only": "measured only, where --host names the board: there is no profile to predict with",
+}
 
 
 def list_(as_json: AsJson = False) -> None:
@@ -35,14 +42,47 @@ def list_(as_json: AsJson = False) -> None:
     print_table(["board", "profile", "figures are", "what it is"], rows)
 
 
-def show(name: BoardName) -> None:
-    """The card of a board: facts, sources, errors of its fit."""
+def show(name: BoardName, as_json: AsJson = False) -> None:
+    """The card of a board: facts, sources, errors of its fit.
+
+    With --json everything, the constants of every kind of kernel too.
+    """
     from edgeprune.device.card import device as find_device
 
     found = find_device(name)
     if found.resolved:
         say(found.resolved)
-    print_json(found.card.model_dump(mode="json"))
+    if as_json:
+        return print_json(found.card.model_dump(mode="json"))
+    board, power = found.card.board, found.card.power
+    rows = [
+        ("board", f"{found.name}: {board.description}"),
+        ("processor", board.soc + ("" if board.attached else f", {board.clock_mhz:,.0f} MHz; {board.memory_bytes / 1e9:.1f} GB of memory")),
+        ("figures are", FIGURES[_basis(found)]),
+        ("runtimes", ", ".join(board.runtimes)),
+        *(("to install", wheel) for wheel in board.wheels),
+        ("widths", f"multiples of {found.channel_multiple} unless --round-to says otherwise"),
+        ("power sensors", ", ".join(board.sensors) or "none"),
+        *([("power", _power(power))] if power else []),
+        *(("source", source) for source in board.sources),
+    ]
+    for profile, card in found.card.profiles.items():
+        fit, default = card.fit, " (the default)" if profile == board.default_profile else ""
+        rows += [
+            ("", ""),
+            ("profile", f"{profile}{default}: {card.description}"),
+            ("fitted to", f"{fit.source}; {fit.networks} networks, {fit.rows} measurements"),
+            ("its error", f"{fit.mape:.1f} % on average, {fit.within_10:.0f} % within ±10 % ({fit.held_out})"),
+            ("interval", f"{fit.low_factor:.2f} to {fit.high_factor:.2f} times the prediction held {fit.coverage:.0f} % of the unseen"),
+            ("has seen", f"{fit.latency_ms[0]:g} to {fit.latency_ms[1]:g} ms, {fit.macs[0] / 1e6:,.0f} to {fit.macs[1] / 1e6:,.0f} M MACs"),
+            *([("power", _power(card.power))] if card.power else []),
+        ]
+    print_table(["", ""], rows)
+
+
+def _power(power: Power) -> str:
+    held = power.validated or "not validated"
+    return f"{power.active_mw / 1e3:.1f} W above {power.idle_mw / 1e3:.1f} W idle, ±{power.uncertainty:.0%}, {held} ({power.source})"
 
 
 def calibrate(

@@ -27,7 +27,7 @@ from edgeprune.cli.options import (
     load_with_data,
     must_be_writable,
 )
-from edgeprune.errors import GateError, UsageError
+from edgeprune.errors import BudgetError, GateError, UsageError
 from edgeprune.terminal import complain, print_json, progress_bars, say
 from edgeprune.widths import DEFAULT_RULES
 
@@ -199,9 +199,14 @@ def demo(
 
 @contextmanager
 def _resumable(folder: Path) -> Iterator[None]:
-    """Ctrl-C says how to go on; typer turns it into the exit code 130."""
+    """Ctrl-C, and a budget that no plan met after all, say how to go on; typer turns the former into the exit code 130."""
     try:
         yield
+    except BudgetError as error:
+        if not (folder / "run.json").exists():
+            raise
+        told = f"{error} The scores are kept: another budget with --resume --out {folder} reads them back."
+        raise BudgetError(told, error.plan) from error
     except KeyboardInterrupt:
         complain(f"interrupted; the same command with --resume --out {folder} goes on from the last finished stage or epoch.")
         raise

@@ -16,7 +16,6 @@ from typing import Any
 
 import numpy as np
 import onnx
-import onnxruntime
 import onnxsim
 import psutil
 import torch
@@ -31,6 +30,7 @@ from edgeprune.export import Arrays, Artifact, Draft, Quantizer, Runner
 from edgeprune.export.fold import as_args, frozen_copy
 from edgeprune.export.parity import accept, compare, numbered, probe_of, recorded, texts, write_checked
 from edgeprune.export.prepare import NETWORK_ERRORS, explained, prepared
+from edgeprune.export.session import session_of
 from edgeprune.graph.running import first_line, forget, quiet_torch, silent_torch
 from edgeprune.run import product_version
 
@@ -110,10 +110,8 @@ class OnnxFormat:
 
 
 def _runner(content: bytes, path: Path) -> Runner:
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 4  # errors come back as exceptions; onnxruntime would print them as well
     try:
-        session = onnxruntime.InferenceSession(content, options, providers=["CPUExecutionProvider"])
+        session = session_of(content)
     except _RUNTIME_ERRORS as error:
         raise ExportError(f"{path} is not a usable ONNX file (truncated or damaged?): {first_line(error)}. Export it again.") from error
     names = [i.name for i in session.get_inputs()]

@@ -15,10 +15,10 @@ from typing import Any, Protocol
 
 import numpy as np
 import onnx
-import onnxruntime
 from numpy.typing import NDArray
 
 from edgeprune.errors import DataError, UsageError
+from edgeprune.export.session import session_of
 from edgeprune.quantize.bits import METHODS, Method
 
 Batch = tuple[NDArray[np.float32], NDArray[np.int64]]
@@ -71,9 +71,7 @@ def observe(proto: onnx.ModelProto, batches: Iterable[Batch], *observers: Observ
 
 def runner(proto: onnx.ModelProto) -> Callable[[NDArray[np.float32]], NDArray[np.float64]]:
     """A function from images to the first output; one image at a time where the network insists on its batch."""
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 4
-    session = onnxruntime.InferenceSession(proto.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    session = session_of(proto)
     given = session.get_inputs()[0]
     step = given.shape[0] if isinstance(given.shape[0], int) else _AT_ONCE
 
@@ -226,9 +224,6 @@ def _session(proto: onnx.ModelProto, tensors: Sequence[str]) -> tuple[Any, str, 
     inputs = [i.name for i in proto.graph.input if i.name not in made]
     if len(inputs) != 1:
         raise DataError(f"calibration feeds one tensor of images, the network takes {len(inputs)} inputs: {', '.join(inputs)}.")
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 4
-    options.enable_mem_pattern = options.enable_cpu_mem_arena = False  # an arena would keep the largest batch's memory
-    session = onnxruntime.InferenceSession(watched.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    session = session_of(watched, enable_mem_pattern=False, enable_cpu_mem_arena=False)  # an arena would keep the largest batch's memory
     batch = session.get_inputs()[0].shape[0]
     return session, inputs[0], batch if isinstance(batch, int) else 0

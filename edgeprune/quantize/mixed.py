@@ -27,11 +27,11 @@ from typing import Any
 
 import numpy as np
 import onnx
-import onnxruntime
 from numpy.typing import NDArray
 from scipy.sparse import coo_array, csr_array
 from scipy.sparse.csgraph import breadth_first_order, maximum_flow
 
+from edgeprune.export.session import session_of
 from edgeprune.quantize.bits import BitPlan, Precision
 from edgeprune.quantize.calibrate import Batch, Ranges, observe
 from edgeprune.quantize.elsewhere import Elsewhere, Ratio
@@ -296,11 +296,8 @@ def _owners(network: Network, unit_of: Mapping[int, str]) -> dict[str, str]:
 
 
 def _session(proto: onnx.ModelProto, threads: int, profile: str = "") -> tuple[Any, dict[str, NDArray[np.float32]]]:
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level, options.intra_op_num_threads, options.inter_op_num_threads = 4, threads, 1
-    if profile:
-        options.enable_profiling, options.profile_file_prefix = True, profile
-    session = onnxruntime.InferenceSession(proto.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    profiling = {"enable_profiling": True, "profile_file_prefix": profile} if profile else {}
+    session = session_of(proto, intra_op_num_threads=threads, inter_op_num_threads=1, **profiling)
     taken = session.get_inputs()[0]
     shape = [d if isinstance(d, int) else 1 for d in taken.shape]
     return session, {taken.name: np.random.default_rng(0).random(shape, dtype=np.float32)}

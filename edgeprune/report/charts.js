@@ -30,7 +30,7 @@
 
   const draw = (box, make) => {
     const color = paint();
-    const { traces, layout } = make(color, box.clientWidth < 520);
+    const { traces, layout } = make(color, box.clientWidth < 520, box.clientWidth);
     const axis = { automargin: true, gridcolor: color("line"), linecolor: color("line"), zeroline: false, fixedrange: true, tickfont: { color: color("muted") } };
     const whole = {
       font: { family: getComputedStyle(document.body).fontFamily, size: 12, color: color("muted") },
@@ -53,6 +53,7 @@
       if (falls) return y[i + 1] < y[i] ? "top right" : "bottom center";
       return climbs && i > 0 ? "top left" : "top center";
     };
+    const brief = (s, i) => (i % 2 ? "<br>" : "") + shorten(s.step.replace(/^(right )?after /, ""), 16); // in two rows, or they touch
     return {
       traces: [{
         x, y, mode: "lines+markers+text", cliponaxis: false, line: { color: color("accent"), width: 2 }, marker: { size: 9, color: color("accent") },
@@ -61,7 +62,7 @@
       }],
       layout: {
         margin: narrow ? { l: 4, r: 4, t: 16, b: 8 } : { l: 8, r: 28, t: 16, b: 8 },
-        xaxis: { tickvals: x, ticktext: all.map((s) => words(s.step, narrow ? 11 : 22)), range: [-0.5, all.length - 0.5], showgrid: false, tickangle: 0, tickfont: { color: color("muted"), size: narrow ? 10 : 12 } },
+        xaxis: { tickvals: x, ticktext: all.map(narrow ? brief : (s) => words(s.step, 22)), range: [-0.5, all.length - 0.5], showgrid: false, tickangle: 0, tickfont: { color: color("muted"), size: narrow ? 10 : 12 } },
         yaxis: { ticksuffix: "%", nticks: 5, showticklabels: !narrow, ...spread(y) },
       },
     };
@@ -75,20 +76,32 @@
     return { range: [low - room, high + room] };
   };
 
-  // What every layer had and what is left of it. `told`: the words beside a bar; `hover`: those of it when pointed at; `axis`, `what`: what
-  // the lengths are, and of what; `room`: share of the width, of a narrow page and another one, for the words beside the longest bar.
-  const bars = (all, before, after, { told, hover, axis, what, room = [0.34, 0.12] }) => (color, narrow) => {
+  const ruler = document.createElement("canvas").getContext("2d");
+  const lengths = (texts, size) => {
+    ruler.font = `${size}px ${getComputedStyle(document.body).fontFamily}`;
+    return texts.map((text) => ruler.measureText(text).width);
+  };
+
+  // What every layer had and what is left of it. `told`: the words beside a bar, brief where there is little room; `hover`: those of it when
+  // pointed at; `axis`, `what`: what the lengths are, and of what.
+  const bars = (all, before, after, { told, hover, axis, what }) => (color, narrow, width) => {
     const named = all.length <= NAMED_ROWS, place = all.map((_, i) => i);
     const mouse = matchMedia("(pointer: fine)").matches; // dragging zooms with a mouse; on a touch screen it goes on scrolling the page
     const dense = all.map(before), kept = all.map(after);
     const label = (entry) => `${wrap(entry.name, 36)}<br>${hover(entry)}`;
-    const names = { tickvals: place, ticktext: all.map((entry) => shorten(entry.name, narrow ? 16 : 34)), range: [all.length - 0.4, -0.6], showgrid: false };
-    const numbers = { range: [0, Math.max(...dense, ...kept) * (named ? 1 + room[narrow ? 0 : 1] : 1.04)], rangemode: "tozero", nticks: narrow ? 4 : 8 };
+    const shown = all.map((entry) => shorten(entry.name, narrow ? 16 : 34));
+    const names = { tickvals: place, ticktext: shown, range: [all.length - 0.4, -0.6], showgrid: false };
+    const pixels = width - Math.max(0, ...lengths(named ? shown : [], 12)) - 44; // for a bar and the words beside it
+    const beside = (brief) => all.map((entry) => ` ${told(entry, brief)}`);
+    const texts = beside(named && Math.max(...lengths(beside(false), 11)) > 0.6 * pixels);
+    const share = (text) => Math.max(0.25, 1 - text / pixels); // of the width, that is left for the bar
+    const reach = (named ? lengths(texts, 11) : []).map((text, i) => Math.max(dense[i], kept[i]) / share(text));
+    const numbers = { range: [0, Math.max(1.04 * Math.max(...dense, ...kept), ...reach)], rangemode: "tozero", nticks: narrow ? 4 : 8 };
     return {
       traces: named
         ? [
             { type: "bar", x: dense, y: place, orientation: "h", hoverinfo: "skip", marker: { color: "rgba(0,0,0,0)", line: { color: color("ghost"), width: 1.5 } },
-              text: all.map((entry) => ` ${plain(told(entry))}`), textposition: "outside", textfont: { color: color("muted"), size: 11 }, cliponaxis: false },
+              text: texts.map(plain), textposition: "outside", textfont: { color: color("muted"), size: 11 }, cliponaxis: false },
             { type: "bar", x: kept, y: place, orientation: "h", hoverinfo: "text", hovertext: all.map(label), textposition: "none", marker: { color: color("accent") } },
           ]
         : [
@@ -110,8 +123,8 @@
   });
   const digits = (value) => (known(value) ? value.toPrecision(3) : "not given");
   const layers = bars(facts.layers, (l) => l.before_ms, (l) => l.after_ms, {
-    told: (l) => (l.after_ms === l.before_ms ? `${digits(l.before_ms)} ms` : `${digits(l.after_ms)} of ${digits(l.before_ms)} ms`),
-    hover: (l) => `${plain(l.kind)}<br>${digits(l.after_ms)} ms, dense ${digits(l.before_ms)} ms`, axis: "ms", what: "layers", room: [0.9, 0.2],
+    told: (l, brief) => (brief || l.after_ms === l.before_ms ? `${digits(l.after_ms)} ms` : `${digits(l.after_ms)} of ${digits(l.before_ms)} ms`),
+    hover: (l) => `${plain(l.kind)}<br>${digits(l.after_ms)} ms, dense ${digits(l.before_ms)} ms`, axis: "ms", what: "layers",
   });
   const bits = bars(Object.entries(facts.bits).map(([name, count]) => ({ name, count })), () => 32, (b) => b.count, {
     told: (b) => String(b.count), hover: (b) => `${b.count} bits a weight`, axis: "bits", what: "layers",

@@ -60,16 +60,16 @@ class Teacher:
         return temperature**2 * soft, torch.stack(apart).mean() if apart else logits.new_zeros(())
 
 
-def layout_for(model: nn.Module, x: Tensor) -> torch.memory_format:
+def layout_for(model: nn.Module, *inputs: Tensor) -> torch.memory_format:
     """channels_last, which is faster (benchmarks/training.py), unless the network views its maps as only contiguous memory allows.
 
-    x: a few images on the CPU.
+    inputs: the forward's arguments for a few images, on the CPU.
     """
-    if x.ndim != 4:
+    if all(x.ndim != 4 for x in inputs):
         return torch.contiguous_format
     try:
         with torch.no_grad(), evaluating(model):
-            in_format(copy.deepcopy(model), torch.channels_last)(x.contiguous(memory_format=torch.channels_last))
+            in_format(copy.deepcopy(model), torch.channels_last)(*copied(inputs, torch.channels_last))
     except RuntimeError:
         return torch.contiguous_format
     return torch.channels_last
@@ -80,6 +80,11 @@ def in_format(module: nn.Module, layout: torch.memory_format) -> nn.Module:
     convert: Any = module.to  # torch's stubs lack this overload
     convert(memory_format=layout)
     return module
+
+
+def copied(inputs: tuple[Tensor, ...], layout: torch.memory_format) -> tuple[Tensor, ...]:
+    """Copies, images in this memory format: a forward may write into what it is given."""
+    return tuple(x.clone(memory_format=layout) if x.ndim == 4 else x.clone() for x in inputs)
 
 
 @contextmanager

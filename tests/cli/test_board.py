@@ -16,8 +16,11 @@ def test_devices(edgeprune: Command) -> None:
     done = edgeprune("device", "list")
     assert {("host", "measured"), ("rpi4", "predicted")} <= {(w[0], w[2]) for w in map(str.split, done.out.splitlines()[1:])}
     shown = edgeprune("device", "show", "rpi4")
-    assert json.loads(shown.out)["board"]["soc"].startswith("Broadcom")
-    assert "rpi4-ort" in shown.err
+    card = json.loads(edgeprune("device", "show", "rpi4", "--json").out)
+    assert card["board"]["soc"] in shown.out
+    assert all(f"{name}" in shown.out and f"{p['fit']['mape']:.1f} % on average" in shown.out for name, p in card["profiles"].items())
+    assert "not validated" in shown.out and "rpi4-ort" in shown.err
+    assert "there is no profile to predict with" in edgeprune("device", "show", "rpi3").out
     assert edgeprune("device", "show", "rpi9").code == 4
 
 

@@ -15,6 +15,7 @@ import pytest
 import torch
 from PIL import Image
 
+from edgeprune.errors import BudgetError
 from tests.cli.conftest import NET, QUICK, Command, nothing_new
 from tests.colours import FACTORY, arrays, colour_net, images, weights
 
@@ -408,3 +409,19 @@ def test_what_a_file_of_options_must_not_say(edgeprune: Command, here: Path, tex
     done = edgeprune("compress", *QUICK, "--config", "c.toml")
     assert done.code == 2 and words in " ".join(done.err.split())
     assert edgeprune("compress", *QUICK, "--config", "absent.toml").code == 2
+
+
+def test_a_budget_missed_after_scoring_says_how_to_go_on(edgeprune: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+    """So it happens on a board, whose measurements come after the scores."""
+
+    def none(*_: Any) -> None:
+        raise BudgetError("no plan was measured inside the budget.")
+
+    words = ("compress", *QUICK, "--out", "kept", "--macs", "0.5")
+    with monkeypatch.context() as patch:
+        patch.setattr("edgeprune.choice.Chooser.choose", none)
+        refused = edgeprune(*words)
+    assert (refused.code, refused.out) == (3, "")
+    assert "inside the budget. The scores are kept: another budget with --resume --out kept reads them back." in refused.message
+    again = edgeprune(*words, "--resume")
+    assert again.code == 0 and "score: read back" in Path("kept/log.txt").read_text()

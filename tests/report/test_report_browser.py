@@ -73,7 +73,7 @@ class Browser:
         self.call("Page.navigate", url=page.as_uri())
         self.wait_for("document.readyState === 'complete' && !!window.Plotly")
 
-    def wait_for(self, expression: str, seconds: float = 20) -> None:
+    def wait_for(self, expression: str, seconds: float = 90) -> None:
         """Returns once the expression is true; fails when it never becomes so."""
         end = time.monotonic() + seconds
         while not self.value(expression):
@@ -90,6 +90,11 @@ class Browser:
         os.close(self.send)
 
 
+# the words beside the bars of a chart that its right edge cuts
+CUT = """(chart) => [...chart.querySelectorAll('.bartext')].filter(
+    (text) => text.getBoundingClientRect().right > chart.getBoundingClientRect().right).map((text) => text.textContent)"""
+
+
 @pytest.fixture(scope="module")
 def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
     program = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
@@ -101,7 +106,7 @@ def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("width", "theme"), [(390, "dark"), (1280, "light")])
+@pytest.mark.parametrize(("width", "theme"), [(320, "light"), (390, "dark"), (1280, "light")])
 @pytest.mark.parametrize("make", [full, large, minimal, hostile])
 def test_a_browser_shows_it_without_complaint(tmp_path: Path, browser: Browser, make: Any, width: int, theme: str) -> None:
     html, _ = report.write(make(), tmp_path)
@@ -111,6 +116,7 @@ def test_a_browser_shows_it_without_complaint(tmp_path: Path, browser: Browser, 
     charts = 0 if make is minimal else 9
     assert browser.value("document.querySelectorAll('.chart').length") == charts
     assert browser.value("document.querySelectorAll('.chart .main-svg .trace').length") >= charts
+    assert browser.value(f"[...document.querySelectorAll('.chart')].flatMap({CUT})") == []
     requests = [e["params"]["request"]["url"] for e in browser.events if e.get("method") == "Network.requestWillBeSent"]
     assert [url for url in requests if not url.startswith("data:")] == [html.as_uri()]
     complaints = [
