@@ -98,7 +98,7 @@ PRESETS: Mapping[str, Mapping[str, Any]] = {
     "long": {"epochs": 150, "lr": 0.05, "ema_decay": 0.999},
 }
 """What --preset takes. The values of standard and long are conventional, not measured here. The learning rate of quick is what a deep
-network bears: an epoch took a ResNet-56 at half its MACs from 91.70% on test images to 92.37 at 0.01, to 91.29 at 0.03 and to 91.97 at 0.003
+network bears: an epoch took a ResNet-56 at half its MACs from 91.70% on test images to 92.37 at 0.01, 91.29 at 0.03 and 91.97 at 0.003
 (benchmarks/accuracy.py). The smallest one came closest to the dense network on images that this one was trained on, so such images do not
 tell; on those of benchmarks/unseen.py a ResNet-20 is best at 0.03 and worst at 0.003."""
 
