@@ -40,6 +40,7 @@ WAYS: dict[str, dict[str, tuple[str, dict[str, Any]]]] = {
     "cifar:resnet56": {
         "branches-by-32": ("--macs 0.5 --round-to 32 --min-channels 0", {"macs": 0.5, "round_to": 32, "min_channels": 0}),
         "branches-by-16": ("--macs 0.5 --round-to 16 --min-channels 0", {"macs": 0.5, "round_to": 16, "min_channels": 0}),
+        "branches": ("--macs 0.5 --round-to 64 --min-channels 0", {"macs": 0.5, "round_to": 64, "min_channels": 0}),
         "fast": (FAST_OPTIONS, FAST),
         "plain": ("--macs 0.5", {"macs": 0.5}),
         "by-16": ("--macs 0.58 --round-to 16", {"macs": 0.58, "round_to": 16}),
