@@ -68,8 +68,15 @@ class Change:
 
     def words(self) -> str:
         """One line for people."""
+        if self.before == self.after:
+            return f"{self.network}: {self.figure} {digits_of(self.after)}, unchanged"
         sign = "worse" if self.worse > 0 else "better"
-        return f"{self.network}: {self.figure} {self.before:.6g} -> {self.after:.6g} ({abs(self.worse):.2%} {sign})"
+        return f"{self.network}: {self.figure} {digits_of(self.before)} -> {digits_of(self.after)} ({abs(self.worse):.2%} {sign})"
+
+
+def digits_of(figure: float) -> str:
+    """A figure as people compare it: a count with all its digits, six of anything else."""
+    return f"{figure:,.0f}" if float(figure).is_integer() else f"{figure:.6g}"
 
 
 def run(names: Sequence[str], artifacts: Path, *, latency: bool, instructions: bool = False, progress: Progress) -> dict[str, Figures]:

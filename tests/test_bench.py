@@ -52,7 +52,9 @@ def test_exact_figures_count_in_the_direction_that_hurts() -> None:
     assert found["size_bytes"].worse == pytest.approx(0.2) and found["accuracy"].worse < 0 and found["macs"].worse < 0
     assert [c.figure for c in regressions(tuple(found.values()), 10)] == ["size_bytes"]
     assert not regressions(tuple(found.values()), 25)
-    assert "1000 -> 1200 (20.00% worse)" in found["size_bytes"].words()
+    assert "1,000 -> 1,200 (20.00% worse)" in found["size_bytes"].words()
+    same = changes(before, before)
+    assert {c.words() for c in same} == {"n: size_bytes 1,000, unchanged", "n: accuracy 90, unchanged", "n: macs 500, unchanged"}
 
 
 def test_instructions_have_a_limit_of_their_own() -> None:
@@ -64,7 +66,7 @@ def test_instructions_have_a_limit_of_their_own() -> None:
         return [c.words() for c in regressions(changes(now, then, same_board=alike), limit)]
 
     assert worse(1_010_000) == worse(900_000) == worse(2_000_000, alike=False) == []
-    assert worse(1_010_001) == ["n: arm_insns_per_inference on cortex-a72 1e+06 -> 1.01e+06 (1.00% worse)"]
+    assert worse(1_010_001) == ["n: arm_insns_per_inference on cortex-a72 1,000,000 -> 1,010,001 (1.00% worse)"]
     assert worse(1_006_000, limit=0.5)
 
 

@@ -59,8 +59,14 @@ def bench(
     if as_json:
         print_json(gate.words(figures, found, worse))
     else:
-        rows: list[list[object]] = [[name, figure, f"{value:.6g}"] for name, f in figures.items() for figure, value in f.exact.items()]
-        rows += [[name, f"{gate.INSTRUCTIONS} on {cpu}", count] for name, f in figures.items() for cpu, count in f.instructions.items()]
+        rows: list[list[object]] = [
+            [name, figure, gate.digits_of(value)] for name, f in figures.items() for figure, value in f.exact.items()
+        ]
+        rows += [
+            [name, f"{gate.INSTRUCTIONS} on {cpu}", gate.digits_of(count)]
+            for name, f in figures.items()
+            for cpu, count in f.instructions.items()
+        ]
         print_table(["network", "figure", "value"], rows)
         for reason in {f.not_counted for f in figures.values() if not f.instructions}:
             typer.echo(f"{gate.INSTRUCTIONS}: null ({reason})")
