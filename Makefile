@@ -73,8 +73,8 @@ bench-whole: .venv/.dev  ## seconds and memory of compress on MobileNetV2 224x22
 package: .venv/.dev  ## sdist and wheel, installed where nothing is with and without each extra, and the demo from it; downloads 1.5 GB
 	$(BIN)/python -m benchmarks.packages
 
-style: .venv/.dev  ## the shape of the code in one row
-	@$(BIN)/python -m benchmarks.style
+style: .venv/.dev  ## the shape of the code in one row, also in benchmarks/results
+	@$(BIN)/python -m benchmarks.style | tee benchmarks/results/style.md
 
 bench-regression: .venv/.dev  ## this revision beside BASE on this machine; fails where something is worse by more than MAX_REGRESSION percent
 	$(BIN)/edgeprune bench --against $(or $(BASE),HEAD^) --max-regression $(or $(MAX_REGRESSION),10)

@@ -15,6 +15,7 @@ TABLES = {
         "depth": ("graph_depth.md", ""),
         "start": ("graph_start.md", ""),
         "cost": ("cost_models.md", ""),
+        "style": ("style.md", ""),
     },
     "docs/allocators.md": {
         "verdict": ("allocation.md", "against plain global ranking"),
