@@ -137,7 +137,7 @@ def when_begins(turn: int, squeeze: Step) -> None:
         if written[0] == turn:
             squeeze()
 
-    Run.log = counted  # type: ignore[assignment, method-assign]
+    Run.log = counted  # type: ignore[assignment, method-assign]  # in the trial's process
     if not turn:
         squeeze()
 

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from edgeprune.graph.branches import left
+from edgeprune.graph.branches import NORM_TENSORS, left
 from edgeprune.graph.channels import ChannelGraph, Op
 from edgeprune.graph.lengths import Floats, Sizes, axis_lengths, checked, elements
 
@@ -35,7 +35,6 @@ _UNFUSED = frozenset({"silu", "hardswish", "gelu", "elu", "celu", "selu", "mish"
 _COMPOSED = frozenset({"silu", "gelu", "mish"})
 # Convolutions that gather patches of their input, or pointers into it.
 _GATHERING = ("conv3x3", "conv_other", "grouped")
-_NORM_TENSORS = ("weight", "bias", "running_mean", "running_var")
 
 
 @dataclass(frozen=True, eq=False)
@@ -242,7 +241,7 @@ class Kernels:
             return []
         prefix = op.weight.removesuffix("weight")
         if op.kind == "norm":
-            return [name for suffix in _NORM_TENSORS if (name := prefix + suffix) in self.graph.shapes]
+            return [name for suffix in NORM_TENSORS if (name := prefix + suffix) in self.graph.shapes]
         norms = [fused.weight for n in numbers[1:] if (fused := self.graph.ops[n]).kind == "norm" and fused.weight]
         own = [prefix + "bias"] if prefix + "bias" in self.graph.shapes else []
         return (own or norms)[:1]

@@ -125,8 +125,8 @@ class Op:
     linear are `positions` * elements of the weight (for a transposed conv, positions of the input). `inputs` and `output`
     index ChannelGraph.activations; `call` is the operation's number among all that the forward dispatches. `fused` is the number
     of the op (index in ChannelGraph.ops) whose kernel computes this one in an inference runtime (a norm or activation right
-    after a conv), or -1. `tensors`: every parameter and buffer that it reads; `bias`: that of a
-    conv or linear ("" where it is no parameter); `eps`: a norm's.
+    after a conv), or -1. `tensors`: every parameter and buffer that it reads; `bias`: that of a conv or linear (None without one, ""
+    where it is no parameter); `eps`: a norm's.
     """
 
     kind: str
