@@ -30,10 +30,9 @@ from edgeprune.criteria.probe import Probe
 from edgeprune.errors import DataError, UsageError
 from edgeprune.graph import ChannelGraph
 from edgeprune.graph.masked import Masked
-from edgeprune.graph.running import evaluating, tensors_in
+from edgeprune.graph.running import evaluating, fresh, in_format, layout_for, tensors_in
 from edgeprune.graph.slim import slim
 from edgeprune.plan import Plan
-from edgeprune.train.distill import copied, in_format, layout_for
 from edgeprune.train.evaluate import logits_of, refit_norms, settled
 from edgeprune.train.reconstruct import Recording
 
@@ -115,7 +114,7 @@ class Judge:
 
     def _batches(self, images: Images, size: int) -> Iterator[Images]:
         """The images in the format that is fastest here, `size` at a time."""
-        return (copied(part, self._format) for part in zip(*(x.split(size) for x in images), strict=True))
+        return (fresh(part, self._format) for part in zip(*(x.split(size) for x in images), strict=True))
 
     def _outputs(self, network: nn.Module) -> tuple[Tensor, ...]:
         """What the network returns for all held images, float64."""
@@ -146,7 +145,7 @@ class Judge:
         for part in order[: self.steps * size].split(size):
             with suppress(NotImplementedError):  # an exported program: its mode was fixed at export
                 network.train()
-            loss = F.cross_entropy(logits_of(network(*copied(tuple(x[part] for x in images), self._format))), labels[part])
+            loss = F.cross_entropy(logits_of(network(*fresh(tuple(x[part] for x in images), self._format))), labels[part])
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
             optimizer.step()

@@ -33,7 +33,7 @@ from edgeprune.criteria.probe import Probe
 from edgeprune.errors import DataError, UsageError
 from edgeprune.graph import ChannelGraph
 from edgeprune.graph.masked import Batch, Bits, Masked, Prefix, mean_loss, summed_loss
-from edgeprune.graph.running import fresh, tensors_in
+from edgeprune.graph.running import fresh, layout_for, tensors_in
 from edgeprune.plan import Scores
 from edgeprune.train import Progress, silent
 
@@ -184,13 +184,10 @@ class _Judge:
     @staticmethod
     def of(probe: Probe, batches: list[Batch]) -> _Judge:
         images = sum(len(labels) for _, labels in batches)
-        masked = Masked(probe.model, probe.graph, memory_format=torch.channels_last)
+        inputs = batches[0][0]
+        masked = Masked(probe.model, probe.graph, memory_format=layout_for(probe.model, *inputs))
         with torch.no_grad():
-            try:
-                logits = next(tensors_in(masked.model(*batches[0][0])), None)
-            except RuntimeError:  # a view in the network's code that this memory format does not allow
-                masked = Masked(probe.model, probe.graph)
-                logits = next(tensors_in(masked.model(*batches[0][0])), None)
+            logits = next(tensors_in(masked.model(*fresh(inputs))), None)
         dense = mean_loss(masked.model, batches)
         if logits is None or not math.isfinite(dense):
             raise DataError(f"the loss of the network is {dense} (NaN or Inf): check the preprocessing (mean, std) and the weights.")

@@ -20,7 +20,7 @@ from torch.utils._pytree import tree_map
 from edgeprune.errors import DataError
 from edgeprune.graph.channels import ChannelGraph
 from edgeprune.graph.mixing import Kept, compute_over_kept
-from edgeprune.graph.running import Observer, fresh, single_sample, tensors_in
+from edgeprune.graph.running import Observer, fresh, in_format, single_sample, tensors_in
 from edgeprune.graph.slim import kept_positions, mask, named_tensors
 from edgeprune.plan import Plan
 
@@ -37,9 +37,7 @@ class Masked:
     """
 
     def __init__(self, model: nn.Module, graph: ChannelGraph, *, memory_format: torch.memory_format = torch.preserve_format) -> None:
-        self.model = mask(model, graph, Plan({}))
-        convert: Any = self.model.to  # torch's stubs lack this overload
-        convert(memory_format=memory_format)
+        self.model = in_format(mask(model, graph, Plan({})), memory_format)
         for module in self.model.modules():
             module.training = False
         ends = np.cumsum([g.channels for g in graph.groups], dtype=np.int64)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import gc
 import io
 import logging
@@ -58,9 +59,15 @@ def single_sample(example_inputs: Any) -> tuple[Any, ...]:
     return fresh(inputs)
 
 
-def fresh(inputs: tuple[Any, ...]) -> tuple[Any, ...]:
-    """Contiguous copies of the tensors: a forward may write into what it is given."""
-    copies: tuple[Any, ...] = tree_map(lambda t: t.clone(memory_format=torch.contiguous_format) if isinstance(t, Tensor) else t, inputs)
+def fresh(inputs: tuple[Any, ...], layout: torch.memory_format = torch.contiguous_format) -> tuple[Any, ...]:
+    """Copies of the tensors, those of four dimensions in this memory format: a forward may write into what it is given."""
+
+    def copied(value: Any) -> Any:
+        if not isinstance(value, Tensor):
+            return value
+        return value.clone(memory_format=layout if value.ndim == 4 else torch.contiguous_format)
+
+    copies: tuple[Any, ...] = tree_map(copied, inputs)
     return copies
 
 
@@ -103,6 +110,28 @@ def evaluating(model: nn.Module) -> Iterator[None]:
         torch.backends.mha.set_fastpath_enabled(fused_attention)
         for module, flag in training:
             module.training = flag
+
+
+def layout_for(model: nn.Module, *inputs: Any) -> torch.memory_format:
+    """channels_last, which is faster (benchmarks/training.py), unless the network views its maps as only contiguous memory allows.
+
+    inputs: the forward's arguments for a few images, on the CPU.
+    """
+    if all(x.ndim != 4 for x in tensors_in(inputs)):
+        return torch.contiguous_format
+    try:
+        with torch.no_grad(), evaluating(model):
+            in_format(copy.deepcopy(model), torch.channels_last)(*fresh(inputs, torch.channels_last))
+    except RuntimeError:
+        return torch.contiguous_format
+    return torch.channels_last
+
+
+def in_format(module: nn.Module, layout: torch.memory_format) -> nn.Module:
+    """The module itself, its 4-dimensional tensors in this memory format."""
+    convert: Any = module.to  # torch's stubs lack this overload
+    convert(memory_format=layout)
+    return module
 
 
 @contextmanager

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from edgeprune.graph import ChannelGraph
-from edgeprune.graph.running import evaluating, tensors_in
+from edgeprune.graph.running import evaluating, in_format, tensors_in
 from edgeprune.graph.slim import removed_positions
 from edgeprune.plan import Plan
 from edgeprune.train import Recipe
@@ -58,33 +58,6 @@ class Teacher:
         )
         apart = [F.mse_loss(seen[name].float(), t) / t.square().mean().clamp(min=1e-8) for name, t in wanted.items()]
         return temperature**2 * soft, torch.stack(apart).mean() if apart else logits.new_zeros(())
-
-
-def layout_for(model: nn.Module, *inputs: Tensor) -> torch.memory_format:
-    """channels_last, which is faster (benchmarks/training.py), unless the network views its maps as only contiguous memory allows.
-
-    inputs: the forward's arguments for a few images, on the CPU.
-    """
-    if all(x.ndim != 4 for x in inputs):
-        return torch.contiguous_format
-    try:
-        with torch.no_grad(), evaluating(model):
-            in_format(copy.deepcopy(model), torch.channels_last)(*copied(inputs, torch.channels_last))
-    except RuntimeError:
-        return torch.contiguous_format
-    return torch.channels_last
-
-
-def in_format(module: nn.Module, layout: torch.memory_format) -> nn.Module:
-    """The module itself, its 4-dimensional tensors in this memory format."""
-    convert: Any = module.to  # torch's stubs lack this overload
-    convert(memory_format=layout)
-    return module
-
-
-def copied(inputs: tuple[Tensor, ...], layout: torch.memory_format) -> tuple[Tensor, ...]:
-    """Copies, images in this memory format: a forward may write into what it is given."""
-    return tuple(x.clone(memory_format=layout) if x.ndim == 4 else x.clone() for x in inputs)
 
 
 @contextmanager

@@ -21,12 +21,12 @@ from torch import Tensor, nn
 
 from edgeprune.data import Split
 from edgeprune.errors import DataError, GateError, UsageError
-from edgeprune.graph.running import evaluating
+from edgeprune.graph.running import evaluating, in_format, layout_for
 from edgeprune.graph.slim import named_tensors
 from edgeprune.train import Epoch, Progress, Recipe, silent
 from edgeprune.train.augment import Batch, batches, seed_of, steps_in
 from edgeprune.train.checkpoint import Checkpoints
-from edgeprune.train.distill import Kept, Teacher, hard_loss, in_format, layout_for, watched
+from edgeprune.train.distill import Kept, Teacher, hard_loss, watched
 from edgeprune.train.evaluate import batch_norms, evaluate, logits_of, settled
 from edgeprune.train.processes import Processes, processes
 
