@@ -108,7 +108,7 @@ def _anatomy(graph: ChannelGraph) -> dict[str, Any]:
                 "kind": op.kind,
                 "weight": list(graph.shapes[weight]),
                 "macs": op.positions * math.prod(graph.shapes[weight]),
-                "params": math.prod(graph.shapes[weight]) + math.prod(graph.shapes.get(weight.removesuffix("weight") + "bias", (0,))),
+                "params": math.prod(graph.shapes[weight]) + math.prod(graph.shapes.get(op.stem + "bias", (0,))),
             }
             for op in graph.multiplying
             if (weight := op.weight)

@@ -239,11 +239,10 @@ class Kernels:
         op = self.graph.ops[numbers[0]]
         if op.weight is None:
             return []
-        prefix = op.weight.removesuffix("weight")
         if op.kind == "norm":
-            return [name for suffix in NORM_TENSORS if (name := prefix + suffix) in self.graph.shapes]
+            return [name for suffix in NORM_TENSORS if (name := op.stem + suffix) in self.graph.shapes]
         norms = [fused.weight for n in numbers[1:] if (fused := self.graph.ops[n]).kind == "norm" and fused.weight]
-        own = [prefix + "bias"] if prefix + "bias" in self.graph.shapes else []
+        own = [op.stem + "bias"] if op.stem + "bias" in self.graph.shapes else []
         return (own or norms)[:1]
 
     @cached_property

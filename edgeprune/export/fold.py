@@ -19,6 +19,7 @@ from torch.nn import functional
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils._pytree import tree_leaves
 
+from edgeprune.graph.branches import NORM_TENSORS
 from edgeprune.graph.running import Observer, quiet_torch
 
 _CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -170,8 +171,7 @@ def _fits(layer: nn.Module, output: Tensor) -> bool:
 
 def _tensors(module: nn.Module) -> tuple[Tensor, ...]:
     """The tensors that must belong to this pair alone; the norm's batch counter takes no part in inference."""
-    names = ("weight", "bias", "running_mean", "running_var")
-    return tuple(t for name in names if isinstance(t := getattr(module, name, None), Tensor))
+    return tuple(t for name in NORM_TENSORS if isinstance(t := getattr(module, name, None), Tensor))
 
 
 def _storage(tensor: Tensor) -> int:

@@ -122,15 +122,14 @@ def _end(graph: ChannelGraph, op: Op, group: int, readers: Mapping[int, list[int
     norm: Op | None = None
     number = op.output
     for number, then in _chain(graph, op.output, readers):
-        if then.kind == "norm" and norm is None and _has_statistics(graph, then):
+        if then.kind == "norm" and norm is None and graph.keeps_statistics(then):
             norm = then
         elif then.name == "add":
             shapes = {graph.activations[a].shape for a in (*then.inputs, then.output)}
             if len(shapes) != 1 or len(set(then.inputs)) != 2:
                 return None
-            prefix = norm.weight.removesuffix("weight") if norm and norm.weight else None
             axes = len(graph.activations[op.output].shape) - 2 if op.kind == "conv" else 0
-            end = End(op.weight, op.bias, prefix, norm.eps if norm else 0.0, axes)
+            end = End(op.weight, op.bias, norm.stem if norm else None, norm.eps if norm else 0.0, axes)
             return _Found(end, number, readers[number][0])
         elif op.kind != "linear" or then.name not in _VIEWS or _last(graph, then.output) != _last(graph, op.output):
             return None
@@ -154,11 +153,6 @@ def _needed(graph: ChannelGraph, without: Mapping[int, int]) -> frozenset[int]:
             needed.add(number)
             wanted.update(a for a in op.inputs if a != without.get(number))
     return frozenset(needed)
-
-
-def _has_statistics(graph: ChannelGraph, norm: Op) -> bool:
-    names = [(norm.weight or "").removesuffix("weight") + leaf for leaf in NORM_TENSORS]
-    return bool(norm.weight and norm.weight.endswith("weight")) and all(name in graph.shapes for name in names)
 
 
 def _holds(graph: ChannelGraph, activation: int, group: int) -> bool:

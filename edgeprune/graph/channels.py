@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from edgeprune.graph.branches import Branch, branches_of, left
+from edgeprune.graph.branches import NORM_TENSORS, Branch, branches_of, left
 from edgeprune.graph.lengths import Floats, Sizes, axis_lengths, checked, elements
 
 
@@ -144,6 +144,11 @@ class Op:
     eps: float = 0.0
     tensors: tuple[str, ...] = ()
 
+    @property
+    def stem(self) -> str:
+        """What the names of its tensors begin with: those of its module."""
+        return (self.weight or "").removesuffix("weight")
+
 
 class SizedAxis(NamedTuple):
     """An axis whose size an exported network holds as a number in operation `node`.
@@ -249,6 +254,10 @@ class ChannelGraph:
     def branches(self) -> Mapping[str, Branch]:
         """The groups of which a plan may keep no channel: inside a residual branch, which then vanishes."""
         return {name: branch for name, branch in branches_of(self).items() if name not in self.stuck}
+
+    def keeps_statistics(self, norm: Op) -> bool:
+        """Whether it is a batch norm with a scale, a shift, a running mean and a running variance."""
+        return bool(norm.weight) and all(norm.stem + leaf in self.shapes for leaf in NORM_TENSORS)
 
     def _gone(self, name: str) -> frozenset[str]:
         """The tensors that a group takes along when it vanishes."""

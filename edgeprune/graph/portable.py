@@ -17,7 +17,7 @@ from safetensors.torch import save as to_bytes
 from torch import Tensor, fx, nn
 
 from edgeprune.errors import ModelError
-from edgeprune.graph.branches import End
+from edgeprune.graph.branches import NORM_TENSORS, End
 from edgeprune.graph.cut import lacking, without_branches
 from edgeprune.graph.exported import Exported, opened
 from edgeprune.graph.running import made_up
@@ -29,7 +29,6 @@ from edgeprune.pt2 import load_exported_program, save_program
 from edgeprune.run import product_version, write_atomic
 
 FORMAT = "edgeprune-1"
-LEAVES = ("weight", "bias", "running_mean", "running_var")
 
 
 def save(module: nn.Module, path: str | Path, *, plan: Plan | None = None, example_inputs: Any = None) -> Path:
@@ -118,7 +117,7 @@ def _misfits(dense: nn.Module, tensors: Mapping[str, Tensor]) -> Iterator[str]:
             yield f"{name} has the shape {sizes[0]}, which is no part of the network's {sizes[1]}"
     aliases = {alias: name for name, others in aliases_of(dense).items() for alias in others}
     for path, layer in dense.named_modules():
-        own_names = {leaf: aliases[f"{path}.{leaf}".lstrip(".")] for leaf in LEAVES if isinstance(getattr(layer, leaf, None), Tensor)}
+        own_names = {leaf: aliases[f"{path}.{leaf}".lstrip(".")] for leaf in NORM_TENSORS if isinstance(getattr(layer, leaf, None), Tensor)}
         shapes = {leaf: tuple(tensors[name].shape) for leaf, name in own_names.items()}
         if isinstance(layer, nn.modules.conv._ConvNd) and "weight" in shapes and shapes["weight"][2:] != layer.kernel_size:
             yield f"{path}.weight has a kernel of {shapes['weight'][2:]}, the network's has {layer.kernel_size}"

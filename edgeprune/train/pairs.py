@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from edgeprune.graph import ChannelGraph, Op
-from edgeprune.train.targets import Target, keeps_statistics, result_of
+from edgeprune.train.targets import Target, result_of
 
 ITERATIONS = 10
 DAMPING = 1e-3
@@ -61,7 +61,7 @@ def _pair(graph: ChannelGraph, target: Target, images: int) -> Pair | None:
     if target.constant or not _plain(graph, target.op) or relu is None or relu.name != "relu":
         return None
     before = made.get(relu.inputs[0])
-    norm = before if before is not None and before.kind == "norm" and keeps_statistics(graph, before) else None
+    norm = before if before is not None and before.kind == "norm" and graph.keeps_statistics(before) else None
     first = made.get(norm.inputs[0]) if norm else before
     if first is None or not _plain(graph, first):
         return None

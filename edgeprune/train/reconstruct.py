@@ -45,7 +45,7 @@ from edgeprune.train.moments import Moments
 from edgeprune.train.pairs import Conv, Pair, pairs_of, step
 from edgeprune.train.recording import BATCH, Recorder, at_places, by_row, frozen, rows_read, transposed
 from edgeprune.train.ridge import RECTIFY_ROUNDS, RIDGES, Affine, Fit, substituted
-from edgeprune.train.targets import Target, could_go, prefix, targets_of
+from edgeprune.train.targets import Target, could_go, targets_of
 
 ROWS = 49_152  # positions of maps, over all images, that a layer is fitted on: the more images, the fewer in each
 LEAST_POSITIONS = 4
@@ -272,7 +272,7 @@ class _Refitter(Observer):
     def _free(self, target: Target, args: tuple[Any, ...]) -> tuple[Tensor | None, Tensor | None]:
         """The bias of a layer or, where it has none, the running mean of the norm behind it: what takes up its intercept."""
         bias = args[2] if target.op.kind == "conv" else (args[0] if target.op.name == "addmm" else None)
-        return bias, self._tensors[prefix(target.norm) + "running_mean"] if target.norm and bias is None else None
+        return bias, self._tensors[target.norm.stem + "running_mean"] if target.norm and bias is None else None
 
     def _refit_both(self, pair: Pair, args: tuple[Any, ...]) -> tuple[Any, ...]:
         """Refit the second layer, then the first towards what comes out behind the second, then the second again; what that one reads."""
@@ -307,7 +307,7 @@ class _Refitter(Observer):
         if bias is not None:
             bias.add_(shift)
         elif norm is not None:
-            self._tensors[prefix(norm) + "running_mean"].sub_(shift)
+            self._tensors[norm.stem + "running_mean"].sub_(shift)
         return self._folded(at_first, norm)(x).clamp(min=0)
 
     def _folded(self, args: tuple[Any, ...], norm: Op | None) -> Conv:
@@ -332,7 +332,7 @@ class _Refitter(Observer):
         if norm is None:
             ones = torch.ones(outputs)
             return Affine(ones, torch.zeros_like(ones), ones)
-        name = prefix(norm)
+        name = norm.stem
         scale = self._tensors[name + "weight"]
         spread = (self._tensors[name + "running_var"] + self._recording.eps[norm.call]).sqrt()
         gain = scale / spread

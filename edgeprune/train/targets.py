@@ -64,7 +64,7 @@ def targets_of(graph: ChannelGraph, gone: Gone, positions: int, empty: Collectio
             continue
         lost = gone.get((op.weight, 0), np.zeros(shape[0], dtype=bool))
         norm = norms.get(op.output)
-        norm = norm if norm and keeps_statistics(graph, norm) else None
+        norm = norm if norm and graph.keeps_statistics(norm) else None
         spatial = int(np.prod(graph.activations[op.output].shape[2:])) if op.kind == "conv" else 1
         places = sampled_places([spatial], positions, op.call)
         kept = torch.from_numpy(np.flatnonzero(~lost))
@@ -76,16 +76,6 @@ def targets_of(graph: ChannelGraph, gone: Gone, positions: int, empty: Collectio
             op, read, kept, norm, places, _beside(graph, op), _rectified(graph, op), scaled and not constant, constant
         )
     return targets
-
-
-def prefix(norm: Op) -> str:
-    """What the names of a batch norm's tensors begin with."""
-    return (norm.weight or "").removesuffix("weight")
-
-
-def keeps_statistics(graph: ChannelGraph, norm: Op) -> bool:
-    """Whether it is a batch norm with a running mean."""
-    return prefix(norm) + "running_mean" in graph.shapes
 
 
 def result_of(graph: ChannelGraph, op: Op) -> Op:
