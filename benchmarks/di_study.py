@@ -1,12 +1,13 @@
 """Why does Discriminant Information rank inner channels badly, and what would mend it? ResNet-56 on CIFAR-10 at -50% MACs.
 
-    python -m benchmarks.di_study
+    python -m benchmarks.di_study      # goes on where it was; half an hour of one core
 
 Three measurements. (1) What removing one channel really does: the squared change of the logits, channel by channel, for one layer of
 each stage, and how the criteria's ranks agree with it (Spearman). (2) How much of the labels' energy the pooled features of a layer
 explain, by stage. (3) Accuracy after BN recalibration and after reconstruction of each variant: pooled or whole maps, labels or the
 dense network's outputs as targets, wide or narrow ridge, ranked with and without cost. All on training images, as in
-benchmarks/criteria.py: they compare, they predict no test accuracy. Writes benchmarks/results/di_study.json and .md.
+benchmarks/criteria.py: they compare, they predict no test accuracy. Writes benchmarks/results/di_study.json and .md, row by row; rows of a
+criterion whose file has changed are measured again.
 """
 
 from __future__ import annotations
@@ -21,8 +22,9 @@ from scipy.stats import spearmanr
 
 import edgeprune as ep
 from benchmarks.accuracy import RESULTS
-from benchmarks.criteria import ALLOCATIONS, Bench, Sizes, load
+from benchmarks.criteria import ALLOCATIONS, Bench, Sizes, code_of, load
 from edgeprune.plan import Scores
+from edgeprune.run import write_atomic
 
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "l1": ("l1", {}),
@@ -72,6 +74,7 @@ def measure(bench: Bench, name: str, truth: dict[str, Any]) -> dict[str, Any]:
     scores = ep.score(bench.graph, bench.dense, criterion, data=bench.scoring, **options)
     row: dict[str, Any] = {
         "variant": name,
+        "code": code_of(criterion),
         "agreement": {layer: round(float(spearmanr(scores.values[layer], change).statistic), 2) for layer, change in truth.items()},
         "explained": explained(bench, scores),
     }
@@ -97,14 +100,21 @@ def table(rows: list[dict[str, Any]]) -> str:
 
 
 def main() -> None:
-    """Measure every variant and write the table."""
-    bench = load("resnet56", Sizes(), Path("runs") / "bench" / "criteria")
-    truth = real_changes(bench)
-    rows = [measure(bench, name, truth) for name in VARIANTS]
-    RESULTS.mkdir(exist_ok=True)
-    (RESULTS / "di_study.json").write_text(json.dumps({"sizes": vars(bench.sizes), "rows": rows}, indent=2) + "\n")
-    (RESULTS / "di_study.md").write_text(table(rows))
-    print(table(rows))
+    """Measure the variants that have no row yet, and write the table."""
+    file, bench = RESULTS / "di_study.json", load("resnet56", Sizes(), Path("runs") / "bench" / "criteria")
+    known: dict[str, Any] = json.loads(file.read_text()) if file.exists() else {"sizes": vars(bench.sizes), "rows": []}
+    same = known["sizes"] == vars(bench.sizes)
+    rows: dict[str, dict[str, Any]] = {
+        row["variant"]: row for row in known["rows"] if same and row.get("code") == code_of(VARIANTS[row["variant"]][0])
+    }
+    truth = real_changes(bench) if VARIANTS.keys() - rows.keys() else {}
+    for name in VARIANTS:
+        if name not in rows:
+            rows[name] = measure(bench, name, truth)
+            ordered = [rows[other] for other in VARIANTS if other in rows]
+            write_atomic(file, (json.dumps({"sizes": vars(bench.sizes), "rows": ordered}, indent=2) + "\n").encode())
+            write_atomic(file.with_suffix(".md"), table(ordered).encode())
+    print(table([rows[name] for name in VARIANTS]))
 
 
 if __name__ == "__main__":
