@@ -66,7 +66,7 @@ def unpacked(content: bytes) -> Any:
                 buffer.data = np.frombuffer(content, np.uint8, buffer.size, buffer.offset)
                 buffer.offset = buffer.size = 0
     except _DAMAGE as error:
-        raise ExportError(f"it is truncated or damaged ({type(error).__name__})") from error
+        raise ExportError("what its tables point to cannot be read") from error
     return model
 
 
