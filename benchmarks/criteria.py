@@ -37,7 +37,7 @@ import edgeprune as ep
 from benchmarks import peer_pruning
 from benchmarks.accuracy import DATA, RESULTS, WEIGHTS
 from benchmarks.cifar10 import datasets
-from benchmarks.criteria_report import chart, table
+from benchmarks.criteria_report import chart, table, winners
 from edgeprune.data import Split
 from edgeprune.export.fold import fold_batchnorm
 from edgeprune.graph import ChannelGraph
@@ -271,16 +271,6 @@ def to_tune(rows: list[dict[str, Any]], network: str) -> list[dict[str, Any]]:
     return ours[:3] + [r for r in best if r not in ours]
 
 
-def winners(rows: list[dict[str, Any]]) -> Iterator[tuple[dict[str, Any], str]]:
-    """(row, stage): for every network, budget and stage the best of ours and the best of the peer, by validation."""
-    for network, removed in sorted({(r["network"], r["removed"]) for r in rows}):
-        for stage in ("recalibrated", "reconstructed", "fine-tuned"):
-            mine = [r for r in rows if (r["network"], r["removed"]) == (network, removed) and stage in r["validation"]]
-            for side in (False, True):
-                if side_rows := [r for r in mine if (r["criterion"] in peer_pruning.PEERS) is side]:
-                    yield max(side_rows, key=lambda r: r["validation"][stage]), stage
-
-
 class OutOfTime(Exception):
     """The time limit is over; what was measured is on disk."""
 
@@ -315,6 +305,7 @@ def run(bench: Bench, results: Results, wanted: Sequence[Cell], clock: Clock, *,
         started = time.process_time()
         row["validation"]["fine-tuned"] = bench.accuracy(bench.tuned(_cell(row), training))
         row["training_images"] = training
+        row.get("test", {}).pop("fine-tuned", None)
         row["tuning_cpu_seconds"] = round(time.process_time() - started, 2)
         results.put(row)
         print(f"{_cell(row).key} fine-tuned {row['validation']['fine-tuned']} {row['tuning_cpu_seconds']} CPU-s", flush=True)

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
+
+from benchmarks import peer_pruning
 
 STAGES = ("pruned", "recalibrated", "reconstructed", "fine-tuned")
 Rows = list[dict[str, Any]]
@@ -56,6 +59,16 @@ def _figures(rows: Rows) -> str:
     return text + (f" ({min(last):.1f} to {max(last):.1f})" if len(rows) > 1 else "")
 
 
+def winners(rows: Rows) -> Iterator[tuple[dict[str, Any], str]]:
+    """(row, stage): for every network, budget and stage the best of ours and the best of the peer, by validation."""
+    for network, removed in sorted({(r["network"], r["removed"]) for r in rows}):
+        for stage in STAGES[1:]:
+            mine = [r for r in rows if (r["network"], r["removed"]) == (network, removed) and stage in r["validation"]]
+            for side in (False, True):
+                if side_rows := [r for r in mine if (r["criterion"] in peer_pruning.PEERS) is side]:
+                    yield max(side_rows, key=lambda r: r["validation"][stage]), stage
+
+
 def _winners(rows: Rows, dense: Dense) -> str:
     lines = [
         "### Best on validation, on the 10,000 test images\n",
@@ -65,8 +78,9 @@ def _winners(rows: Rows, dense: Dense) -> str:
     for network, figures in sorted(dense.items()):
         if "test" in figures:
             lines.append(f"| {network} | dense | - | - | - | {figures['validation']:.2f} | {figures['test']:.2f} |")
-        tested = [(r, s) for r in rows if r["network"] == network for s in STAGES if s in r.get("test", {})]
-        for row, stage in sorted(tested, key=lambda t: (t[0]["removed"], STAGES.index(t[1]), t[0]["criterion"])):
+        for row, stage in winners([r for r in rows if r["network"] == network]):
+            if stage not in row.get("test", {}):
+                continue
             seed = f" (seed {row['seed']})" if row["seed"] else ""
             lines.append(
                 f"| {network} | {100 * (row['macs_share'] - 1):+.1f}% | {stage} | {row['criterion']}{seed} | {row['allocation']} | "

@@ -12,8 +12,8 @@ import pytest
 import torch
 
 from benchmarks import peer_pruning
-from benchmarks.criteria import Bench, Cell, Clock, OutOfTime, Results, Sizes, cells, code_of, judge, run, to_tune, winners
-from benchmarks.criteria_report import chart, table
+from benchmarks.criteria import Bench, Cell, Clock, OutOfTime, Results, Sizes, cells, code_of, judge, run, to_tune
+from benchmarks.criteria_report import chart, table, winners
 from benchmarks.networks import resnet
 from edgeprune.data import load_data
 from edgeprune.train.evaluate import evaluate
@@ -66,6 +66,8 @@ def test_a_run_goes_on_where_it_was(bench: Bench, tmp_path: Path) -> None:
     tested = [r for r in results.rows.values() if "test" in r]
     assert tested and results.dense["resnet20"].keys() == {"validation", "test"}
     assert "l1" in table(list(results.rows.values()), results.dense)
+    run(bench, results, wanted, ENDLESS, training=24)
+    assert not any("fine-tuned" in r.get("test", {}) for r in results.rows.values())  # that was another network
 
 
 def test_a_row_is_stale_when_its_criterion_or_the_images_change(bench: Bench, tmp_path: Path) -> None:
@@ -109,12 +111,13 @@ def test_who_is_trained_and_who_is_tested() -> None:
 
 def test_the_report_holds_what_the_rows_say() -> None:
     rows = [row("resnet20", "l1", 50, 71.25, test={"reconstructed": 70.5}), row("resnet20", "random", 50, 60.0)]
-    rows += [{**row("resnet20", "random", 50, 64.0), "seed": 1}]
+    rows += [{**row("resnet20", "random", 50, 64.0), "seed": 1}, row("resnet20", "hrank", 50, 59.0, test={"reconstructed": 58.5})]
     dense = {"resnet20": {"validation": 99.0, "test": 91.7}}
     text = table(rows, dense)
     assert text.index("| l1 |") < text.index("| random |")
     assert "1.0 / 2.0 / 71.2" in text and "62.0 (60.0 to 64.0)" in text
     assert "| resnet20 | -50.0% | reconstructed | l1 | uniform | 71.25 | 70.50 |" in text
+    assert "58.50" not in text  # it was the best once, before the others had rows
     page = chart(rows, dense)
     assert "reconstructed" in page and 'src="http' not in page
 
