@@ -24,7 +24,15 @@ from torch.utils._pytree import tree_leaves
 
 from edgeprune.errors import ExportError, UsageError
 from edgeprune.export import Arrays, Artifact, Draft, Quantizer, Runner
-from edgeprune.export.flatbuffer import averaged_in_place, changed, described, metadata_of, named_like_torch, shuffled_in_place
+from edgeprune.export.flatbuffer import (
+    averaged_in_place,
+    changed,
+    described,
+    metadata_of,
+    named_like_torch,
+    rectified_once,
+    shuffled_in_place,
+)
 from edgeprune.export.fold import as_args, frozen_copy
 from edgeprune.export.parity import accept, compare, numbered, probe_of, recorded, texts, write_checked
 from edgeprune.export.prepare import NETWORK_ERRORS, explained, prepared
@@ -144,7 +152,8 @@ def _converted(converter: ModuleType, model: nn.Module, args: tuple[Tensor, ...]
     except _CONVERTER_ERRORS as error:
         raise explained(error, "TFLite", model, args) from error
     ends = numbered("input", len(args)), numbered("output", outputs)
-    return named_like_torch(shuffled_in_place(averaged_in_place(content)), _tags(wrapped), _weights(model), *ends)
+    lean = rectified_once(shuffled_in_place(averaged_in_place(content)))
+    return named_like_torch(lean, _tags(wrapped), _weights(model), *ends)
 
 
 def _weights(model: nn.Module) -> dict[str, str]:

@@ -43,6 +43,11 @@ class End(NamedTuple):
         norm = () if self.norm is None else tuple(self.norm + leaf for leaf in NORM_TENSORS)
         return (*norm, *([self.bias] if self.bias else []))
 
+    @property
+    def shifts(self) -> tuple[str, ...]:
+        """Those of them that make it nothing where all are zero."""
+        return tuple(name for name in self.held if not self.norm or name not in (self.norm + "weight", self.norm + "running_var"))
+
 
 @dataclass(frozen=True)
 class Branch:

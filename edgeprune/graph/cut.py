@@ -114,6 +114,18 @@ def lacking(model: nn.Module) -> list[End]:
     ]
 
 
+def silent_branches(model: nn.Module) -> set[str]:
+    """The tensors of all constants of branches that are nothing: no artifact adds these, as long as training leaves them so."""
+    tensors = dict(model.state_dict(keep_vars=True))
+    found: set[str] = set()
+    for name, module in model.named_modules():
+        for end in module.meta.get(_WHERE, ()) if isinstance(module, fx.GraphModule) else ():
+            there = _renamed(End(*end), name, back=True)
+            if not any(bool(tensors[shift].any()) for shift in there.shifts):
+                found.update(there.held)
+    return found
+
+
 def _renamed(end: End, owner: str, *, back: bool = False) -> End:
     """The end with names as its owner has them, or (back) as the network does."""
     prefix = f"{owner}." if owner else ""

@@ -11,7 +11,10 @@ Where a ReLU follows, a value that should be negative may be any negative value:
 the layer already is, with the moments in hand (each round lowers the convex error that forgives what the ReLU cuts off).
 Of two convs of which the second alone reads the first, the first is then fitted to what should come out behind the second, and the second
 once more (train/pairs.py).
-Of a residual branch that vanished as a whole the constant is fitted: what its dense original gave, on average, or what the sum lacks.
+Of a residual branch that vanished as a whole the constant vanishes too, and with it an addition in the artifact, which takes longer than
+its MACs say: the layers behind the sum make up for it (ResNet-56 with 14 of 27 branches gone: 93.8 instead of 94.05% of held training
+images right, and 2.15 instead of 1.98 times as fast in ONNX Runtime). Where no layer is behind it, the constant is fitted to the mean of
+what the branch gave, or of what the sum lacks.
 No BN recalibration after it: a least-squares fit that explains a share R² of a channel's variance has that share of its variance, and
 statistics of the dense network pass it on as it is. Statistics of the fit's own would stretch it by 1 / R, noise included, which takes
 the error from 1 - R² to 2 (1 - R) of the variance and unbalances every residual sum it goes into.
@@ -25,7 +28,7 @@ Source: reconstruction by least squares after He, Zhang, Sun, "Channel Pruning f
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -149,7 +152,8 @@ class Recording:
         fitted = copy.deepcopy(small)
         gone = removed_positions(self.graph, plan)
         if targets := targets_of(self.graph, gone, self.positions, plan.empty):
-            runs = self._with_branches(fitted, plan) if plan.empty else fitted
+            constants = {target.op.weight for target in targets.values() if target.constant}
+            runs = self._with_branches(fitted, plan, constants) if plan.empty else fitted
             inputs, tensors = fresh(self.inputs), dict(named_tensors(runs))
             pairs = {call: pair for call, pair in pairs_of(self.graph, targets, len(inputs[0])).items() if call in self.ends}
             refitter = _Refitter(targets, pairs, self, tensors, ridges=ridges, rectify_rounds=rectify_rounds, progress=progress)
@@ -159,15 +163,19 @@ class Recording:
                 _copy_into(fitted, tensors)
         return fitted
 
-    def _with_branches(self, small: nn.Module, plan: Plan) -> nn.Module:
-        """The slim network with one channel in each branch that vanished, without effect: it runs the operations of the dense one."""
+    def _with_branches(self, small: nn.Module, plan: Plan, constants: Collection[str | None]) -> nn.Module:
+        """The slim network with one channel in each branch that vanished, without effect: it runs the operations of the dense one.
+
+        The branches give nothing, except those whose last layer is among `constants`.
+        """
         one_each = Plan({name: kept or (0,) for name, kept in plan.keep.items()})
         whole = slim(self.dense, self.graph, one_each)
         _copy_into(whole, dict(named_tensors(small)))
         tensors = dict(named_tensors(whole))
         for name in plan.empty:
             for end in self.graph.branches[name].ends:
-                tensors[end.weight].detach().zero_()
+                for held in (end.weight, *(() if end.weight in constants else end.shifts)):
+                    tensors[held].detach().zero_()
         return whole
 
 

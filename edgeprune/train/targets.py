@@ -23,7 +23,7 @@ class Target:
     `read`: which of the values that an output reads stay; None of layers with conv groups. `kept`: the outputs that stay. `rectified`:
     what comes of these goes through a ReLU and nowhere else. `scaled`: a depthwise conv, of which only the scale of each channel is
     refitted: it mixes no channels, so what it lost is not in its inputs. `constant`: nothing that it reads stays, and of its branch only
-    a constant, which is refitted.
+    a constant, which is refitted because no layer behind could make up for it.
     """
 
     op: Op
@@ -46,19 +46,24 @@ def could_go(graph: ChannelGraph) -> Gone:
 def targets_of(graph: ChannelGraph, gone: Gone, positions: int, empty: Collection[str] = ()) -> dict[int, Target]:
     """By call number, every conv and linear from the first one on that lost inputs; fitted at so many positions of each image's map.
 
-    `empty`: groups of which nothing stays; what runs in their branches alone is no target, but for the last layer.
+    `empty`: groups of which nothing stays; what runs in their branches alone is no target, but for a last layer with no other behind.
     """
+    stopped = {graph.ops[number].weight for name in empty for number in graph.branches[name].ops}
     ends = {end.weight for name in empty for end in graph.branches[name].ends}
-    stopped = {graph.ops[number].weight for name in empty for number in graph.branches[name].ops} - ends
+    last = max((op.call for op in graph.ops if op.kind in ("conv", "linear") and op.weight not in stopped), default=-1)
+    ends = {op.weight for op in graph.ops if op.weight in ends and op.call > last}
+    stopped -= ends
     norms = {op.inputs[0]: op for op in graph.ops if op.kind == "norm" and op.inputs and op.weight}
     seen: set[str] = set()
+    begun = False
     targets: dict[int, Target] = {}
     for op in graph.ops:
         if op.kind not in ("conv", "linear") or op.weight is None or op.weight in seen:
             continue
         seen.add(op.weight)
         shape = graph.shapes[op.weight]
-        if (not targets and (op.weight, 1) not in gone) or op.name == "bmm" or op.weight in stopped:
+        begun = begun or (op.weight, 1) in gone
+        if not begun or op.name == "bmm" or op.weight in stopped:
             continue
         if op.kind == "conv" and graph.activations[op.output].shape[1] != shape[0]:  # transposed
             continue

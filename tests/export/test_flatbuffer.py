@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import copy
 import hashlib
 import struct
 from typing import Any
@@ -17,6 +18,7 @@ from edgeprune.export.flatbuffer import (
     named_like_torch,
     operations,
     packed,
+    rectified_once,
     schema,
     shuffled_in_place,
     stored_bits,
@@ -165,6 +167,35 @@ def test_averages_need_no_transpose(axes: tuple[int, ...], keep: bool, left: int
     interpreter.set_tensor(interpreter.get_input_details()[0]["index"], x)
     interpreter.invoke()
     np.testing.assert_allclose(interpreter.get_tensor(interpreter.get_output_details()[0]["index"]), expected)
+
+
+@pytest.mark.parametrize(("fused", "left"), [("RELU", 1), ("RELU6", 1), ("NONE", 2), ("RELU_N1_TO_1", 2)])
+def test_what_is_rectified_is_not_rectified_again(fused: str, left: int) -> None:
+    """x (1, 2) -> fused(2x) -> relu -> relu -> relu: the last one gives the output."""
+    from ai_edge_litert.interpreter import Interpreter
+
+    s, model = schema(), unpacked(linear())
+    graph = model.subgraphs[0]
+    graph.operators[0].builtinOptions.fusedActivationFunction = getattr(s.ActivationFunctionType, fused)
+    for _ in range(2):
+        tensor, operator = copy.copy(graph.tensors[3]), copy.copy(graph.operators[1])
+        operator.inputs, operator.outputs = graph.operators[-1].outputs, np.array([len(graph.tensors)], np.int32)
+        graph.tensors.append(tensor)
+        graph.operators.append(operator)
+    graph.outputs = graph.operators[-1].outputs
+    before = packed(model)
+
+    content = rectified_once(before)
+
+    assert operations(content) == {"FULLY_CONNECTED": 1, "RELU": left}
+    results = []
+    for file in (before, content):
+        interpreter = Interpreter(model_content=file)
+        interpreter.allocate_tensors()
+        interpreter.set_tensor(interpreter.get_input_details()[0]["index"], np.array([[-1, 4]], np.float32))
+        interpreter.invoke()
+        results.append(interpreter.get_tensor(interpreter.get_output_details()[0]["index"]))
+    np.testing.assert_array_equal(*results)
 
 
 @pytest.mark.parametrize(("swap", "left"), [([0, 2, 1, 3, 4], 1), ([0, 1, 2, 4, 3], 3)])

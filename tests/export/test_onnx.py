@@ -21,6 +21,7 @@ from edgeprune.graph.slim import slim
 from edgeprune.graph.trace import trace
 from edgeprune.plan import Plan
 from edgeprune.run import hash_file
+from edgeprune.train.reconstruct import Recording
 from tests.export.export_nets import NETS, Plain, settle
 from tests.networks import build, images
 
@@ -263,10 +264,14 @@ def test_of_a_branch_that_vanished_one_addition_is_left(name: str, tmp_path: Pat
     model = build(name, dtype=torch.float32)
     x = images(name, 3, dtype=torch.float32)[0]
     graph = trace(model, x)
-    small = slim(model, graph, Plan(dict.fromkeys(graph.branches, ())))
+    plan = Plan(dict.fromkeys(graph.branches, ()))
+    small = slim(model, graph, plan)
     artifact = export(small, x[:1], tmp_path / "m.onnx", samples=x)
     made = onnx.load(artifact.path).graph
     constants = {i.name for i in made.initializer}
     added = [n for n in made.node if n.op_type == "Add" and constants & set(n.input)]
     assert len(added) == len(graph.branches)
     assert [n.op_type for n in made.node if n.op_type not in ("Add", "Relu")] == ["Conv", "ReduceMean", "Gemm"]
+    refitted = Recording.of(model, graph, (x,), plan=plan).refitted(small, plan)
+    made = onnx.load(export(refitted, x[:1], tmp_path / "m.onnx", samples=x).path).graph
+    assert not any(n.op_type == "Add" for n in made.node), "the constants vanish with the refit"

@@ -11,10 +11,16 @@ from torch import Tensor, nn
 
 from edgeprune.data import Split, load_data
 from edgeprune.errors import DataError, GateError
+from edgeprune.graph.cut import silent_branches
+from edgeprune.graph.slim import slim
+from edgeprune.graph.trace import trace
+from edgeprune.plan import Plan
 from edgeprune.train import Epoch, Recipe
 from edgeprune.train.evaluate import evaluate
 from edgeprune.train.finetune import chosen_epoch, finetune
+from edgeprune.train.reconstruct import reconstruct
 from tests.colours import SIDE, colour_data, colour_net, images, same
+from tests.networks import build
 
 RECIPE = Recipe(epochs=3, lr=0.05, batch_size=16, flip=True, crop_padding=1, precision="fp32")  # the same on every machine
 
@@ -51,6 +57,19 @@ def test_training_learns_and_leaves_its_inputs_alone() -> None:
     assert curve[-1].val_loss == pytest.approx(last.loss, rel=1e-5)
     labels_alone, _ = finetune(model, None, data.train, None, RECIPE)
     assert evaluate(labels_alone, data.val).accuracy == 1 > evaluate(model, data.val).accuracy
+
+
+def test_a_branch_that_gives_nothing_stays_silent() -> None:
+    data, model = colour_data(), build("residual", dtype=torch.float32)
+    graph = trace(model, torch.zeros(1, 3, SIDE, SIDE))
+    plan = Plan(dict.fromkeys(graph.branches, ()))
+    small = reconstruct(slim(model, graph, plan), model, graph, plan, data.train)
+    silent = silent_branches(small)
+    trained, _ = finetune(small, None, data.train, None, RECIPE)
+    assert silent and silent_branches(trained) == silent
+    loud = slim(model, graph, plan)
+    after, before = finetune(loud, None, data.train, None, RECIPE)[0].state_dict(), loud.state_dict()
+    assert any(not torch.equal(after[name], before[name]) for name in silent), "a constant that is one is trained"
 
 
 def test_a_seed_gives_the_same_weights_twice() -> None:
