@@ -50,7 +50,7 @@ def targets_of(graph: ChannelGraph, gone: Gone, positions: int, empty: Collectio
     """
     stopped = {graph.ops[number].weight for name in empty for number in graph.branches[name].ops}
     ends = {end.weight for name in empty for end in graph.branches[name].ends}
-    last = max((op.call for op in graph.ops if op.kind in ("conv", "linear") and op.weight not in stopped), default=-1)
+    last = max((op.call for op in graph.ops if op.kind in ("conv", "linear") and op.weight and op.weight not in stopped), default=-1)
     ends = {op.weight for op in graph.ops if op.weight in ends and op.call > last}
     stopped -= ends
     norms = {op.inputs[0]: op for op in graph.ops if op.kind == "norm" and op.inputs and op.weight}
