@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -238,19 +239,22 @@ def spent(net_mj: float) -> Energy:
     )  # fmt: skip
 
 
+def host_job(budget: ep.Budget) -> Job:
+    return Job(
+        name="x", model=colour_net(), example_inputs=(LARGE,), budget=budget, device=ep.device("host"),
+        data=None, criterion="l1", allocator="knapsack", recipe=ep.Recipe(epochs=0), recover="bn", rules=WidthRules(round_to=1),
+        formats=("onnx",), seed=0, calibration_images=1,
+    )  # fmt: skip
+
+
 @pytest.fixture
 def choose(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[Scripted, ep.Budget], Choice]]:
     """What a fresh job for the host chooses, with a scripted board."""
 
     def run(board: Scripted, budget: ep.Budget) -> Choice:
         monkeypatch.setattr(Pipeline, "measured", lambda *words, **_: board(*words))
-        job = Job(
-            name="x", model=colour_net(), example_inputs=(LARGE,), budget=budget, device=ep.device("host"),
-            data=None, criterion="l1", allocator="knapsack", recipe=ep.Recipe(epochs=0), recover="bn", rules=WidthRules(round_to=1),
-            formats=("onnx",), seed=0, calibration_images=1,
-        )  # fmt: skip
         with Run.open(tmp_path / "run", asked={}, command=[]) as folder:
-            pipe = Pipeline(job, folder, silent)
+            pipe = Pipeline(host_job(budget), folder, silent)
             return Chooser(pipe, pipe.scores()).choose(budget)
 
     yield run
@@ -260,6 +264,26 @@ def choose(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable
 def loop(choose: Callable[[Scripted, ep.Budget], Choice]) -> Callable[[Scripted, float], Choice]:
     """The same for a latency budget: loop(board, asked_ms)."""
     return lambda board, asked_ms: choose(board, ep.Budget(latency_ms=asked_ms))
+
+
+@pytest.mark.parametrize(("asked_ms", "processes"), [(10.2, [3]), (9.9, [3, 9])])
+def test_a_limit_that_seems_missed_is_measured_longer(
+    asked_ms: float, processes: list[int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """10.1 ms whoever measures: the longer measurement counts where it is taken, be it lower or not."""
+    taken: list[int] = []
+
+    def measured(path: Path, device: Any, **schedule: Any) -> Measurement:
+        taken.append(schedule["processes"])
+        return replace(Scripted(dense_ms=10.0, factors=[1.0])(pipe, "dense", colour_net()), runs=len(taken))
+
+    monkeypatch.setattr(Pipeline, "measured", lambda self, name, model, **_: Scripted(dense_ms=10.0, factors=[])(self, name, model))
+    monkeypatch.setattr("edgeprune.pipeline.measure", measured)
+    with Run.open(tmp_path / "run", asked={}, command=[]) as folder:
+        pipe = Pipeline(host_job(ep.Budget(latency_ms=asked_ms)), folder, silent)
+        artifact = ep.export(colour_net(), LARGE, tmp_path / "m.onnx")
+        assert pipe.measurements(artifact)["compressed"].runs == len(processes)
+    assert taken == processes
 
 
 def test_an_energy_budget_is_corrected_until_its_highest_trial_fits(choose: Callable[[Scripted, ep.Budget], Choice]) -> None:

@@ -48,6 +48,9 @@ class Schedule(TypedDict, total=False):
 FULL: Schedule = {"processes": 3, "min_runs": 50, "min_seconds": 5.0, "warmup_runs": 10, "warmup_seconds": 1.0}
 """For figures that are reported (about 20 s)."""
 
+LONG: Schedule = {**FULL, "processes": 9}
+"""For a limit that FULL does not show to hold (about a minute): three processes widen the interval 2.7 times, nine 1.2 times."""
+
 QUICK: Schedule = {"processes": 5, "min_runs": 20, "min_seconds": 0.15, "warmup_runs": 3, "warmup_seconds": 0.05}
 """For the compress loop (2 to 3 s for a small network): `measure(artifact, device, **QUICK)`."""
 

@@ -2,8 +2,9 @@
 
 torch.fx writes that forward down (the smallest module that has the sum in it; all others stay what they were); the branch's operand of
 the sum becomes the constant that its last bias and norm give for zeros, and what only the branch needed is not called any more. The
-constant is computed from these tensors in every forward: they keep their names, are trained on and pruned like any others, and it has
-the precision that the network is cast to. While training it is the same constant: a norm that saw zeros alone would give its bias.
+constant is computed from these tensors in every forward: they keep their names, are pruned like any others and, unless it is zero,
+trained on, and it has the precision that the network is cast to. While training it is the same constant: a norm that saw zeros alone
+would give its bias.
 In a network of operations (exported.py) the same is done to its graph.
 """
 
@@ -114,8 +115,8 @@ def lacking(model: nn.Module) -> list[End]:
     ]
 
 
-def silent_branches(model: nn.Module) -> set[str]:
-    """The tensors of all constants of branches that are nothing: no artifact adds these, as long as training leaves them so."""
+def silent_constants(model: nn.Module) -> set[str]:
+    """The tensors of those branches' constants that are zero: no artifact adds these, as long as training leaves them so."""
     tensors = dict(model.state_dict(keep_vars=True))
     found: set[str] = set()
     for name, module in model.named_modules():

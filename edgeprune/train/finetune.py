@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from edgeprune.data import Split
 from edgeprune.errors import DataError, GateError, UsageError
-from edgeprune.graph.cut import silent_branches
+from edgeprune.graph.cut import silent_constants
 from edgeprune.graph.running import evaluating, in_format, layout_for
 from edgeprune.graph.slim import named_tensors
 from edgeprune.train import Epoch, Progress, Recipe, silent
@@ -150,8 +150,8 @@ class _Training:
         self.work = in_format(copy.deepcopy(small).to(together.device), layout)
         self._average = copy.deepcopy(self.work) if recipe.ema_decay else None
         self._teacher, self._layout, self._steps = teacher, layout, steps
-        silent = silent_branches(self.work)
-        self._parameters = {n: p for n, p in self.work.named_parameters() if p.requires_grad and n not in silent}
+        still = silent_constants(self.work)
+        self._parameters = {n: p for n, p in self.work.named_parameters() if p.requires_grad and n not in still}
         self._optimizer = _optimizer(list(self._parameters.values()), recipe)
         self._bf16 = recipe.precision == "bf16" or (recipe.precision == "auto" and _multiplies_bf16(together.device))
         self._kept: dict[str, Tensor] = {}

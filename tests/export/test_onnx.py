@@ -260,7 +260,7 @@ def test_too_little_address_space_for_the_exporter_is_noticed_before_it_begins(t
 
 
 @pytest.mark.parametrize("name", ["residual", "mobile"])
-def test_of_a_branch_that_vanished_one_addition_is_left(name: str, tmp_path: Path) -> None:
+def test_of_a_branch_that_vanished_one_addition_is_left_until_the_refit(name: str, tmp_path: Path) -> None:
     model = build(name, dtype=torch.float32)
     x = images(name, 3, dtype=torch.float32)[0]
     graph = trace(model, x)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from edgeprune.data import Split, load_data
 from edgeprune.errors import DataError, GateError
-from edgeprune.graph.cut import silent_branches
+from edgeprune.graph.cut import silent_constants
 from edgeprune.graph.slim import slim
 from edgeprune.graph.trace import trace
 from edgeprune.plan import Plan
@@ -64,9 +64,9 @@ def test_a_branch_that_gives_nothing_stays_silent() -> None:
     graph = trace(model, torch.zeros(1, 3, SIDE, SIDE))
     plan = Plan(dict.fromkeys(graph.branches, ()))
     small = reconstruct(slim(model, graph, plan), model, graph, plan, data.train)
-    silent = silent_branches(small)
+    silent = silent_constants(small)
     trained, _ = finetune(small, None, data.train, None, RECIPE)
-    assert silent and silent_branches(trained) == silent
+    assert silent and silent_constants(trained) == silent
     loud = slim(model, graph, plan)
     after, before = finetune(loud, None, data.train, None, RECIPE)[0].state_dict(), loud.state_dict()
     assert any(not torch.equal(after[name], before[name]) for name in silent), "a constant that is one is trained"

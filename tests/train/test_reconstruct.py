@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from edgeprune.data import Augment, Split, load_data
 from edgeprune.errors import DataError
-from edgeprune.graph.cut import silent_branches
+from edgeprune.graph.cut import silent_constants
 from edgeprune.graph.slim import slim
 from edgeprune.graph.trace import trace
 from edgeprune.plan import Plan
@@ -270,7 +270,7 @@ def test_networks_without_branches_come_closer(name: str, share: float) -> None:
     one, other = networks.outputs(again, fresh)[0], mended
     assert torch.allclose(one, other, atol=1e-3), "a recording for any plan serves this one"
     held = {tensor for branch in graph.branches.values() for end in branch.ends for tensor in end.held}
-    assert silent_branches(fitted) == held and not silent_branches(small), "the layers behind make up for the constants"
+    assert silent_constants(fitted) == held and not silent_constants(small), "the layers behind make up for the constants"
 
 
 class Branch(nn.Module):
