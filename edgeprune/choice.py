@@ -13,11 +13,12 @@ from edgeprune.allocate import Planner, options_of
 from edgeprune.allocate.search import Search
 from edgeprune.data import Augment, Split
 from edgeprune.device.cost import Cost, CostModel, predict_graph
+from edgeprune.device.kernels import kernels
 from edgeprune.device.measure import MEASURED, Figure
 from edgeprune.errors import BudgetError, DeviceError
 from edgeprune.graph.slim import slim
 from edgeprune.plan import Budget, Plan, Scores
-from edgeprune.quantize.size import float32_limit
+from edgeprune.quantize.size import float32_limit, quantized_size
 
 if TYPE_CHECKING:
     from edgeprune.pipeline import Pipeline
@@ -216,15 +217,22 @@ def must_be_reachable(stages: Pipeline, budget: Budget) -> None:
 
 
 def _at_float32(stages: Pipeline, budget: Budget, use: Callable[[Budget], T]) -> T:
-    """What comes of the budget with the size that the file has before it is quantized; a BudgetError says so."""
-    way, asked = stages.job.quantize, budget.size_bytes
+    """What comes of the budget with the size that the file has before it is quantized; a BudgetError speaks of the quantized file."""
+    way, asked, graph = stages.job.quantize, budget.size_bytes, stages.graph
     if asked is None or way == "none":
         return use(budget)
-    floats = float32_limit(asked, way, stages.graph)
     try:
-        return use(replace(budget, size_bytes=floats))
+        return use(replace(budget, size_bytes=float32_limit(asked, way, graph)))
     except BudgetError as error:
-        told = f"{error} Bytes here are those of the float32 file: {floats:,.0f} of them become {asked:,.0f} in {way}."
+        if error.plan is None:
+            raise
+        least = quantized_size(float(kernels(graph).size_bytes(error.plan.widths(graph)[None])[0]), way, graph)
+        if least <= asked:  # another limit
+            raise
+        told = (
+            f"no plan reaches {asked / 1e6:.4g} MB in {way}: the floor is {least / 1e6:.4g} MB, with every layer at its narrowest. Ask for "
+            f"at least --size-mb {1.02 * least / 1e6:.4g}, or allow narrower layers (--round-to 1), or use a smaller input."
+        )
         raise BudgetError(told, error.plan) from error
 
 

@@ -139,5 +139,8 @@ def test_a_size_is_that_of_the_quantized_file(tmp_path: Path) -> None:
     found = compress(tmp_path / "bytes", budget=ep.Budget(size_bytes=13_000), quantize="int8")
     assert found.met and found.facts["artifacts"][0]["size_bytes"] <= 13_000 < whole
     assert next(f["after"]["value"] / f["before"]["value"] for f in found.facts["figures"] if f["name"] == "macs") > 0.25
-    with pytest.raises(BudgetError, match="become 2,000 in int8"):
+    with pytest.raises(BudgetError, match=r"no plan reaches 0\.002 MB in int8: the floor is \S+ MB.* --size-mb") as error:
         compress(tmp_path / "none", budget=ep.Budget(size_bytes=2_000), quantize="int8")
+    least = float(str(error.value).partition("--size-mb ")[2].partition(",")[0])
+    found = compress(tmp_path / "least", budget=ep.Budget(size_bytes=1e6 * least), quantize="int8")
+    assert found.met and found.facts["artifacts"][0]["size_bytes"] <= 1e6 * least < 13_000

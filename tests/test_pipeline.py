@@ -386,7 +386,7 @@ def test_what_no_widths_meet_is_known_before_anything_is_paid_for(budget: ep.Bud
     with pytest.raises(BudgetError, match="the floor is") as refused:
         compress(tmp_path / "run", budget=budget, quantize=quantize, progress=lambda what, *_: told.append(what))
     assert refused.value.plan and not told and not (tmp_path / "run").exists()
-    assert ("become 900 in int8" in str(refused.value)) == (quantize == "int8")
+    assert ("0.0009 MB in int8" in str(refused.value)) == (quantize == "int8")
 
 
 def test_the_loop_needs_no_pruning_where_the_dense_network_fits(loop: Callable[[Scripted, float], Choice]) -> None:

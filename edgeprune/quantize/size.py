@@ -18,11 +18,20 @@ def float32_limit(size_bytes: float, way: str, graph: ChannelGraph) -> float:
 
     Channels are counted as in the dense network.
     """
-    if way == "none":
-        return size_bytes
+    slope, float32_fixed, fixed = _line(way, graph)
+    return size_bytes if way == "none" else max(1.0, (size_bytes - fixed) / slope + float32_fixed)
+
+
+def quantized_size(float32_bytes: float, way: str, graph: ChannelGraph) -> float:
+    """The inverse: at most so large is a float32 file of this size when it is quantized in this way."""
+    slope, float32_fixed, fixed = _line(way, graph)
+    return float32_bytes if way == "none" else (float32_bytes - float32_fixed) * slope + fixed
+
+
+def _line(way: str, graph: ChannelGraph) -> tuple[float, float, float]:
+    """Bytes in the quantized file for one in the float32 file, and what surrounds the weights in the float32 and the quantized one."""
     made = kernels(graph)
     dense = made.at(graph.dense_widths[None])
     layers = dense.weight_elements[0] > 0
     fixed = FILE_BYTES + CHANNEL_BYTES * dense.channels[0, layers].sum() + LAYER_BYTES * layers.sum() + KERNEL_BYTES * (~layers).sum()
-    floats = FILE_BYTES + KERNEL_FILE_BYTES * len(made.names)
-    return max(1.0, (size_bytes - float(fixed)) * FLOAT_BYTES / WEIGHT_BYTES[way] + floats)
+    return WEIGHT_BYTES[way] / FLOAT_BYTES, FILE_BYTES + KERNEL_FILE_BYTES * len(made.names), float(fixed)

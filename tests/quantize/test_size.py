@@ -9,7 +9,7 @@ from edgeprune.device.kernels import kernels
 from edgeprune.export import export
 from edgeprune.graph.trace import trace
 from edgeprune.quantize.quantizer import BitQuantizer, CalibrationImages
-from edgeprune.quantize.size import float32_limit
+from edgeprune.quantize.size import float32_limit, quantized_size
 from tests.quantize.onnx_nets import SIDE, data, net
 
 
@@ -28,3 +28,4 @@ def test_a_byte_more_is_four_over_the_bytes_of_a_weight_more(way: str, weights: 
     gained = float32_limit(90_000, way, graph) - float32_limit(80_000, way, graph)
     assert gained == pytest.approx(40_000 / weights)
     assert float32_limit(1, "int8", graph) == 1.0
+    assert quantized_size(float32_limit(90_000, way, graph), way, graph) == pytest.approx(90_000)
