@@ -59,7 +59,7 @@ def _values(rows: Rows, stage: str, figure: str) -> list[float]:
 
 
 def _ordered(mine: Rows) -> list[str]:
-    return sorted({r["allocator"] for r in mine}, key=lambda a: _mean_loss(mine, a))
+    return sorted({r["allocator"] for r in mine}, key=lambda a: (_mean_loss(mine, a), a))
 
 
 def _mean_loss(mine: Rows, allocator: str, stage: str = "recalibrated") -> float:

@@ -48,7 +48,7 @@ def best(rows: Rows, stage: str) -> float:
 
 
 def _ordered(rows: Rows) -> list[str]:
-    return sorted({r["criterion"] for r in rows}, key=lambda c: -best([r for r in rows if r["criterion"] == c], "reconstructed"))
+    return sorted({r["criterion"] for r in rows}, key=lambda c: (-best([r for r in rows if r["criterion"] == c], "reconstructed"), c))
 
 
 def _figures(rows: Rows) -> str:
