@@ -10,8 +10,9 @@ layer (without the step of train/pairs.py, which takes as long again). All figur
 they compare criteria; they do not predict test accuracy.
 The winners on them, and only these, see the 10,000 test images, once. One epoch of fine-tuning by the preset quick: of ResNet-20 at -50%
 each criterion under its best allocation, of ResNet-56 the three best and Torch-Pruning's, which takes part where it is installed (see
-benchmarks/peer_pruning.py). One row per combination in benchmarks/results/criteria.json, written as it is measured; rows of a
-criterion whose file has changed are measured again. Needs EDGEPRUNE_DATA with cifar10/ and weights/.
+benchmarks/peer_pruning.py). One row per combination in benchmarks/results/criteria.json, written as it is measured; a
+criterion whose file has changed is scored again, and rows whose plan is another one then are measured again. Needs EDGEPRUNE_DATA with
+cifar10/ and weights/.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ import hashlib
 import inspect
 import json
 import platform
+import sys
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -156,10 +158,12 @@ class Bench:
             return reconstruct(small, self.dense, self.graph, plan, self.rest, images=self.sizes.reconstruction, in_pairs=False)
         return small
 
-    def measure(self, cell: Cell) -> dict[str, Any]:
-        """One row: everything that needs no training."""
+    def measure(self, cell: Cell, known: dict[str, Any] | None = None) -> dict[str, Any]:
+        """One row: everything that needs no training. A known row whose plan comes out the same keeps its figures."""
         started = time.process_time()
         plan, scoring = self.plan(cell)
+        if known and (known["plan_sha256"], known["sizes"]) == (plan.sha256, asdict(self.sizes)):
+            return known | {"code": code_of(cell.criterion), "scoring_cpu_seconds": round(scoring, 2)}
         small = self.small(plan, "pruned")
         slimmed = ep.trace(small, self.example)
         glance = {"pruned": self.accuracy(small, self.sizes.glance)}
@@ -201,12 +205,14 @@ def _accuracy(model: nn.Module, example: Tensor, batches: list[tuple[Tensor, Ten
 
 
 def code_of(criterion: str) -> str:
-    """Changes when the criterion, or how it is run here, does."""
+    """Changes when the criterion, another one whose parts it uses, or how it is run here, does."""
     if criterion in peer_pruning.PEERS:
         return f"torch-pruning {peer_pruning.version()}"
-    return hashlib.sha256(
-        Path(find("criteria", criterion, "criterion").__file__ or "").read_bytes() + repr(OPTIONS.get(criterion)).encode()
-    ).hexdigest()[:12]
+    module = find("criteria", criterion, "criterion")
+    parts = {getattr(part, "__module__", None) for part in vars(module).values()}
+    names = [e.module for e in entries("criteria") if e.module in parts | {module.__name__}]
+    files = [sys.modules[name].__file__ or "" for name in names]
+    return hashlib.sha256(b"".join(Path(f).read_bytes() for f in files) + repr(OPTIONS.get(criterion)).encode()).hexdigest()[:12]
 
 
 def _seeded(criterion: str) -> bool:
@@ -295,7 +301,7 @@ def run(bench: Bench, results: Results, wanted: Sequence[Cell], clock: Clock, *,
         if results.has(cell, bench.sizes):
             continue
         clock.check()
-        row = bench.measure(cell)
+        row = bench.measure(cell, results.rows.get(cell.key))
         results.put(row)
         print(f"{cell.key} {row['validation']} {row['cpu_seconds']} CPU-s", flush=True)
     for row in to_tune(list(results.rows.values()), bench.network) if training else ():

@@ -165,7 +165,7 @@ def _readers(graph: ChannelGraph) -> list[_Reader]:
     for op in graph.ops:
         if op.kind in ("conv", "linear") and op.weight and op.name not in ("bmm", "baddbmm"):
             by_weight.setdefault(op.weight, []).append(op)
-    normed = {op.inputs[0] for op in graph.ops if op.kind == "norm" and op.inputs and _tracks(op, graph)}
+    normed = {op.inputs[0] for op in graph.ops if op.kind == "norm" and op.inputs and graph.keeps_statistics(op)}
     members: dict[str, list[Member]] = {}
     for group in graph.groups:
         for member in _reading_members(group):
@@ -182,10 +182,6 @@ def _readers(graph: ChannelGraph) -> list[_Reader]:
         centred = all(op.output in normed for op in ops)
         found.append(_Reader(weight, tuple(ops), ops[0].groups, channels, taps, flipped, centred=centred))
     return found
-
-
-def _tracks(op: Op, graph: ChannelGraph) -> bool:
-    return bool(op.weight) and f"{(op.weight or '').removesuffix('weight')}running_mean" in graph.shapes
 
 
 def _flattened(members: Sequence[Member]) -> int:

@@ -80,6 +80,13 @@ def test_a_row_is_stale_when_its_criterion_or_the_images_change(bench: Bench, tm
     assert not results.has(cell, SIZES)
 
 
+def test_a_stale_row_keeps_its_figures_where_the_plan_is_the_same(bench: Bench) -> None:
+    cell = Cell("resnet20", "l1", 0, 50, "uniform")
+    known = bench.measure(cell) | {"code": "older", "training_images": 16}
+    assert bench.measure(cell, known) == known | {"code": code_of("l1")}
+    assert "training_images" not in bench.measure(cell, known | {"plan_sha256": "another"})
+
+
 def test_accuracy_is_that_of_the_product_and_leaves_validation_images_out_of_everything_else(bench: Bench) -> None:
     assert bench.accuracy(bench.dense) == pytest.approx(100 * evaluate(bench.dense, bench.held).accuracy)
     assert not set(bench.held.indices) & set(bench.rest.indices)
