@@ -2,7 +2,7 @@
 
     python -m benchmarks.allocation                                    # goes on where it was; ResNet-20, then ResNet-56
     python -m benchmarks.allocation --network resnet20 --allocators knapsack,layer-compensated --limit-minutes 9
-    python -m benchmarks.allocation --network resnet56 --allocators "LeGR bare" --evaluations 400 --jobs 2 --seeds 1 --budgets macs-64
+    python -m benchmarks.allocation --network resnet56 --allocators "LeGR bare 400" --jobs 2
 
 Scores: the default criterion, on augmented training images. Budgets: 36% and half of the MACs, and a latency on this machine as its cost
 model predicts it (halfway between the dense network and all layers at their narrowest). Channels in any number. What an allocator learns
@@ -10,9 +10,9 @@ it learns once, at the budget that leaves the fewest MACs, and reads its plans f
 training images that neither scores nor searches see; the loss is the divergence (KL, nats) from the dense network's answers, because the
 networks saw all training images in their own training. The 10,000 test images are seen once, at the end, by networks chosen on the others
 (--test).
-Random searches run with several seeds, all others with one; they are small ones (see Sizes), to fit into an hour. For ResNet-20 at half
-of the MACs also one short epoch of fine-tuning with the product's recipe. Seconds are CPU-seconds of one process and thread, or of the
-clock where several processes search (--jobs).
+Random searches run with several seeds, all others with one; they are small ones (see Sizes), to fit into an hour, but for "LeGR bare 400",
+one search of the published size. For ResNet-20 at half of the MACs also one epoch of fine-tuning with the product's recipe. Seconds are
+CPU-seconds of one process and thread, or of the clock where several processes search (--jobs).
 One row per combination in benchmarks/results/allocation.json, written as it is measured, with the revision of the code that made its plan;
 allocation.md and runs/bench/allocation.html from them. Needs EDGEPRUNE_DATA with cifar10/ and weights/.
 """
@@ -68,9 +68,9 @@ METHODS: dict[str, tuple[str, dict[str, Any]]] = {
     "DI structure (ours)": ("di_greedy", {"layer_choice": "structure"}),
     "LeGR bare": ("layer_compensated", BARE),
     "LcP bare": ("layer_compensated", BARE | {"form": "additive"}),
+    "LeGR bare 400": ("layer_compensated", BARE | {"evaluations": 400, "population": 64, "samples": 16}),
     "DI greedy by accuracy": ("di_greedy", {"layer_choice": "accuracy", "share": 0.05, "images": 256}),
 }
-PUBLISHED = 400  # evaluations of LeGR's search, which has larger generations than ours here
 BUDGETS = ("macs-64", "macs-50", "latency")
 
 
@@ -80,7 +80,7 @@ class Sizes:
 
     recalibration: int = 1000
     reconstruction: int = 512
-    training: int = 7680
+    training: int = 48_000
     fitness: int = 256
     fitness_recalibration: int = 256
     evaluations: int = 100
@@ -157,7 +157,7 @@ class Arena:
         return reconstruct(small, bench.dense, bench.graph, plan, bench.rest, images=self.sizes.reconstruction, augment=AUGMENT)
 
     def tuned(self, plan: Plan) -> nn.Module:
-        """The reconstructed network after one short epoch with the product's recipe."""
+        """The reconstructed network after one epoch with the product's recipe."""
         bench = self.bench
         chosen = bench.rest.subset(np.random.default_rng(0).permutation(len(bench.rest))[: self.sizes.training])
         return finetune(self.small(plan, "reconstructed"), bench.dense, chosen, None, ep.Recipe(epochs=1), seed=0)[0]
@@ -236,6 +236,11 @@ class Results:
         keys = ((learner.network, learner.allocator, learner.seed, budget) for budget in BUDGETS)
         return [self.rows[key] for key in keys if key in self.rows]
 
+    def known(self, row: dict[str, Any], stage: str) -> dict[str, float] | None:
+        """The figures of the same plan in another row."""
+        same = (r for r in self.rows.values() if (r["network"], r["plan_sha256"]) == (row["network"], row["plan_sha256"]))
+        return next((r["after"][stage] for r in same if stage in r["after"]), None)
+
     def put(self, *rows: dict[str, Any]) -> None:
         """Add or replace rows."""
         self.rows |= {_key(row): row for row in rows}
@@ -251,10 +256,11 @@ def _key(row: dict[str, Any]) -> tuple[Any, ...]:
 
 
 def learners(network: str, allocators: Sequence[str], seeds: int) -> Iterator[Learner]:
-    """All of them, the first seed of all before the others; more than one seed for random searches only."""
+    """All of them, the first seed of all before the others; more than one seed for the small random searches only."""
     for seed in range(seeds):
         for allocator in allocators:
-            if not seed or METHODS[allocator][0] == "layer_compensated":
+            method, options = METHODS[allocator]
+            if not seed or (method == "layer_compensated" and "evaluations" not in options):
                 yield Learner(network, allocator, seed)
 
 
@@ -272,13 +278,13 @@ def run(
             for stage in ("recalibrated", "reconstructed") if row["budget"] in budgets else ():
                 if stage not in row["after"]:
                     clock.check()
-                    row["after"][stage] = arena.figures(arena.small(arena.plan(row), stage))
+                    row["after"][stage] = results.known(row, stage) or arena.figures(arena.small(arena.plan(row), stage))
                     results.put(row)
                     print(*_key(row), stage, row["after"][stage], f"{row['search']['cpu_seconds']} CPU-s", flush=True)
     for row in (row for learner in wanted if training for row in results.of(learner)):
         if row["budget"] == TUNED and not row["seed"] and "fine-tuned" not in row["after"]:
             clock.check()
-            row["after"]["fine-tuned"] = arena.figures(arena.tuned(arena.plan(row)))
+            row["after"]["fine-tuned"] = results.known(row, "fine-tuned") or arena.figures(arena.tuned(arena.plan(row)))
             results.put(row)
             print(*_key(row), "fine-tuned", row["after"]["fine-tuned"], flush=True)
 
@@ -326,8 +332,7 @@ def main() -> None:
     clock, results = Clock(time.monotonic() + 60 * options.limit_minutes), Results(options.results)
     try:
         for network in [options.network] if options.network else sorted(WEIGHTS):
-            published = {"population": 64, "samples": 16} if options.evaluations >= PUBLISHED else {}
-            arena = Arena(load(network), Sizes(evaluations=options.evaluations, **published))
+            arena = Arena(load(network), Sizes(evaluations=options.evaluations))
             wanted = list(learners(network, allocators, options.seeds))
             training = network == "resnet20" and not options.no_training
             run(arena, results, wanted, clock, budgets=options.budgets.split(","), training=training, jobs=options.jobs)

@@ -8,7 +8,7 @@ from typing import Any
 LEARNED = "layer-compensated"
 TUNED = "macs-50"  # the budget at which networks are also fine-tuned
 PLAIN = ("global", "global per cost", "knapsack")
-STAGES = {"recalibrated": "after BN recalibration", "reconstructed": "after reconstruction", "fine-tuned": "after one short epoch"}
+STAGES = {"recalibrated": "after BN recalibration", "reconstructed": "after reconstruction", "fine-tuned": "after one epoch"}
 TICKS = (0.01, 0.02, 0.05, 0.1, 0.2, 0.3, 0.5, 0.7, 1, 1.5, 2, 3, 4, 5)
 Rows = list[dict[str, Any]]
 Dense = dict[str, dict[str, float]]
@@ -20,7 +20,7 @@ def table(rows: Rows, dense: Dense) -> str:
     for network, budget in _parts(rows):
         mine = [r for r in rows if (r["network"], r["budget"]) == (network, budget) and "recalibrated" in r["after"]]
         tuned = any("fine-tuned" in r["after"] for r in mine)
-        heads = ["allocator", "seeds", "KL, recalibrated", "top-1", "KL, reconstructed", "top-1", *(["top-1, one short epoch"] * tuned)]
+        heads = ["allocator", "seeds", "KL, recalibrated", "top-1", "KL, reconstructed", "top-1", *(["top-1, one epoch"] * tuned)]
         heads += ["MACs", "search, CPU-s", "candidates", "candidates/s"]
         limit = ", ".join(f"{name} {value:g}" for name, value in mine[0]["limit"].items())
         lines = [
