@@ -14,6 +14,7 @@ import logging
 import pickle
 import sys
 import sysconfig
+import warnings
 from collections.abc import Iterator, Sequence
 from functools import lru_cache
 from pathlib import Path
@@ -79,9 +80,11 @@ class Workers:
         keeps = [dict(plan.keep) for plan in plans]
         for attempt in range(1 + RETRIES):
             try:
-                found = Parallel(n_jobs=self._jobs, batch_size=1, pre_dispatch="all")(
-                    delayed(judged)(name, self._parcel, keep) for keep in keeps
-                )
+                with warnings.catch_warnings():  # loky replaces a process whose memory has grown, and says so; nothing is lost by it
+                    warnings.filterwarnings("ignore", message="A worker stopped while some jobs were given", category=UserWarning)
+                    found = Parallel(n_jobs=self._jobs, batch_size=1, pre_dispatch="all")(
+                        delayed(judged)(name, self._parcel, keep) for keep in keeps
+                    )
                 return [Verdict(loss, accuracy) for loss, accuracy in found]
             except self._lost as error:
                 if attempt == RETRIES:

@@ -8,9 +8,10 @@ import signal
 import subprocess
 import sys
 import textwrap
+import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import psutil
 import pytest
@@ -57,12 +58,30 @@ def test_verdicts_do_not_depend_on_the_number_of_processes_which_all_end() -> No
     assert [p for p in psutil.Process().children(recursive=True) if "popen_loky" in " ".join(p.cmdline())] == []
 
 
-class Fatal(torch.nn.Module):
-    """Takes its process down, once: the first one leaves a mark."""
+class Away(torch.nn.Module):
+    """A network that is told where it runs: `inner` in this process, and with something on top in others."""
 
-    def __init__(self, inner: torch.nn.Module, mark: Path, home: int) -> None:
+    def __init__(self, inner: torch.nn.Module, mark: Path) -> None:
         super().__init__()
-        self.inner, self.mark, self.home = inner, mark, home
+        self.inner, self.mark, self.home = inner, mark, os.getpid()
+
+
+class Growing(Away):
+    """Keeps 120 MB more at every call, and writes its process down."""
+
+    grown: ClassVar[list[bytes]] = []
+
+    def forward(self, x: Any) -> Any:
+        if os.getpid() != self.home:
+            self.grown.append(b"1" * 120_000_000)
+            time.sleep(0.2)
+            with self.mark.open("a") as file:
+                file.write(f"{os.getpid()}\n")
+        return self.inner(x)
+
+
+class Fatal(Away):
+    """Takes its process down, once: the first one leaves a mark."""
 
     def forward(self, x: Any) -> Any:
         if os.getpid() != self.home and not self.mark.exists():
@@ -71,22 +90,31 @@ class Fatal(torch.nn.Module):
         return self.inner(x)
 
 
-def fatal_judge(mark: Path) -> Judge:
+def judge_away(kind: type[Away], mark: Path) -> Judge:
     from edgeprune.graph.trace import trace
 
-    model, _ = traced("residual")
-    fatal = Fatal(model, mark, os.getpid())
-    probe = Probe(fatal, trace(fatal, images("residual")), [(images("residual", 16), torch.arange(16) % 5)])
+    away = kind(traced("residual")[0], mark)
+    probe = Probe(away, trace(away, images("residual")), [(images("residual", 16), torch.arange(16) % 5)])
     return judge_of(probe, images=8, recalibration_images=8, loss="divergence", steps=0, recover="reconstruct")
 
 
 @pytest.mark.slow
 def test_the_work_of_a_lost_worker_is_done_again(tmp_path: Path) -> None:
-    by = fatal_judge(tmp_path / "mark")
+    by = judge_away(Fatal, tmp_path / "mark")
     with Workers(by, jobs=2) as workers:
         found = workers.verdicts(plans(by))
     assert (tmp_path / "mark").exists()
     assert found == expected(by)
+
+
+@pytest.mark.slow
+def test_a_worker_that_grew_is_replaced_without_a_word(tmp_path: Path, recwarn: pytest.WarningsRecorder) -> None:
+    by = judge_away(Growing, tmp_path / "mark")
+    with Workers(by, jobs=2) as workers:
+        found = workers.verdicts(3 * plans(by))
+    assert len(set((tmp_path / "mark").read_text().split())) > 2
+    assert found == 3 * expected(by)
+    assert not [w for w in recwarn if "worker" in str(w.message)]
 
 
 SEARCH = """
@@ -157,7 +185,7 @@ def dask_scheduler() -> Iterator[str]:
 @pytest.mark.slow
 @pytest.mark.filterwarnings("default")  # of distributed itself
 def test_a_dask_cluster_gives_the_same_verdicts(dask_scheduler: str, tmp_path: Path) -> None:
-    by, dying = judge(), fatal_judge(tmp_path / "mark")
+    by, dying = judge(), judge_away(Fatal, tmp_path / "mark")
     with Workers(by, jobs=-1, cluster=f"dask://{dask_scheduler}") as workers:
         assert workers.verdicts(plans(by)) == expected(by)
     with Workers(dying, cluster=f"dask://{dask_scheduler}") as workers:
@@ -205,7 +233,7 @@ def test_a_ray_cluster_gives_the_same_verdicts(ray_head: str, tmp_path: Path) ->
     for jobs in (1, 2):  # 1: as many as the cluster has cores
         with Workers(by, jobs=jobs, cluster=f"ray://{ray_head}") as workers:
             assert workers.verdicts(plans(by)) == expected(by)
-    dying = fatal_judge(tmp_path / "mark")
+    dying = judge_away(Fatal, tmp_path / "mark")
     with Workers(dying, cluster=f"ray://{ray_head}") as workers:
         assert workers.verdicts(plans(dying)) == expected(dying)
     assert (tmp_path / "mark").exists()
