@@ -161,11 +161,10 @@ def _several(job: Job, budgets: Sequence[Budget], run: Run, command: list[str], 
     """What the budgets share in the folder of `run`, then a run of its own for each in a folder inside, named by the budget."""
     shared = Pipeline(job, run, progress)
     _check_plans(shared, budgets)
-    given: dict[str, Any] = {"trace": shared.graph, "accuracy dense": shared.accuracy("dense", job.model)}
+    given: dict[str, Any] = {"trace": shared.graph, "accuracy dense": shared.accuracy("dense", job.model), "score": shared.scores()}
     chosen: list[dict[str, Any]] = [{} for _ in budgets]
-    if job.rounds == 1:  # a second round scores, and searches, networks that depend on the budget
-        given["score"] = scores = shared.scores()
-        chosen = [{"allocate": choice} for choice in shared.choose_all(scores, budgets)]
+    if job.rounds == 1:  # in several rounds the networks that are searched depend on the budget
+        chosen = [{"allocate": choice} for choice in shared.choose_all(given["score"], budgets)]
     parts = []
     for budget, own in zip(budgets, chosen, strict=True):
         part, folder = replace(job, budget=budget), run.path(budget.label)

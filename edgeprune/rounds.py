@@ -33,12 +33,13 @@ def last_round(first: Pipeline) -> tuple[Pipeline, tuple[Epoch, ...]]:
     job, run = first.job, first.run
     if job.rounds == 1:
         return first, ()
+    known = {"trace": first.graph, "score": first.scores()}  # of the dense network, before anything depends on the budget
     *earlier, final = schedule(first)
     origin, model, curve = Origin(job.model, first.graph, Plan({})), job.model, list[Epoch]()
     rules = replace(job.rules, max_remove=1 - (1 - job.rules.max_remove) ** (1 / job.rounds))
     for number, budget in enumerate(earlier, 1):
         turn = replace(job, model=model, budget=budget, origin=origin, rules=rules)
-        stages = Pipeline(turn, run, first.progress, part=f"round-{number}")
+        stages = Pipeline(turn, run, first.progress, part=f"round-{number}", given=known if number == 1 else None)
         with run.inside(stages.part):
             choice = stages.choose(stages.scores())
             small = settled(slim(model, stages.graph, choice.plan))

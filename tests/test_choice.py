@@ -104,9 +104,9 @@ def test_a_search_is_made_once_and_its_curve_is_in_the_facts(tmp_path: Path, mon
 
 
 def test_in_rounds_every_budget_goes_its_own_way(tmp_path: Path) -> None:
-    """The dense network is looked at once; what a later round scores depends on the budget."""
+    """The dense network is looked at and scored once; what a later round scores depends on the budget."""
     result = compress(tmp_path / "run", rounds=2)
-    assert list(json.loads((result.folder / "run.json").read_text())["stages"]) == ["trace", "accuracy dense"]
+    assert list(json.loads((result.folder / "run.json").read_text())["stages"]) == ["trace", "accuracy dense", "score"]
     assert result.met and result.facts["search"] == {}
     alone = compress(tmp_path / "alone", rounds=2, budget=BUDGETS[1])
     assert alone.plan == result.parts[1].plan

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -107,6 +109,13 @@ def test_a_run_in_rounds_goes_on(finished: Result, moment: str, tmp_path: Path, 
     assert f"{moment}: read back" in (tmp_path / "run" / "log.txt").read_text()
     assert same(weights(resumed.folder / "model.safetensors"), weights(finished.folder / "model.safetensors"))
     assert resumed.plan == finished.plan
+
+
+def test_another_budget_reads_back_the_scores_of_the_dense_network(finished: Result, tmp_path: Path) -> None:
+    shutil.copytree(finished.folder, tmp_path / "run")
+    compress(tmp_path / "run", budget=ep.Budget(macs=0.4), resume=True)
+    log = (tmp_path / "run" / "log.txt").read_text()
+    assert "\nscore: read back" in re.sub(r"(?m)^\S+ ", "", log) and "schedule: read back" not in log
 
 
 def test_rounds_without_training(tmp_path: Path) -> None:
