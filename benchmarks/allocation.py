@@ -10,9 +10,9 @@ it learns once, at the budget that leaves the fewest MACs, and reads its plans f
 training images that neither scores nor searches see; the loss is the divergence (KL, nats) from the dense network's answers, because the
 networks saw all training images in their own training. The 10,000 test images are seen once, at the end, by networks chosen on the others
 (--test).
-Random searches run with several seeds, all others with one; they are small ones (see Sizes), to fit into an hour, but for "LeGR bare 400",
-one search of the published size. For ResNet-20 at half of the MACs also one epoch of fine-tuning with the product's recipe. Seconds are
-CPU-seconds of one process and thread, or of the clock where several processes search (--jobs).
+Random searches run with several seeds, all others with one; they are small ones (see Sizes), but for "LeGR bare 400", one search of the
+published size. A plan is measured once, whichever allocators find it. For ResNet-20 at half of the MACs also one epoch of fine-tuning with
+the product's recipe. Seconds are CPU-seconds of one process and thread, or of the clock where several processes search (--jobs).
 One row per combination in benchmarks/results/allocation.json, written as it is measured, with the revision of the code that made its plan;
 allocation.md and runs/bench/allocation.html from them. Needs EDGEPRUNE_DATA with cifar10/ and weights/.
 """
