@@ -312,17 +312,18 @@ def _folders() -> Iterator[Path]:
 
 def _read(path: Path) -> Card:
     try:
-        return _parse(path, path.stat().st_mtime_ns)
+        content = path.read_bytes()
     except OSError as error:
         raise DeviceError(
             f"the device card {path} cannot be read: {error.strerror}. Check the path, or name a board from `edgeprune device list`."
         ) from error
+    return _parse(path, content)
 
 
 @cache
-def _parse(path: Path, modified_ns: int) -> Card:  # the time makes an edited card a new key
+def _parse(path: Path, content: bytes) -> Card:  # by content: many kernels give two changes within some milliseconds the same time
     try:
-        table = tomllib.loads(path.read_text(encoding="utf-8"))
+        table = tomllib.loads(content.decode())
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise DeviceError(
             f"the device card {path} is not valid TOML: {error}. Correct that line; a shipped card is a working example."

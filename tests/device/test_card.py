@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import get_args
 
@@ -46,6 +47,15 @@ def test_a_card_without_a_profile_can_be_measured_but_not_predict(tmp_path: Path
     (tmp_path / "toaster.toml").write_text(text)
     with pytest.raises(DeviceError, match="'rpi4-ort' is not one of the profiles"):
         device(tmp_path / "toaster.toml")
+
+
+def test_a_card_that_was_edited_is_read_again_however_soon(tmp_path: Path) -> None:
+    """Within one tick of the file system's clock both versions have the same time."""
+    card, text = tmp_path / "rpi4.toml", (SHIPPED[-1].parent / "rpi4.toml").read_text()
+    for threads in (4, 2):
+        card.write_text(text.replace("threads = 4", f"threads = {threads}"))
+        os.utime(card, ns=(0, 0))
+        assert device(card).card.board.threads == threads
 
 
 def test_a_host_attaches_the_board() -> None:
