@@ -13,6 +13,9 @@ import pytest
 import torch
 
 ROOT = Path(__file__).parents[1]
+os.environ["XDG_CONFIG_HOME"] = str(ROOT / "tests" / "no such folder")  # a calibrated card of the user's would replace a shipped one
+for name in ("FORCE_COLOR", "TTY_COMPATIBLE"):  # rich would take the files that tests write for terminals
+    os.environ.pop(name, None)
 torch.set_num_threads(1)  # the networks are tiny: threads would only wait for each other
 
 
