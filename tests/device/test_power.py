@@ -4,8 +4,9 @@ import io
 import os
 import subprocess
 import sys
+import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -149,13 +150,18 @@ def test_rapl_counts_from_sample_to_sample_and_wraps(tmp_path: Path, monkeypatch
     assert source.sample()[1]["dram"] == pytest.approx(100)
 
 
-def test_what_may_not_be_read_is_an_obstacle_with_its_remedy(tmp_path: Path) -> None:
-    root = tree(tmp_path, rapl({}) | {"sys/class/hwmon/hwmon2/name": "ina226", "sys/class/hwmon/hwmon2/power1_input": "1"})
+@pytest.fixture
+def open_folder() -> Iterator[Path]:
+    """A folder that others may look into; pytest's own are closed to them, again at the start of every other run of pytest."""
+    with tempfile.TemporaryDirectory() as name:
+        Path(name).chmod(0o755)
+        yield Path(name)
+
+
+def test_what_may_not_be_read_is_an_obstacle_with_its_remedy(open_folder: Path) -> None:
+    root = tree(open_folder, rapl({}) | {"sys/class/hwmon/hwmon2/name": "ina226", "sys/class/hwmon/hwmon2/power1_input": "1"})
     for path in ("sys/class/hwmon/hwmon2/power1_input", RAPL + "intel-rapl:0/energy_uj"):
-        (tmp_path / path).chmod(0)
-    for folder in (tmp_path, *tmp_path.parents):
-        if not folder.stat().st_mode & 0o001:  # pytest's own, closed to others
-            folder.chmod(0o755)
+        (open_folder / path).chmod(0)
     # Root may read everything, so root's process becomes nobody's, once it has loaded what nobody may not: modules and codecs.
     drop = "; os.setgroups([]); os.setgid(65534); os.setuid(65534)" if os.getuid() == 0 else ""
     look = f"power.survey({root!r})"
