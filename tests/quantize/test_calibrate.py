@@ -8,11 +8,10 @@ from edgeprune.quantize import calibrate
 from edgeprune.quantize.calibrate import BINS, Histogram, Means, Ranges, observe
 from tests.quantize.onnx_nets import batches, images, proto, run
 
-RANDOM = np.random.default_rng(0)
-
 
 def test_a_histogram_that_grew_is_the_histogram_of_all() -> None:
-    parts = [RANDOM.normal(size=4000).astype(np.float32) * s for s in (0.01, 3.0, 40.0)]
+    random = np.random.default_rng(0)
+    parts = [random.normal(size=4000).astype(np.float32) * s for s in (0.01, 3.0, 40.0)]
     grown, whole = Histogram(), Histogram()
     for part in parts:
         grown.add(part)
@@ -30,7 +29,7 @@ def test_zeros_are_not_counted() -> None:
 
 
 def test_percentile_and_entropy_cut_outliers_off() -> None:
-    values = np.abs(RANDOM.normal(size=400_000)).astype(np.float32)
+    values = np.abs(np.random.default_rng(0).normal(size=400_000)).astype(np.float32)
     values[0] = 30.0
     found = Histogram()
     found.add(values)
