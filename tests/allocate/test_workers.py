@@ -46,7 +46,7 @@ def test_one_job_is_this_process() -> None:
     before = {p.pid for p in psutil.Process().children(recursive=True)}
     with Workers(by) as workers:
         assert workers.verdicts(plans(by)) == expected(by)
-        assert {p.pid for p in psutil.Process().children(recursive=True)} == before
+        assert {p.pid for p in psutil.Process().children(recursive=True)} <= before  # what others started may end meanwhile
 
 
 @pytest.mark.slow
