@@ -96,7 +96,7 @@ def mixed_plan(
 
     predicted_layers, repairs, over = len(chosen), 0, over_end()
     while over > REPAIRED and ratio:
-        differing = sorted(chosen ^ end, key=problem.importance)
+        differing = sorted(chosen ^ end, key=lambda unit: (problem.importance(unit), unit))
         chosen = chosen ^ set(differing[: -(-len(differing) // 2)])
         over, repairs = over_end(), repairs + 1
     plan = _plan(chosen) if size_bytes is None else _fitting(_plan(chosen), network, influence, write, size_bytes)
