@@ -180,9 +180,9 @@ class Bench:
         }
 
     def tuned(self, cell: Cell, images: int) -> nn.Module:
-        """The reconstructed network after one pass over `images` training images, with the product's recipe; kept on disk."""
+        """The reconstructed network after one pass over `images` training images, the answers distilled; kept on disk."""
         plan, _ = self.plan(cell)
-        recipe = ep.Recipe.preset("quick", epochs=1)
+        recipe = ep.Recipe(epochs=1)
         name = hashlib.sha256(f"{self.network}{plan.sha256}{asdict(self.sizes)}{images}{recipe}".encode()).hexdigest()[:16]
         path = self.work / f"{name}.safetensors"
         small = self.small(plan, "reconstructed")

@@ -47,14 +47,12 @@ TRAINING = {"epochs": 18, "lr": 0.1, "warmup_share": 0.1, "distill": False, "cro
 SCORES: tuple[dict[str, Any], ...] = ({}, {"ridge": 1e-3}, {"ridge": 1e-2}, {"ridge": 0.5}, {"ridge": 1e-3, "shrink": False})
 RECIPES: tuple[dict[str, Any], ...] = (
     {},
-    {"mixup": 1.0, "distill_weight": 1.0},
-    {"lr": 0.003},
-    {"lr": 0.03},
-    {"feature_weight": 1.0},
-    {"cutmix": 1.0, "distill_weight": 1.0},
-    {"distill_weight": 1.0},
-    {"batch_size": 64},
-    {"norms": "frozen"},
+    {"feature_weight": 0.0},
+    {"feature_weight": 0.0, "lr": 0.003},
+    {"feature_weight": 0.0, "lr": 0.03},
+    {"feature_weight": 0.0, "mixup": 1.0, "distill_weight": 1.0},
+    {"feature_weight": 100.0, "lr": 0.03},
+    {"feature_weight": 400.0},
 )
 TUNED = 50  # percent of the MACs that went before recipes are compared
 

@@ -1,6 +1,6 @@
 """The batches of one epoch of training: this process's part of each, normalised and augmented as a whole on the device.
 
-Everything random is drawn on the CPU for the whole epoch from one seed: the order of the images, each image's crop, flip and zoom, each
+Everything random is drawn on the CPU for the whole epoch from one seed: the order of the images, each image's crop and flip, each
 batch's mixing. So an image gets the same crop whatever the batch size, device or number of processes, and an epoch can be repeated.
 Sources: mixup after Zhang, Cissé, Dauphin, Lopez-Paz (2018), CutMix after Yun, Han, Oh, Chun, Choe, Yoo (2019); partners are the two
 images of a pair in the batch, so that both lie in one process.
@@ -15,7 +15,6 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from edgeprune.data import Augment, Split, normalised
 from edgeprune.train import Recipe
@@ -60,48 +59,18 @@ def batches(split: Split, recipe: Recipe, *, seed: int, epoch: int, processes: P
     order = split.shuffled(generator)
     steps = steps_in(len(order), recipe, processes.count)
     changes = augment_of(recipe, split.preprocessing.size).draw(len(order), generator)
-    zooms = _Zooms.draw(recipe, len(order), generator)
     mixes = [_Mix.draw(recipe, split.preprocessing.size, generator) for _ in range(steps)]
     sizes = [min(recipe.batch_size, len(order) - recipe.batch_size * step) for step in range(steps)]
     parts = [_part(recipe.batch_size * step, n, processes) for step, n in enumerate(sizes)]
     for n, mix, part, (raw, y) in zip(sizes, mixes, parts, split.raw([order[p] for p in parts]), strict=True):
         x = normalised(torch.from_numpy(raw).to(processes.device, non_blocking=True), split.preprocessing)
-        yield mix.apply(zooms.apply(changes.apply(x, part), part), y.to(processes.device), n)
+        yield mix.apply(changes.apply(x, part), y.to(processes.device), n)
 
 
 def _part(start: int, images: int, processes: Processes) -> slice:
     """This process's images of a global batch: whole pairs, as even as they come."""
     first, stop = (2 * (images // 2 * i // processes.count) for i in (processes.index, processes.index + 1))
     return slice(start + first, start + (images if processes.index == processes.count - 1 else stop))
-
-
-@dataclass(frozen=True, eq=False)
-class _Zooms:
-    """Which part of each image fills the whole, as the affine maps (n, 2, 3) from the whole to the part; None: nothing is zoomed.
-
-    Not among an Augment's changes, because scores and refits do not gain by it.
-    """
-
-    maps: Tensor | None = None
-
-    @staticmethod
-    def draw(recipe: Recipe, n: int, generator: torch.Generator) -> _Zooms:
-        """For every other image, at random, a part of between recipe.zoom and all of its side, anywhere in it."""
-        if recipe.zoom == 1:
-            return _Zooms()
-        zoomed = torch.rand(n, generator=generator) < 0.5
-        scale = torch.where(zoomed, torch.empty(n).uniform_(recipe.zoom, 1, generator=generator), 1.0)
-        centre = (2 * torch.rand(n, 2, generator=generator) - 1) * (1 - scale[:, None])
-        return _Zooms(torch.cat([torch.diag_embed(scale[:, None].expand(n, 2)), centre[:, :, None]], 2))
-
-    def apply(self, x: Tensor, part: slice) -> Tensor:
-        """The batch (n, c, h, w) with bilinear interpolation; whole images stay as they are, bit by bit."""
-        if self.maps is None:
-            return x
-        maps = self.maps[part].to(x)
-        grid = F.affine_grid(maps, list(x.shape), align_corners=False)
-        zoomed = F.grid_sample(x, grid, padding_mode="reflection", align_corners=False)
-        return torch.where((maps[:, 0, 0] < 1)[:, None, None, None], zoomed, x)
 
 
 @dataclass(frozen=True)
@@ -113,9 +82,9 @@ class _Mix:
 
     @staticmethod
     def draw(recipe: Recipe, size: tuple[int, int], generator: torch.Generator) -> _Mix:
-        """Nothing but in recipe.mix_share of the batches; where both kinds are on, one of them at random."""
+        """Where both kinds are on, every other batch has one of them, at random."""
         kinds = [kind for kind in ("mixup", "cutmix") if getattr(recipe, kind)]
-        if not kinds or (recipe.mix_share < 1 and float(torch.rand((), generator=generator)) >= recipe.mix_share):
+        if not kinds:
             return _Mix()
         kind = kinds[int(torch.randint(len(kinds), (), generator=generator))]
         share = _beta(getattr(recipe, kind), generator)

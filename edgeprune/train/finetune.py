@@ -269,8 +269,9 @@ class _Training:
             raise self._diverged(f"the values of {broken} are no longer finite")
 
     def _diverged(self, what: str) -> GateError:
-        rate = self._optimizer.param_groups[0]["lr"]
-        return GateError(f"{what} at a learning rate of {rate:.4g}: training diverged. Use a smaller --lr and check the preprocessing.")
+        smaller = "--lr or --feature-weight" if self.recipe.feature_weight else "--lr"
+        rate = f"a learning rate of up to {self.recipe.lr:.4g}"  # that of the moment, at the end, is 0
+        return GateError(f"{what} at {rate}: training diverged. Use a smaller {smaller} and check the preprocessing.")
 
     @property
     def _network(self) -> nn.Module:

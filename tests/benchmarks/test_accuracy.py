@@ -42,6 +42,11 @@ def test_a_run_goes_on_where_it_was_and_epochs_are_added_to_the_row(bench: Bench
     assert 0.3 < row["macs_share"] <= 0.5
     assert set(row["git"]) == set(row["kl"]) == {"reconstructed", "epochs 1"}
     assert row["training"]["epochs 1"]["recipe"]["epochs"] == 1
+    row["training"]["epochs 1"]["recipe"]["lr"], row["accuracy"]["epochs 1"] = 1.0, -1.0
+    Results(tmp_path).put(row)
+    run(bench, Results(tmp_path), (50,), [OURS], epochs=1)  # another recipe's epoch
+    (again,) = json.loads((tmp_path / "accuracy.json").read_text())["rows"]
+    assert again["accuracy"]["epochs 1"] >= 0 and again["training"]["epochs 1"]["recipe"]["lr"] < 1
 
 
 def test_rows_with_other_images_are_measured_again_with_the_same_channels(bench: Bench, tmp_path: Path) -> None:
