@@ -6,8 +6,8 @@
 The default criterion and allocator, and beside them Torch-Pruning's choice of inner widths (where it is installed, see
 benchmarks/peer_pruning.py; the importance that was best on validation images in benchmarks/criteria.py), both with the same recovery:
 reconstruction on 2,048 augmented training images without labels, then, where epochs are asked for, the preset quick with so many
-epochs (in bf16, with --feature-weight 400). Widths of any number. `kl` is the divergence from the dense network's answers on 2,000 augmented training images that
-nothing else reads. The 10,000 test images are evaluated after each step and choose nothing.
+epochs (in bf16, with --feature-weight 400). Widths of any number. `kl` is the divergence from the dense network's answers on 2,000
+augmented training images that nothing else reads. The 10,000 test images are evaluated after each step and choose nothing.
 One row per combination in benchmarks/results/accuracy.json, written as it is measured, and accuracy.md; refitted and trained networks
 stay in runs/bench. Needs EDGEPRUNE_DATA (default ../shared/data) with cifar10/ and weights/.
 """

@@ -8,7 +8,7 @@ a seed run with three at -50% (--all-seeds: everywhere); filter_ensemble with 64
 layer (without the step of train/pairs.py, which takes as long again). All figures are on
 2,000 training images that nothing else reads (the first 1,000 right after pruning). The networks saw them in their own training, so
 they compare criteria; they do not predict test accuracy.
-The winners on them, and only these, see the 10,000 test images, once. One epoch of fine-tuning by the preset quick: of ResNet-20 at -50%
+The winners on them, and only these, see the 10,000 test images, once. One epoch of fine-tuning, the answers distilled: of ResNet-20 at -50%
 each criterion under its best allocation, of ResNet-56 the three best and Torch-Pruning's, which takes part where it is installed (see
 benchmarks/peer_pruning.py). One row per combination in benchmarks/results/criteria.json, written as it is measured; a
 criterion whose file has changed is scored again, and rows whose plan is another one then are measured again. Needs EDGEPRUNE_DATA with

@@ -23,12 +23,12 @@ class Recipe:
 
     optimizer: sgd (with Nesterov momentum) or adamw. distill: learn from the dense network too, loss = distill_weight * temperature² *
     KL(dense || slim) + (1 - distill_weight) * cross-entropy (Hinton, Vinyals, Dean 2015); without labels the dense network's answers
-    alone. feature_weight: of the feature maps where everything passes (train/distill.py), which then outweigh the rest. flip, crop_padding (None: an
-    eighth of the image side), mixup, cutmix (the alpha of their Beta distribution, 0: off): augmentation. ema_decay: the result is the
-    moving average of the weights with this decay (0: off). norms: batch norms in training use the statistics of the batch, or stay
-    frozen as they are. clip_norm: gradients are never longer than this (0: off). precision: auto is bf16 where the hardware has it
-    (a step of ResNet-56 takes 0.6 of the time with AVX-512 BF16), fp32 elsewhere. choose: the result is that of the epoch that is best
-    on held-out training images, or the last.
+    alone. feature_weight: of the feature maps where everything passes (train/distill.py), relative errors far below 1 (0: off). flip,
+    crop_padding (None: an eighth of the image side), mixup, cutmix (the alpha of their Beta distribution, 0: off): augmentation.
+    ema_decay: the result is the moving average of the weights with this decay (0: off). norms: batch norms in training use the
+    statistics of the batch, or stay frozen as they are. clip_norm: gradients are never longer than this (0: off). precision: auto is
+    bf16 where the hardware has it (a step of ResNet-56 takes 0.6 of the time with AVX-512 BF16), fp32 elsewhere. choose: the result is
+    that of the epoch that is best on held-out training images, or the last.
     Raises UsageError for values out of range.
     """
 
@@ -97,10 +97,10 @@ PRESETS: Mapping[str, Mapping[str, Any]] = {
     "standard": {"epochs": 40, "lr": 0.02},
     "long": {"epochs": 150, "lr": 0.05, "ema_decay": 0.999},
 }
-"""What --preset takes. The values of standard and long are conventional, not measured here. Those of quick are what benchmarks/unseen.py and
-benchmarks/accuracy.py say: without feature maps an epoch took a ResNet-56 at half its MACs from 91.70% on test images to 92.37 at a
-learning rate of 0.01, to 91.29 at 0.03 and to 91.97 at 0.003; feature maps bring it much nearer to the dense network, the more they weigh,
-and at 1000 times 0.01 a ResNet-20 diverged."""
+"""What --preset takes. The values of standard and long are conventional, not measured here; those of quick are by benchmarks/unseen.py
+and benchmarks/accuracy.py. Without feature maps an epoch took a ResNet-56 at half its MACs from 91.70% on test images to 92.37 at a
+learning rate of 0.01, to 91.29 at 0.03 and to 91.97 at 0.003. With them it comes much nearer to the dense network, the nearer the more
+they weigh, up to 400 at least; at 1000 a ResNet-20 diverged."""
 
 STRUCTURE: Mapping[str, Any] = {"criterion": "di", "allocate": "di_greedy", "search": {"layer_choice": "structure"}}
 """Options of `compress` with which the dense network also decides the widths before it teaches (with `distill`): those that keep the
